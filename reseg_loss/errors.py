@@ -1,0 +1,24 @@
+"""What the library raises. One root, a ValueError, so that users can catch everything of ours at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ReSegError(ValueError):
+    """Something was used in a way that cannot work; the message says what, and what to do."""
+
+    __module__ = "reseg_loss"
+
+
+class TapError(ReSegError):
+    """A tap is unknown, did not fire, or the model's levels could not be found."""
+
+    __module__ = "reseg_loss"
+
+
+def did_you_mean(name: str, known: Iterable[str], n: int = 4) -> str:
+    """A sentence with the names nearest to `name`; empty if nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""

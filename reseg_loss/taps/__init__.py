@@ -1,0 +1,1 @@
+"""Taps: what they are, and how they are found in any U-shaped model."""

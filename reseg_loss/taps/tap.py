@@ -1,0 +1,145 @@
+"""What a tap is, how it is written, and the U that a set of taps makes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from ..errors import TapError
+
+_SYNTAX = re.compile(r"(?P<input>in:)?(?P<module>[^\[\]@]*)(?P<keys>(\[[^\[\]]+\])*)(@(?P<call>\d+))?")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One tensor of a forward pass: an output (or input) of a module, written `[in:]module.path[key]...[@call]`.
+
+    Attributes:
+        module: path of the module in the root, as in `named_modules()`.
+        spatial: spatial size of the tensor at the example input; empty while not yet seen.
+        channels: its number of channels; 0 while not yet seen.
+        layout: its layout, one of `reseg_loss.formats.LAYOUTS`; empty while not yet seen.
+        stride: image size over `spatial`, per axis; empty while not yet seen.
+        keys: path into a tuple, list, dict or dataclass. For an input the first key is the argument's position or
+            name; no key means the first argument.
+        call: which call of the module within one forward, counted from 0.
+        is_input: tap what the module takes in, not what it returns.
+        mutated: the tensor is overwritten in place later in the forward, so the extractor keeps a clone.
+    """
+
+    module: str
+    spatial: tuple[int, ...] = ()
+    channels: int = 0
+    layout: str = ""
+    stride: tuple[int, ...] = ()
+    keys: tuple[int | str, ...] = ()
+    call: int = 0
+    is_input: bool = False
+    mutated: bool = False
+
+    def __str__(self) -> str:
+        keys = "".join(f"[{k}]" for k in self.keys)
+        return ("in:" if self.is_input else "") + self.module + keys + (f"@{self.call}" if self.call else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """The tap that `text` names, not yet seen.
+
+        Raises:
+            TapError: `text` is not of the form `[in:]module.path[key]...[@call]`.
+        """
+        match = _SYNTAX.fullmatch(text.strip())
+        if match is None:
+            raise TapError(
+                f"{text!r} is no tap: write [in:]module.path[key]...[@call], "
+                "for example 'encoder.layer1', 'encoder[2]' or 'in:decoder.up[0]@1'"
+            )
+        keys = tuple(int(k) if re.fullmatch(r"-?\d+", k) else k for k in re.findall(r"\[([^\[\]]+)\]", match["keys"]))
+        return cls(match["module"], keys=keys, call=int(match["call"] or 0), is_input=bool(match["input"]))
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the U: its encoder and decoder tap, at the same spatial size."""
+
+    stride: tuple[int, ...]
+    spatial: tuple[int, ...]
+    encoder: Tap
+    decoder: Tap
+    selected: bool = True
+
+
+@dataclass(frozen=True)
+class TapPlan:
+    """Every level found, finest first, and the bottleneck. `notes` says what was left out, and why."""
+
+    levels: tuple[Level, ...]
+    bottleneck: Tap
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def selected(self) -> tuple[Level, ...]:
+        """The levels that hooks, features and losses cover, finest first."""
+        return tuple(level for level in self.levels if level.selected)
+
+    def select(self, strides: Sequence[int | Sequence[int]] | None = None) -> TapPlan:
+        """The same plan with other levels selected.
+
+        Args:
+            strides: which levels: an int (the largest stride over the axes) or one int per axis. None is the default
+                choice: the three finest levels below full resolution; where fewer than two exist, full resolution too.
+
+        Raises:
+            TapError: no level has one of these strides.
+        """
+        if strides is None:
+            below = [level for level in self.levels if max(level.stride) > 1]
+            full = [level for level in self.levels if max(level.stride) == 1]
+            chosen = below[:3] if len(below) >= 2 else (full + below)[:3]
+        else:
+            chosen = []
+            for stride in strides:
+                hits = [
+                    level
+                    for level in self.levels
+                    if (max(level.stride) == stride if isinstance(stride, int) else level.stride == tuple(stride))
+                ]
+                if not hits:
+                    known = ", ".join(str(level.stride) for level in self.levels)
+                    raise TapError(f"levels={strides}: no level has stride {stride}; the strides found are {known}")
+                chosen += hits
+        return replace(self, levels=tuple(replace(level, selected=level in chosen) for level in self.levels))
+
+    def draw(self, title: str = "") -> str:
+        """The U as text, one line a level; `*` marks the selected ones."""
+        rows = [("stride", "size", "encoder", "decoder")]
+        for level in self.levels:
+            rows.append(
+                (
+                    ("* " if level.selected else "  ") + "x".join(map(str, _short(level.stride))),
+                    "x".join(map(str, level.spatial)),
+                    _describe(level.encoder),
+                    _describe(level.decoder),
+                )
+            )
+        bottom = self.bottleneck
+        last = ("* " + "x".join(map(str, _short(bottom.stride))), "x".join(map(str, bottom.spatial)))
+        widths = [max(len(row[i]) for row in [*rows, (*last, "", "")]) for i in range(4)]
+        lines = [title] if title else []
+        for i, (stride, size, encoder, decoder) in enumerate(rows):
+            link = "     " if i == 0 else " --> "
+            lines.append(
+                f"{stride:<{widths[0]}}  {size:<{widths[1]}}  {encoder:<{widths[2]}}{link}{decoder:<{widths[3]}}"
+            )
+        middle = f"\\- {_describe(bottom)} -/"
+        lines.append(f"{last[0]:<{widths[0]}}  {last[1]:<{widths[1]}}  {middle:^{widths[2] + 5 + widths[3]}}")
+        return "\n".join(line.rstrip() for line in [*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def _short(stride: tuple[int, ...]) -> tuple[int, ...]:
+    return stride[:1] if len(set(stride)) == 1 else stride
+
+
+def _describe(tap: Tap) -> str:
+    return f"{tap} ({tap.channels})"
