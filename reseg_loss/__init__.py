@@ -1,3 +1,28 @@
 """A training-time regularizer for U-shaped segmentation networks (ReSeg-UNet, Li et al., MICCAI 2025)."""
 
+from .errors import ReSegError, TapError
+from .features import FeatureExtractor, Features
+from .losses import CrossAlignmentLoss, ReconLoss
+from .settings import PRESETS, Settings
+from .taps import Level, Tap, TapPlan, find_taps
+from .teacher import Teacher
+from .wrapper import ReSegWrapper
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CrossAlignmentLoss",
+    "FeatureExtractor",
+    "Features",
+    "Level",
+    "ReSegError",
+    "ReSegWrapper",
+    "ReconLoss",
+    "Settings",
+    "Tap",
+    "TapError",
+    "TapPlan",
+    "Teacher",
+    "find_taps",
+]

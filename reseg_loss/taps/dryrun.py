@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import ReSegError
 
@@ -42,27 +43,98 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def dry_run(model: nn.Module) -> Iterator[None]:
-    """Evaluation, no gradients; afterwards buffers, train flags, random states and autocast are as before."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Restore what a forward can change on a model: parameter and buffer values, and what its attributes refer to.
+
+    Attributes are restored as they were, and one level into those that are dicts, lists or sets: so registered
+    buffers, hooks, counters and caches are covered, but not what lies deeper.
+    """
+    values = [(t, t.detach(), t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    versions = [_version(alias) for _, alias, _ in values]
+    attributes = [(module.__dict__, module.__dict__.copy()) for module in model.modules()]
+    containers = [
+        (value, value.copy()) for _, old in attributes for value in old.values() if isinstance(value, (dict, list, set))
     ]
-    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
-    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices}
     try:
-        with preserved_rng(), preserved_modes(model), torch.no_grad():
-            model.eval()
-            yield
+        yield
     finally:
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            buffer.copy_(value)
-        for kind, (enabled, dtype) in autocast.items():
+        for current, old in (*attributes, *containers):
+            if isinstance(current, list):
+                current[:] = old
+            else:
+                current.clear()
+                current.update(old)
+        with torch.no_grad():
+            for (tensor, alias, value), version in zip(values, versions):
+                if tensor.data_ptr() != alias.data_ptr():  # `tensor.data = ...`
+                    tensor.data = alias
+                # Writing raises the version, which would break a backward pass that is still to come: only if needed.
+                if _version(alias) != version or (not tensor.requires_grad and not torch.equal(alias, value)):
+                    alias.copy_(value)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def preserved_globals(devices: Iterable[str]) -> Iterator[None]:
+    """Restore autocast, the default dtype and torch's switches of determinism and cudnn."""
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices}
+    cache = torch.is_autocast_cache_enabled()
+    dtype = torch.get_default_dtype()
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn
+    switches = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    try:
+        yield
+    finally:
+        for kind, (enabled, lower) in autocast.items():
             torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_dtype(kind, lower)
+        torch.set_autocast_cache_enabled(cache)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        for name, value in switches.items():
+            setattr(cudnn, name, value)
+
+
+@contextmanager
+def dry_run(model: nn.Module) -> Iterator[None]:
+    """Evaluation, no gradients, nothing compiled; afterwards the model and the process are as before.
+
+    Raises:
+        ReSegError: the model has lazy parameters, which a forward would make for good.
+    """
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
+    with (
+        preserved_globals(devices),
+        preserved_rng(),
+        preserved_state(model),
+        preserved_modes(model),
+        torch.no_grad(),
+        _uncompiled(),
+    ):
+        # A weight cast while gradients are off must not be found in the cache by a later forward that needs them.
+        torch.set_autocast_cache_enabled(False)
+        for module in model.modules():
+            module.training = False  # not eval(): models that override it fuse or switch parts
+        yield
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Run compiled modules as they were written, so that their operators are seen; no import of the compiler."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def private_copy(example_input: Any) -> Any:
+    """`example_input` with its own tensors, so that a model which writes into its input leaves no trace on it."""
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, example_input)
 
 
 def call(model: nn.Module, example_input: Any) -> Any:

@@ -1,0 +1,51 @@
+"""Taps as plain values, for checkpoints that load with weights_only=True."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .taps import Level, Tap, TapPlan
+
+
+def plan_to_dict(plan: TapPlan) -> dict[str, Any]:
+    """A plan as strings, numbers and lists."""
+    return {
+        "levels": [
+            {"encoder": _tap_to_dict(level.encoder), "decoder": _tap_to_dict(level.decoder), "selected": level.selected}
+            for level in plan.levels
+        ],
+        "bottleneck": _tap_to_dict(plan.bottleneck),
+    }
+
+
+def plan_from_dict(state: Mapping[str, Any]) -> TapPlan:
+    """The plan that `plan_to_dict` wrote down, without its notes."""
+    levels = []
+    for entry in state["levels"]:
+        encoder, decoder = _tap_from_dict(entry["encoder"]), _tap_from_dict(entry["decoder"])
+        levels.append(Level(encoder.stride, encoder.spatial, encoder, decoder, entry["selected"]))
+    return TapPlan(tuple(levels), _tap_from_dict(state["bottleneck"]))
+
+
+def _tap_to_dict(tap: Tap) -> dict[str, Any]:
+    return {
+        "tap": str(tap),
+        "channels": tap.channels,
+        "layout": tap.layout,
+        "spatial": list(tap.spatial),
+        "stride": list(tap.stride),
+        "mutated": tap.mutated,
+    }
+
+
+def _tap_from_dict(state: Mapping[str, Any]) -> Tap:
+    return replace(
+        Tap.parse(state["tap"]),
+        channels=state["channels"],
+        layout=state["layout"],
+        spatial=tuple(state["spatial"]),
+        stride=tuple(state["stride"]),
+        mutated=state["mutated"],
+    )

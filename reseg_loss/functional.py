@@ -1,0 +1,152 @@
+"""The equations, as pure functions. Every one computes in at least fp32 (fp64 stays fp64) and never broadcasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import ReSegError
+
+EPS = 1e-5  # of `standardize`, as in method and measurements
+
+
+def recon_loss(
+    prediction: Tensor, image: Tensor, valid: Tensor | None = None, *, alpha: float = 0.6, beta: float = 0.4
+) -> Tensor:
+    """alpha * MSE + beta * L1, each a mean over all elements (eqs. 1-3).
+
+    Args:
+        prediction: (B, C, *spatial), any float dtype.
+        image: the same shape.
+        valid: (B, 1, *spatial) weights in [0, 1]; each mean becomes sum(valid * error) / (C * sum(valid)).
+
+    Returns:
+        A scalar in at least fp32; 0 (with a graph) where nothing is valid.
+
+    Raises:
+        ReSegError: shapes differ, or a tensor is not floating point.
+    """
+    with _full_precision(prediction, image) as (prediction, image):
+        difference = prediction - image
+        return alpha * _mean(difference.square(), valid) + beta * _mean(difference.abs(), valid)
+
+
+def alignment_term(
+    student: Tensor, teacher: Tensor, valid: Tensor | None = None, *, normalize: str | None = None
+) -> Tensor:
+    """Mean squared difference of two features (one term of eqs. 4-6).
+
+    Args:
+        student: (B, C, *spatial), any float dtype.
+        teacher: the same shape; no gradient is expected to flow into it.
+        valid: (B, 1, *spatial) valid area fraction w, at the features' size: sum(w d^2) / (C sum w).
+        normalize: "batch" standardizes both sides first (`standardize`, with the same weights); None compares raw.
+
+    Returns:
+        A scalar in at least fp32; 0 (with a graph) where nothing is valid.
+
+    Raises:
+        ReSegError: shapes differ, or a tensor is not floating point.
+    """
+    with _full_precision(student, teacher) as (student, teacher):
+        if normalize == "batch":
+            student, teacher = standardize(student, valid), standardize(teacher, valid)
+        return _mean((student - teacher).square(), valid)
+
+
+def standardize(x: Tensor, valid: Tensor | None = None, eps: float = EPS) -> Tensor:
+    """(x - mean) / sqrt(var + eps) per channel over batch and space, biased variance, gradient through both.
+
+    Args:
+        x: (B, C, *spatial), any float dtype.
+        valid: (B, 1, *spatial) weights of the statistics.
+        eps: added to the variance.
+
+    Returns:
+        The same shape, in at least fp32.
+    """
+    with _full_precision(x) as (x,):
+        axes = [0, *range(2, x.ndim)]
+        if valid is None:
+            variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+        else:
+            weight = _weights(valid, x)
+            total = weight.sum().clamp_min(torch.finfo(x.dtype).tiny)
+            mean = (weight * x).sum(axes, keepdim=True) / total
+            variance = (weight * (x - mean).square()).sum(axes, keepdim=True) / total
+        return (x - mean) * (variance + eps).rsqrt()
+
+
+def valid_fraction(valid: Tensor, spatial: Sequence[int]) -> Tensor:
+    """The valid area fraction of every cell of a coarser grid: the mean of `valid` over the pixels it touches.
+
+    Args:
+        valid: (B, 1, *image) weights in [0, 1].
+        spatial: the coarser grid's size. A cell that covers pixels in part counts them whole.
+
+    Returns:
+        (B, 1, *spatial).
+    """
+    return valid if tuple(valid.shape[2:]) == tuple(spatial) else F.interpolate(valid, list(spatial), mode="area")
+
+
+def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tensor:
+    """A fixed (out_channels, in_channels) matrix with orthonormal rows or columns, whichever are fewer; fp64, CPU.
+
+    The same seed and shape give the same matrix; it is unique, for the signs of the decomposition are fixed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tall = torch.randn(
+        max(out_channels, in_channels), min(out_channels, in_channels), generator=generator, dtype=torch.float64
+    )
+    q, r = torch.linalg.qr(tall)
+    q = q * r.diagonal().sign()
+    return q if out_channels >= in_channels else q.T.contiguous()
+
+
+def project(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution over any number of spatial axes: (B, C, *spatial) by (D, C) to (B, D, *spatial)."""
+    with _full_precision(x) as (x,):
+        y = torch.einsum("dc,bc...->bd...", matrix.to(x.dtype), x)
+        return y if bias is None else y + bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+
+
+@contextmanager
+def _full_precision(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors in one dtype of at least fp32, with autocast off; refuses what would broadcast."""
+    first = tensors[0]
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise ReSegError(f"expected a floating point tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+        if tensor.shape != first.shape:
+            raise ReSegError(
+                f"the two sides have different shapes, {tuple(first.shape)} and {tuple(tensor.shape)}; "
+                "they are compared element by element and never broadcast"
+            )
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    with torch.autocast(first.device.type, enabled=False):
+        yield tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return x.mean()
+    weight = _weights(valid, x)
+    total = x.shape[1] * weight.sum()
+    # the clamp only acts where nothing is valid; then the numerator is an exact 0 that still has its graph
+    return (weight * x).sum() / total.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _weights(valid: Tensor, x: Tensor) -> Tensor:
+    if valid.shape != (x.shape[0], 1, *x.shape[2:]):
+        raise ReSegError(
+            f"valid has shape {tuple(valid.shape)}; for a tensor of shape {tuple(x.shape)} "
+            f"it must be {(x.shape[0], 1, *x.shape[2:])}"
+        )
+    return valid.to(x.dtype)

@@ -1,0 +1,132 @@
+"""Any form of label map to what the teacher takes in, and to a mask of what counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ReSegError
+
+
+def plain_label(label: Any) -> Tensor:
+    """The label as a plain tensor: element 0 of a list (deep supervision, full resolution), MetaTensor unwrapped.
+
+    Raises:
+        ReSegError: it is no tensor.
+    """
+    if isinstance(label, (list, tuple)) and label:
+        label = label[0]
+    if not isinstance(label, Tensor):
+        raise ReSegError(f"a label is a tensor or a list whose element 0 is one, got {type(label).__name__}")
+    return label if type(label) is Tensor else label.as_subclass(Tensor)
+
+
+@dataclass(frozen=True)
+class LabelEncoding:
+    """How label maps become the teacher's input.
+
+    Attributes:
+        mode: "index" feeds the class index as one float channel (the paper's), "onehot" one channel per class.
+        num_classes: channels of the model's output; 1 is a binary model with labels 0 and 1.
+        dims: number of spatial axes.
+        ignore_index: label value that does not count; it enters the teacher as 0 (index) or all-zero (onehot).
+    """
+
+    mode: Literal["index", "onehot"]
+    num_classes: int
+    dims: int
+    ignore_index: int | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the encoded label."""
+        return 1 if self.mode == "index" else self.num_classes
+
+    def check_shape(self, label: Tensor, image_shape: torch.Size | tuple[int, ...]) -> None:
+        """Raise a ReSegError unless `label` is (B, *spatial), (B, 1, *spatial) or (B, classes, *spatial)."""
+        batch, spatial = image_shape[0], tuple(image_shape[2:])
+        forms = [(batch, *spatial), (batch, 1, *spatial), (batch, self.num_classes, *spatial)]
+        if tuple(label.shape) not in forms:
+            raise ReSegError(
+                f"label of shape {tuple(label.shape)} does not fit an image of shape {tuple(image_shape)} and a model "
+                f"with {self.num_classes} output channels; it may be " + " or ".join(map(str, dict.fromkeys(forms)))
+            )
+        if label.is_complex():
+            raise ReSegError(f"label has dtype {label.dtype}; it is integer, bool, or float with whole values")
+
+    def check_values(self, label: Tensor) -> None:
+        """Raise a ReSegError for values that are no classes. It reads the device, so it is not for every step."""
+        values = torch.unique(label.detach())
+        numbers = values.double()
+        if self.ignore_index is not None:
+            numbers = numbers[numbers != self.ignore_index]
+        per_class = self._per_class(label)
+        classes = 2 if per_class or self.num_classes == 1 else self.num_classes
+        wrong = numbers[(numbers != numbers.round()) | ~((numbers >= 0) & (numbers < classes))]
+        if wrong.numel():
+            kind = (
+                "one-hot or multi-label channels" if per_class else f"a model with {self.num_classes} output channels"
+            )
+            raise ReSegError(
+                f"label has values {[round(v, 4) for v in wrong[:5].tolist()]}, but for {kind} they are whole numbers "
+                f"from 0 to {classes - 1}; for a value that marks pixels to ignore pass ignore_index="
+            )
+        if self.mode == "index" and per_class:
+            ignored = torch.zeros_like(label, dtype=torch.bool) if self.ignore_index is None else self._ignored(label)
+            counts = label.masked_fill(ignored, 0).float().sum(1)
+            if not bool(((counts == 1) | ignored[:, 0]).all()):
+                raise ReSegError(
+                    "label has several classes (or none) per pixel; a multi-label model needs label_input='onehot'"
+                )
+
+    def encode(self, label: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The teacher's input (B, channels, *spatial) and the valid mask (B, 1, *spatial), both fp32.
+
+        The mask is None without `ignore_index`. Nothing here reads values back from the device.
+        """
+        ignored = None if self.ignore_index is None else self._ignored(label)
+        if self._per_class(label):
+            classes = label.float()
+            encoded = classes if self.mode == "onehot" else classes.argmax(1, keepdim=True).float()
+        else:
+            index = label if label.ndim == self.dims + 2 else label.unsqueeze(1)
+            if self.mode == "index" or self.num_classes == 1:
+                encoded = index.float()
+            else:
+                classes = torch.arange(self.num_classes, device=label.device).view(-1, *[1] * self.dims)
+                encoded = (index == classes).float()
+        if ignored is None:
+            return encoded, None
+        valid = ~ignored[:, :1]
+        return torch.where(valid, encoded, 0.0), valid.float()
+
+    def _per_class(self, label: Tensor) -> bool:
+        return self.num_classes > 1 and label.ndim == self.dims + 2 and label.shape[1] == self.num_classes
+
+    def _ignored(self, label: Tensor) -> Tensor:
+        """(B, 1 or C, *spatial), True where any channel says ignore."""
+        ignored = label == self.ignore_index
+        if label.ndim == self.dims + 1:
+            return ignored.unsqueeze(1)
+        return ignored.any(1, keepdim=True).expand_as(label)
+
+
+def unpack_batch(batch: Any) -> tuple[Tensor, Any]:
+    """(image, label) of a loader's batch: a pair, or a dict with "image"/"data" and "label"/"target".
+
+    Raises:
+        ReSegError: neither form.
+    """
+    if isinstance(batch, Mapping):
+        for image, label in (("image", "label"), ("data", "target")):
+            if image in batch and label in batch:
+                return batch[image], batch[label]
+        raise ReSegError(f"a batch with keys {list(batch)}; expected 'image' and 'label', or 'data' and 'target'")
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        return batch[0], batch[1]
+    what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
+    raise ReSegError(f"{what} is no batch; the loader must yield (image, label) pairs or dicts with those keys")

@@ -1,0 +1,227 @@
+"""Thin modules over `functional`: the reconstruction loss of stage 1 and the cross-alignment of stage 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as RF
+from .errors import ReSegError
+from .features import Features
+
+Weight = float | Sequence[float]
+
+
+class ReconLoss(nn.Module):
+    """alpha * MSE + beta * L1 between a reconstruction and the image (eqs. 1-3; 0.6 and 0.4 are the paper's)."""
+
+    def __init__(self, alpha: float = 0.6, beta: float = 0.4) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            _check_weight(name, value)
+        self.alpha, self.beta = float(alpha), float(beta)
+
+    def forward(self, prediction: Tensor, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """See `functional.recon_loss`."""
+        return RF.recon_loss(prediction, image, valid, alpha=self.alpha, beta=self.beta)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"alpha={self.alpha}, beta={self.beta}"
+
+
+def term_names(levels: int) -> list[str]:
+    """The names of the terms of eq. 7 for a number of levels, the finest being 1."""
+    return [
+        *(f"encoder_to_decoder_{i + 1}" for i in range(levels)),
+        *(f"decoder_to_encoder_{i + 1}" for i in range(levels)),
+        "bottleneck",
+    ]
+
+
+def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, Tensor]]:
+    """{term: (student's feature, teacher's feature)}, crossed as in eqs. 4-6.
+
+    Raises:
+        ReSegError: the two sides have different numbers of levels.
+    """
+    counts = {len(student.encoder), len(student.decoder), len(teacher.encoder), len(teacher.decoder)}
+    if len(counts) != 1:
+        raise ReSegError(
+            f"student has {len(student.encoder)} encoder and {len(student.decoder)} decoder features, "
+            f"teacher {len(teacher.encoder)} and {len(teacher.decoder)}; every level needs all four"
+        )
+    sides = (
+        (*student.decoder, *student.encoder, student.bottleneck),
+        (*teacher.encoder, *teacher.decoder, teacher.bottleneck),
+    )
+    return {name: (s, t) for name, s, t in zip(term_names(len(student.encoder)), *sides)}
+
+
+class CrossAlignmentLoss(nn.Module):
+    """The sum of all alignment terms over `divisor` (eq. 7).
+
+    Args:
+        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4); one for all levels, or one
+            per level, the finest first. A term of weight 0 is not computed.
+        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5), likewise.
+        bottleneck: weight of bottleneck against bottleneck (eq. 6).
+        divisor: the paper divides the sum of its seven terms by 3, whatever is switched off.
+        normalize: None compares raw features; "batch" standardizes every channel on both sides first.
+        projection: None: where a term's channels differ, the student's feature goes through a fixed, seeded
+            semi-orthogonal 1x1 map. "linear": every term has a trainable 1x1 map of the student's feature.
+        channels: {term: (student's, teacher's)} channels, needed for "linear" only; names as in `term_names`.
+        seed: of the fixed maps, and of the trainable ones' start.
+
+    Raises:
+        ReSegError: a weight is negative or not finite, all are 0, or "linear" comes without channels.
+    """
+
+    def __init__(
+        self,
+        encoder_to_decoder: Weight = 1.0,
+        decoder_to_encoder: Weight = 1.0,
+        bottleneck: float = 1.0,
+        *,
+        divisor: float = 3.0,
+        normalize: Literal["batch"] | None = None,
+        projection: Literal["linear"] | None = None,
+        channels: Mapping[str, tuple[int, int]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if normalize not in (None, "batch"):
+            raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
+        if projection not in (None, "linear"):
+            raise ReSegError(f"projection={projection!r}; it is None or 'linear'")
+        if projection == "linear" and not channels:
+            raise ReSegError("projection='linear' needs channels={term: (student's, teacher's)}")
+        weights = {
+            "encoder_to_decoder": _as_list(encoder_to_decoder),
+            "decoder_to_encoder": _as_list(decoder_to_encoder),
+            "bottleneck": _as_list(bottleneck),
+        }
+        for name, values in weights.items():
+            for value in values:
+                _check_weight(name, value)
+        if not any(any(values) for values in weights.values()):
+            raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
+        self.encoder_to_decoder, self.decoder_to_encoder = encoder_to_decoder, decoder_to_encoder
+        self.bottleneck = bottleneck
+        if not (math.isfinite(divisor) and divisor > 0):
+            raise ReSegError(f"divisor={divisor}; it must be positive")
+        self.divisor, self.normalize, self.seed = float(divisor), normalize, seed
+        self.projection: nn.Module | None = None
+        if projection == "linear" and channels:
+            self.check_levels(len(channels) // 2)
+            used = {name: pair for name, pair in channels.items() if self.term_weight(name)}
+            self.projection = LinearProjection(used, seed)
+        self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+    def term_weight(self, name: str) -> float:
+        """The weight of one term (a name of `term_names`), before the division."""
+        if name == "bottleneck":
+            return float(self.bottleneck)
+        kind, _, level = name.rpartition("_")
+        weight: Weight = getattr(self, kind)
+        return float(weight[int(level) - 1] if isinstance(weight, Sequence) else weight)
+
+    def check_levels(self, levels: int) -> None:
+        """Raise a ReSegError if weights were given per level, for another number of levels."""
+        for kind in ("encoder_to_decoder", "decoder_to_encoder"):
+            weight: Weight = getattr(self, kind)
+            if isinstance(weight, Sequence) and len(weight) != levels:
+                raise ReSegError(f"{kind} has {len(weight)} weights, but the features have {levels} levels")
+
+    @overload
+    def forward(
+        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: Literal[True]
+    ) -> dict[str, Tensor]: ...
+
+    def forward(
+        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with `components` its terms by name, unweighted.
+
+        Args:
+            student: features (B, C, *spatial), finest level first; they receive the gradient.
+            teacher: features of the same sizes; their channels may differ.
+            valid: (B, 1, *image) with 1 where the label counts and 0 where it is ignored. It enters at every level
+                as valid area fraction.
+            components: return {term: scalar} instead of the scalar.
+
+        Returns:
+            A scalar in at least fp32, or the terms; those of weight 0 are left out.
+
+        Raises:
+            ReSegError: levels or sizes differ.
+        """
+        self.check_levels(len(student.encoder))
+        pairs = {name: pair for name, pair in pair_terms(student, teacher).items() if self.term_weight(name)}
+        for name, (s, t) in pairs.items():
+            if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
+                raise ReSegError(
+                    f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "
+                    "and size must agree. If the image size is odd at this level, pad it to a multiple of the stride"
+                )
+        if self.projection is not None:
+            # one forward for all terms, so that under DistributedDataParallel it is reduced once
+            mapped = self.projection({name: s for name, (s, _) in pairs.items()})
+        else:
+            mapped = {name: self._match_channels(s, t.shape[1]) for name, (s, t) in pairs.items()}
+        areas: dict[tuple[int, ...], Tensor] = {}
+        terms: dict[str, Tensor] = {}
+        for name, (_, t) in pairs.items():
+            size = tuple(t.shape[2:])
+            if valid is not None and size not in areas:
+                areas[size] = RF.valid_fraction(valid, size)
+            terms[name] = RF.alignment_term(mapped[name], t, areas.get(size), normalize=self.normalize)
+        return terms if components else self.combine(terms)
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms over the divisor (eq. 7)."""
+        return torch.stack([self.term_weight(name) * term for name, term in terms.items()]).sum() / self.divisor
+
+    def _match_channels(self, x: Tensor, channels: int) -> Tensor:
+        if x.shape[1] == channels:
+            return x
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (channels, x.shape[1], x.device, dtype)
+        if key not in self._fixed:  # kept, so that no later step copies to the device
+            self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
+        return RF.project(x, self._fixed[key])
+
+
+class LinearProjection(nn.Module):
+    """A trainable 1x1 map for every named term, from the student's channels to the teacher's.
+
+    It starts as the fixed semi-orthogonal map of the same channels (the identity up to a rotation).
+    """
+
+    def __init__(self, channels: Mapping[str, tuple[int, int]], seed: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.ParameterDict(
+            {name: nn.Parameter(RF.semi_orthogonal(t, s, seed).float()) for name, (s, t) in channels.items()}
+        )
+        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(t)) for name, (_, t) in channels.items()})
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{term: (B, C, *spatial)} to {term: (B, D, *spatial)}, in at least fp32."""
+        return {name: RF.project(x, self.weight[name], self.bias[name]) for name, x in features.items()}
+
+
+def _as_list(weight: Weight) -> list[float]:
+    return list(weight) if isinstance(weight, Sequence) else [weight]
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ReSegError(f"{name}={value!r}; weights are finite numbers >= 0")

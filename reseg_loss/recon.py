@@ -1,0 +1,249 @@
+"""Stage 1: train the teacher to reconstruct images from their label maps. A helper, not a trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from .errors import ReSegError
+from .labels import plain_label, unpack_batch
+from .losses import ReconLoss
+from .teacher import Teacher
+
+READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device
+SAMPLED_BATCHES, SAMPLED_PIXELS = 50, 1024  # for the best constant image
+
+OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def fit(
+    loader: Iterable[Any],
+    prepare: Callable[[Tensor, Tensor], Teacher],
+    loss: ReconLoss,
+    *,
+    epochs: int | None,
+    steps: int | None,
+    optimizer: OptimizerLike | None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+    amp: torch.dtype | None,
+    resumed: dict[str, Any] | None,
+    save: Callable[[dict[str, Any]], None] | None,
+    progress: bool,
+) -> list[float]:
+    """Train what `prepare` returns for the first batch; the mean loss of every epoch.
+
+    `resumed` is what an earlier `save` was given; with it the run goes on after its last epoch. The caller keeps
+    random states, freezes the teacher and makes files of what `save` gets.
+
+    Raises:
+        ReSegError: the loader is empty, a batch has another form, or the loss is not finite.
+    """
+    history: list[float] = list(resumed["history"]) if resumed else []
+    step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
+    run: _Run | None = None
+    if resumed:
+        restore_rng(resumed["rng"])
+    bar = tqdm(total=steps, initial=step, disable=not progress or rank() > 0, desc="stage 1", unit="step")
+    if steps is None and epochs is not None and hasattr(loader, "__len__"):
+        bar.total = epochs * len(loader)  # pyright: ignore[reportArgumentType]
+    with bar:
+        while (len(history) < epochs) if epochs is not None else (step < (steps or 0)):
+            sampler = getattr(loader, "sampler", None)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
+            total, seen = None, 0
+            for batch in loader:
+                image, label = (plain_label(x) for x in unpack_batch(batch))
+                if run is None:
+                    teacher = prepare(image, label)
+                    run = _Run(teacher, loss, optimizer, scheduler, amp, resumed)
+                check_image(image, label, run.teacher)
+                if not history:  # the first epoch has shown every label
+                    run.teacher.encoding.check_values(label)
+                value, valid = run.step(image, label)
+                if len(constants) < SAMPLED_BATCHES:
+                    constants.append(_pixels(image, valid))
+                total = value if total is None else total + value
+                seen, step = seen + 1, step + 1
+                bar.update()
+                if seen % READ_EVERY == 0:
+                    bar.set_postfix(loss=f"{_finite(total, seen, step):.4f}")
+                if steps is not None and step >= steps:
+                    break
+            if total is None or run is None:
+                raise ReSegError("the loader is empty (or a one-shot iterator that is used up); stage 1 needs batches")
+            history.append(_finite(total, seen, step))
+            bar.set_postfix(loss=f"{history[-1]:.4f}")
+            if save is not None:
+                save({**run.state(), "history": history, "step": step, "constants": constants, "rng": rng_state()})
+    if history and constants:
+        _compare_with_constant(history[-1], torch.cat(constants, 1), loss)
+    return history
+
+
+class _Run:
+    """Teacher, optimizer and schedule while stage 1 runs; under torch.distributed in a DDP of its own."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        loss: ReconLoss,
+        optimizer: OptimizerLike | None,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        amp: torch.dtype | None,
+        resumed: dict[str, Any] | None,
+    ) -> None:
+        self.teacher, self.loss, self.amp = teacher, loss, amp
+        self.device = teacher.reference.device
+        self.module: nn.Module = teacher
+        if world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            # heads that the reconstruction does not reach get no gradient
+            self.module = DistributedDataParallel(teacher, device_ids=ids, find_unused_parameters=True)
+        if optimizer is None:
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)
+        elif isinstance(optimizer, torch.optim.Optimizer):
+            self.optimizer = optimizer
+        else:
+            self.optimizer = optimizer(teacher.parameters())
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        if resumed:
+            self.optimizer.load_state_dict(resumed["optimizer"])
+            self.scaler.load_state_dict(resumed["scaler"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(resumed["scheduler"])
+
+    def step(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One step; the loss and the valid mask."""
+        image, label = (x.to(self.device, non_blocking=True) for x in (image, label))
+        _, valid = self.teacher.encoding.encode(label)
+        context = torch.autocast(self.device.type, dtype=self.amp) if self.amp else nullcontext()
+        with torch.enable_grad(), context:
+            prediction = self.module(label)
+            value = self.loss(prediction, image.to(torch.promote_types(image.dtype, torch.float32)), valid)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(value).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return value.detach(), valid
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+        }
+
+
+def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
+    """Raise a ReSegError unless image and label fit each other and the teacher."""
+    if not image.is_floating_point():
+        raise ReSegError(f"the image has dtype {image.dtype}; the teacher reconstructs it, so make it float")
+    if image.ndim != teacher.encoding.dims + 2:
+        raise ReSegError(
+            f"the image has shape {tuple(image.shape)}; expected (B, C, ...) with {teacher.encoding.dims} spatial axes"
+        )
+    teacher.encoding.check_shape(label, image.shape)
+
+
+def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """torch.save that leaves either the old or the new file, whenever it is killed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def rng_state() -> dict[str, Any]:
+    """The random states of torch, CUDA, random and (where loaded) numpy, as tensors and plain values."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy else None
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "random": random.getstate(),
+        "numpy": (state[0], state[1].tolist(), *state[2:]) if state else None,
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(value, device)
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = sys.modules.get("numpy")
+    if state["numpy"] and numpy:
+        numpy.random.set_state(tuple(state["numpy"]))
+
+
+def rank() -> int:
+    """This process's rank, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def broadcast(module: nn.Module) -> None:
+    """Parameters and buffers of rank 0 to every rank."""
+    if world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, 0)
+
+
+def _finite(total: Tensor, seen: int, step: int) -> float:
+    mean = float(total) / seen
+    if not math.isfinite(mean):
+        raise ReSegError(
+            f"the reconstruction loss is {mean} by step {step}: check the images for NaN or infinite values, "
+            "scale them to about unit range, or lower the learning rate (optimizer=)"
+        )
+    return mean
+
+
+def _pixels(image: Tensor, valid: Tensor | None) -> Tensor:
+    """Some valid pixels of every channel, evenly over the batch."""
+    flat = image.movedim(1, 0).flatten(1)
+    if valid is not None:
+        flat = flat[:, (valid > 0).flatten().to(flat.device)]
+    return flat[:, :: max(1, flat.shape[1] // SAMPLED_PIXELS)].float().cpu()
+
+
+def _compare_with_constant(last: float, pixels: Tensor, loss: ReconLoss) -> None:
+    """Warn when the teacher has learnt no more than the best constant image (of quantiles and mean, per channel)."""
+    if pixels.shape[1] == 0:
+        return
+    candidates = torch.cat([pixels.quantile(torch.linspace(0, 1, 101), 1), pixels.mean(1)[None]])
+    errors = pixels[None] - candidates[..., None]
+    best = (loss.alpha * errors.square() + loss.beta * errors.abs()).mean(2).min(0).values.mean()
+    if last >= float(best):
+        warnings.warn(
+            f"the teacher's reconstruction loss is {last:.4f}, no better than the best constant image ({best:.4f}): "
+            "it has learnt nothing from the labels. Train longer, check that images and labels belong together, or "
+            "change the learning rate (optimizer=)",
+            stacklevel=4,
+        )

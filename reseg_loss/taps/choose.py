@@ -1,0 +1,230 @@
+"""Stage 5: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from ..errors import TapError
+from .graph import Graph, Size, covers
+from .names import tap_at
+from .record import Call
+from .skips import Floor, Shape, is_raw_join, pick_skip
+from .tap import Level, Tap, TapPlan
+from .trunk import Trunk
+
+
+def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"]) -> TapPlan:
+    """The plan for a shape, every level in it.
+
+    Raises:
+        TapError: fewer than two levels, a second descent, or a bottleneck that no hook sees or of a single cell.
+    """
+    if shape is None or shape.score()[0] < 1:
+        raise TapError(_explain(graph, "no decoder was found that goes up in resolution and takes in skip features"))
+    trunk, notes, levels = shape.trunk, [], []
+    for size in sorted(shape.floors, reverse=True):
+        level, note = _level(shape, shape.floors[size], encoder)
+        levels += [level] if level else []
+        notes += [note] if note else []
+    _check_single_descent(graph, trunk)
+    bottleneck = _bottleneck(trunk)
+    if bottleneck is None:
+        raise TapError(_explain(graph, f"no hook sees the bottleneck, of size {trunk.size}"))
+    if len(levels) < 2:
+        found = "; ".join(f"{level.spatial}: {level.encoder} and {level.decoder}" for level in levels) or "none"
+        what = f"two levels with an encoder and a decoder feature are needed, found {len(levels)} ({found})"
+        raise TapError(_explain(graph, what, notes))
+    if _widest_vanished(graph) > bottleneck.channels:
+        what = f"the example input, of size {graph.image}, is too small: a feature map shrinks to a single cell"
+        raise TapError(_explain(graph, what + "; use the size of training"))
+    return TapPlan(tuple(levels), bottleneck, tuple(notes))
+
+
+def _level(shape: Shape, floor: Floor, kind: Literal["skip", "stage"]) -> tuple[Level | None, str]:
+    """A level, or why there is none."""
+    trunk, graph = shape.trunk, shape.trunk.graph
+    where = f"level {'x'.join(map(str, floor.size))} left out: "
+    skip = pick_skip(trunk, floor)
+    skip_tap = None if skip is None else tap_at(graph, skip)
+    stage_tap = _stage(trunk, floor.size, None if skip is None else graph.channels(skip))
+    encoder = (skip_tap or stage_tap) if kind == "skip" else (stage_tap or skip_tap)
+    if encoder is None or encoder.channels < 2:
+        return None, where + "no feature of the encoder joins the decoder there"
+    decoder = _decoder(trunk, floor, encoder)
+    if decoder is None:
+        return None, where + "no module returns a feature of the decoder there"
+    if skip is None and decoder.channels != encoder.channels:
+        channels = f"{encoder.channels} and {decoder.channels}"
+        return None, where + f"no skip connection, and {encoder} and {decoder} differ in channels ({channels})"
+    stride = encoder.stride if len(set(encoder.stride)) == 1 else decoder.stride
+    return Level(stride, floor.size, encoder, decoder), ""
+
+
+def _heavy(calls: list[tuple[Call, int]]) -> list[tuple[Call, int]]:
+    """Those with parameters, and not much fewer of them than the largest: blocks, not norms and activations."""
+    most = max((call.parameters for call, _ in calls), default=0)
+    return [(call, node) for call, node in calls if call.parameters >= 0.2 * most and call.parameters > 0]
+
+
+def _stage(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
+    """The last block of the encoder at a level, with the norm or activation that completes it."""
+    graph = trunk.graph
+    made = [
+        (call, node)
+        for call in graph.calls[1:]
+        for keys, node in call.outputs
+        if not keys and node in trunk.encoder and node != trunk.bottleneck and node not in graph.inputs
+        if node >= call.start and graph.size(node) == size and channels in (None, graph.channels(node))
+    ]
+    blocks = _heavy(made)
+    if not blocks:
+        return None
+    last = max(node for _, node in blocks)
+    parents = {call.parent for call, node in blocks if node == last}
+    return tap_at(graph, max(node for call, node in made if call.parent in parents or node == last))
+
+
+def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
+    """The decoder's last feature of a level after the merge and before the head, as wide as the encoder's if any is."""
+    graph, merged, head = trunk.graph, floor.merged(), _head_start(trunk)
+    body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
+    taps = [tap for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
+    if inner := _inner(trunk, floor, body):
+        taps.insert(0, inner)
+    if not taps:  # nothing is computed there after the merge: the decoder block's output before it
+        before = [n for n in floor.trunk if n not in merged and n < head and not is_raw_join(trunk, n)]
+        taps = [tap for node in before or body if (tap := tap_at(graph, node))]
+        taps = taps or [tap for node in body if (tap := tap_at(graph, node))]
+    if not taps:
+        return None
+    # Functional code (a sum, an activation) may have the encoder's channels where no module's output has.
+    functional = [tap for node in body if (tap := tap_at(graph, node)) and tap.is_input]
+    output_channels = graph.channels(trunk.path[0])
+    return next(
+        (tap for tap in (*taps, *functional) if tap.channels == encoder.channels),
+        next((tap for tap in taps if tap.channels != output_channels), taps[0]),
+    )
+
+
+def _head_start(trunk: Trunk) -> int:
+    """The first node of the head: the last module with parameters on the way to the output."""
+    for node in trunk.path[:-1]:
+        owner = trunk.folded.owner(node)
+        if owner is not None and trunk.graph.calls[owner].parameters:
+            return trunk.graph.calls[owner].start
+    return len(trunk.graph.nodes)
+
+
+def _inner(trunk: Trunk, floor: Floor, body: list[int]) -> Tap | None:
+    """The last block at this level within the module that leaves it, where that module does most of the level's work.
+
+    Such a module upsamples at its end, as the stages of Swin-UNet do.
+    """
+    graph = trunk.graph
+    above = trunk.path.index(floor.trunk[0]) - 1 if floor.trunk else -1
+    owner = trunk.folded.owner(trunk.path[above]) if above >= 0 else None
+    if owner is None:
+        return None
+    leaving = graph.calls[owner]
+    made = [
+        (call, node)
+        for call in graph.inside(owner)
+        for keys, node in call.outputs
+        if not keys and node >= call.start and node >= leaving.start and graph.size(node) == floor.size
+        if graph.channels(node) == graph.channels(floor.trunk[0])
+    ]
+    calls = {call.index: call for call, _ in made}
+    outermost = [call for call in calls.values() if not any(up in calls for up in _callers(graph, call))]
+    tapped = {trunk.folded.owner(node) for node in body if tap_at(graph, node, inputs=False, views=False)}
+    outside = sum(graph.calls[call].parameters for call in tapped if call is not None)
+    if not made or sum(call.parameters for call in outermost) <= outside:
+        return None
+    return tap_at(graph, max(node for _, node in _heavy(made)))
+
+
+def _callers(graph: Graph, call: Call) -> list[int]:
+    callers = []
+    while call.parent >= 0:
+        callers.append(call.parent)
+        call = graph.calls[call.parent]
+    return callers
+
+
+def _bottleneck(trunk: Trunk) -> Tap | None:
+    """The deepest feature: the end of the trunk, or the operand of a functional sum or concatenation there."""
+    graph, end = trunk.graph, trunk.bottleneck
+    tap = tap_at(graph, end, inputs=False)
+    operands: list[tuple[int, int, Tap]] = []
+    seen, todo = {end}, [end]
+    for node in todo:
+        for source in graph.nodes[node].sources:
+            if source not in seen and graph.size(source) == trunk.size:
+                seen.add(source)
+                if operand := tap_at(graph, source, inputs=False):
+                    operands.append((graph.depth[source], source, operand))
+                else:
+                    todo.append(source)
+    if tap is None:
+        widest = max(operands, key=lambda o: (o[2].channels, o[0]), default=None)
+        return widest[2] if widest else tap_at(graph, end)
+    if graph.nodes[end].operator == "aten::cat" and len(operands) > 1:
+        # cat([x, f(x)]), a skip around the innermost block: f(x), if it is at least as wide as x
+        _, deepest, inner = max(operands, key=lambda o: o[:2])
+        before = graph.ancestors([deepest])
+        if all(node in before and operand.channels <= inner.channels for _, node, operand in operands):
+            return inner
+    return tap
+
+
+def _check_single_descent(graph: Graph, trunk: Trunk) -> None:
+    """Raises TapError if the resolution goes down again after it has gone up."""
+    leading = graph.ancestors(graph.outputs)
+    for node, pure in trunk.pure.items():
+        size = graph.size(node)
+        if pure or size is None or node not in leading:
+            continue
+        for source in trunk.folded.sources(node):
+            above = graph.size(source)
+            if above and above != size and not trunk.pure[source] and covers(above, size):
+                what = f"the resolution goes down again after going up ({above} to {size}, in {graph.where(node)})"
+                raise TapError(_explain(graph, what + ": U-Nets in a row, or several branches; pass the U-Net inside"))
+
+
+def _widest_vanished(graph: Graph) -> int:
+    """The most channels of a map that a convolution or a max pooling shrank from a few cells to one."""
+    widest = 0
+    for node in graph.nodes:
+        if ("convolution" in node.operator or "max_pool" in node.operator) and "adaptive" not in node.operator:
+            before = graph.nodes[node.sources[0]].shape if node.sources else ()
+            if len(node.shape) == len(graph.image) + 2 == len(before) and max(node.shape[2:]) == 1 < max(before[2:]) < 4:
+                widest = max(widest, node.shape[1])
+    return widest
+
+
+def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
+    """`what` is wrong, and how to name taps by hand, with the modules that return a feature map, by size."""
+    by_size: dict[Size, list[str]] = {}
+    for call in graph.calls[1:]:
+        for keys, node in call.outputs:
+            size = graph.size(node)
+            # Of nested modules that return the same size, the outermost is enough.
+            if size and not keys and size not in {graph.size(n) for _, n in graph.calls[call.parent].outputs[:1]}:
+                names = by_size.setdefault(size, [])
+                name = call.name + (f"@{call.count}" if call.count else "")
+                if name not in names:
+                    names.append(name)
+    rows = []
+    for size in sorted(by_size, key=math.prod, reverse=True):
+        names = by_size[size]
+        shown = names if len(names) <= 8 else [*names[:4], "...", *names[-4:]]
+        rows.append(f"  {'x'.join(map(str, size))}: {', '.join(shown)}")
+    return "\n".join(
+        [
+            f"{what}.",
+            *(notes or []),
+            "Name the taps by hand: taps={'encoder': [...], 'decoder': [...], 'bottleneck': '...'}, finest first, one "
+            "encoder and one decoder tap per level, of the same size. Modules that return a feature map, by size:",
+            *(rows or ["  none"]),
+        ]
+    )

@@ -1,0 +1,197 @@
+"""Stage 4: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+from .graph import Folded, Graph, Size
+from .names import tap_at
+from .trunk import Trunk, find_trunk
+
+
+class Origin(IntEnum):
+    """How sure it is that a tensor belongs to the encoder, the surest first."""
+
+    ENCODER = 0  # the bottleneck was computed from it
+    DESCENDING = 1  # it was never upsampled: a projection on the way of the skip
+    OTHER = 2  # merely not computed from the bottleneck
+
+
+class Candidate(NamedTuple):
+    """A tensor that a skip may stand for."""
+
+    origin: Origin
+    distance: int  # steps back from where the skip joins the trunk
+    node: int
+
+
+@dataclass
+class Floor:
+    """One level of the U: the trunk's nodes there (output side first), the skips, and the nodes that merge them."""
+
+    size: Size
+    trunk: list[int] = field(default_factory=list)
+    skips: list[Candidate] = field(default_factory=list)
+    merges: list[int] = field(default_factory=list)
+    joined_inside: bool = False  # a skip joins within a folded call that ends at a finer level
+
+    def merged(self) -> list[int]:
+        """The trunk's nodes that hold everything merged at this level; all of them where nothing is."""
+        return self.trunk[: min(self.trunk.index(node) for node in self.merges) + 1] if self.merges else self.trunk
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A trunk with its floors."""
+
+    trunk: Trunk
+    floors: dict[Size, Floor]
+
+    def score(self) -> tuple[int, int]:
+        """(levels joined by a skip, levels whose merge is on the trunk)."""
+        joined = [
+            floor
+            for floor in self.floors.values()
+            if (floor.trunk or floor.joined_inside) and any(self.trunk.graph.channels(c.node) > 1 for c in floor.skips)
+        ]
+        return len(joined), sum(bool(floor.merges) for floor in joined)
+
+
+def find_shape(graph: Graph) -> Shape | None:
+    """The trunk and its skips, with as many modules opened as reveals more levels, and no more."""
+    opened = frozenset({0})
+    shape = _analyse(graph, opened)
+    found = True
+    while found:
+        found = False
+        candidates = _openable(shape) if shape else graph.working(0)
+        for call in candidates:
+            if better := _open(graph, call, opened, shape, shape, 0):
+                opened, shape = better
+                found = True
+                break
+    return shape
+
+
+def _open(
+    graph: Graph, call: int, opened: frozenset[int], base: Shape | None, last: Shape | None, depth: int
+) -> tuple[frozenset[int], Shape] | None:
+    """Open `call`, and what is in it, until that improves on `base`."""
+    if depth > 8 or len(graph.sizes_inside(call)) < 2:
+        return None
+    opened = opened | {call}
+    shape = _analyse(graph, opened)
+    if shape and shape.score() > (base.score() if base else (0, 0)) and _is_deeper_encoder(base, shape):
+        return opened, shape
+    if shape and depth <= 6:
+        end = graph.calls[call].end
+        inner = [c for c in _openable(shape) if c > call and graph.calls[c].start < end]
+    else:
+        inner = [child for child in graph.working(call) if graph.calls[child].children]
+    for child in inner:
+        if better := _open(graph, child, opened, base, shape, depth + 1):
+            return better
+    return None
+
+
+def _openable(shape: Shape) -> Iterator[int]:
+    """The folded calls on the trunk, then those at the level of the bottleneck behind it."""
+    graph, folded = shape.trunk.graph, shape.trunk.folded
+    todo, seen, given = list(shape.trunk.path), set(shape.trunk.path), set()
+    for node in todo:
+        call = folded.owner(node)
+        if call is not None and call not in given and graph.working(call):
+            given.add(call)
+            yield call
+        if graph.size(node) == shape.trunk.size:
+            behind = [s for s in folded.sources(node) if s not in seen and graph.size(s) == shape.trunk.size]
+            seen.update(behind)
+            todo += behind
+
+
+def _is_deeper_encoder(base: Shape | None, shape: Shape) -> bool:
+    """A deeper bottleneck must be as wide as the encoder above it, else it is a small pyramid inside the bottleneck."""
+    if base is None or base.score()[0] < 1 or shape.trunk.size == base.trunk.size:
+        return True
+    joined = [floor for floor in base.floors.values() if floor.skips]
+    skip = pick_skip(base.trunk, min(joined, key=lambda floor: floor.size)) if joined else None
+    return skip is None or shape.trunk.graph.channels(shape.trunk.bottleneck) >= base.trunk.graph.channels(skip)
+
+
+def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
+    trunk = find_trunk(Folded(graph, opened))
+    if trunk is None:
+        return None
+    floors: dict[Size, Floor] = {}
+    for node, below in zip(trunk.path, trunk.path[1:]):
+        size = graph.size(node)
+        if size is None:
+            continue
+        if size != trunk.size:
+            floors.setdefault(size, Floor(size)).trunk.append(node)
+        for operand in trunk.folded.sources(node):
+            joining = graph.size(operand)
+            if operand == below or operand in graph.inputs or joining in (None, trunk.size):
+                continue
+            # A skip of another size joins inside a folded call; it is this trunk's if the trunk comes from there.
+            if joining != size and graph.size(below) != joining:
+                continue
+            floor = floors.setdefault(joining, Floor(joining))
+            candidates = list(_encoder_side(trunk, operand, joining))
+            floor.skips += candidates
+            if candidates and joining == size:
+                floor.merges.append(node)
+            elif candidates:
+                floor.joined_inside = True
+    return Shape(trunk, floors)
+
+
+def _encoder_side(trunk: Trunk, operand: int, size: Size) -> Iterator[Candidate]:
+    """The tensors behind an operand, at its level, that the bottleneck has no part in (this undoes gates)."""
+    graph, seen, todo, distance = trunk.graph, {operand}, [operand], 0
+    for node in todo:
+        if node not in trunk.decoder:
+            descending = Origin.DESCENDING if trunk.pure.get(node) else Origin.OTHER
+            origin = Origin.ENCODER if node in trunk.encoder else descending
+            yield Candidate(origin, distance, node)
+            distance += 1
+            if origin is Origin.ENCODER:
+                return
+        if node in trunk.pure:
+            new = [s for s in trunk.folded.sources(node) if s not in seen and s not in graph.inputs]
+            new = [s for s in new if graph.size(s) == size]
+            seen.update(new)
+            todo += new
+
+
+def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
+    """The skip of a level: of the encoder's own tensors, or those that project them, one as wide as the decoder."""
+    graph = trunk.graph
+    candidates = [c for c in floor.skips if tap_at(graph, c.node)]
+    if not candidates:
+        return None
+    widths = _module_widths(trunk, floor.merged()) or _module_widths(trunk, floor.trunk)
+    widths = widths or {graph.channels(node) for node in floor.trunk if not is_raw_join(trunk, node)}
+
+    def order(candidate: Candidate) -> tuple[int, int, int]:
+        origin, distance, node = candidate
+        wide_as_decoder = graph.channels(node) in widths and origin < Origin.OTHER
+        later_first = -node if origin < Origin.OTHER else node
+        return (int(origin) if wide_as_decoder else 2 + int(origin)), distance, later_first
+
+    return min(candidates, key=order).node
+
+
+def _module_widths(trunk: Trunk, nodes: list[int]) -> set[int]:
+    graph = trunk.graph
+    returned = [node for node in nodes if tap_at(graph, node, inputs=False, views=False)]
+    return {graph.channels(node) for node in returned if not is_raw_join(trunk, node)}
+
+
+def is_raw_join(trunk: Trunk, node: int) -> bool:
+    """A bare concatenation that holds an encoder's tensor as it is; a block's own branches make none."""
+    operator, sources = trunk.graph.nodes[node].operator, trunk.graph.nodes[node].sources
+    return operator in ("aten::cat", "aten::stack") and not trunk.decoder.issuperset(sources)

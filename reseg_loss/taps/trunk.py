@@ -1,0 +1,100 @@
+"""Stage 3: the trunk, the path from an output down the decoder to the bottleneck."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .graph import Folded, Graph, Size, covers
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The decoder's backbone.
+
+    Attributes:
+        folded: the graph it was found in.
+        path: its nodes, from the output to the bottleneck.
+        pure: for every feature map the output depends on, whether it only ever went down (or stayed) in resolution.
+    """
+
+    folded: Folded
+    path: tuple[int, ...]
+    pure: dict[int, bool]
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, nothing folded."""
+        return self.folded.graph
+
+    @property
+    def bottleneck(self) -> int:
+        """The last node of the path."""
+        return self.path[-1]
+
+    @property
+    def size(self) -> Size:
+        """The level of the bottleneck."""
+        size = self.graph.size(self.bottleneck)
+        assert size is not None, "find_trunk returns no trunk without"
+        return size
+
+    @cached_property
+    def encoder(self) -> set[int]:
+        """All nodes the bottleneck was computed from, itself included."""
+        return self.graph.ancestors([self.bottleneck])
+
+    @cached_property
+    def decoder(self) -> set[int]:
+        """All nodes computed from the bottleneck, itself included."""
+        return self.graph.descendants(self.bottleneck)
+
+
+def find_trunk(folded: Folded) -> Trunk | None:
+    """The best path from an output backward, never to a finer level, to the first pure node.
+
+    Best is: most levels, then the operand that was upsampled where several could be followed, then the deeper
+    bottleneck, then the longer path. None if no output has such a path.
+    """
+    graph = folded.graph
+    pure: dict[int, bool] = {}
+    rank: dict[int, tuple[int, int, int]] = {}  # levels climbed, depth of the bottleneck, length
+    following: dict[int, int] = {}
+    for node in sorted(_reached(folded)):
+        size, sources = graph.size(node), folded.sources(node)
+        pure[node] = node in graph.inputs or (
+            size is not None and all(pure[s] and covers(graph.size(s) or graph.image, size) for s in sources)
+        )
+        if pure[node]:
+            rank[node] = (0, graph.depth[node], 0)
+            continue
+        best = None
+        for source in sources:
+            below = graph.size(source)
+            if source not in rank or below is None or (size is not None and not covers(size, below)):
+                continue
+            climbs = int(size is not None and below != size)
+            levels, depth, length = rank[source]
+            candidate = (levels + climbs, climbs, depth, length + 1)
+            if best is None or candidate > best:
+                best, following[node] = candidate, source
+        if best:
+            rank[node] = (best[0], best[2], best[3])
+    ends = [output for output in graph.outputs if output in rank]
+    if not ends:
+        return None
+    path = [max(ends, key=lambda node: rank[node])]
+    while path[-1] in following:
+        path.append(following[path[-1]])
+    if path[-1] in graph.inputs or graph.size(path[-1]) is None:
+        return None
+    return Trunk(folded, tuple(path), pure)
+
+
+def _reached(folded: Folded) -> set[int]:
+    seen, todo = set(folded.graph.outputs), list(folded.graph.outputs)
+    while todo:
+        new = [source for source in folded.sources(todo.pop()) if source not in seen]
+        seen.update(new)
+        todo += new
+    return seen

@@ -1,0 +1,166 @@
+"""The teacher: a network that turns label maps into images, frozen once it is trained."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ReSegError
+from .labels import LabelEncoding, plain_label
+from .taps.dryrun import preserved_modes, preserved_rng, tensors
+
+logger = logging.getLogger("reseg_loss")
+
+
+class Teacher(nn.Module):
+    """Label map in, reconstructed image out: a body between two optional 1x1 convolutions.
+
+    Args:
+        body: the network; it is called as it is.
+        encoding: how labels become its input.
+        in_channels: what the body takes in; another number than `encoding.channels` gets a convolution before it.
+        out_channels: what the body gives out, likewise against `image_channels`.
+        image_channels: channels of the image.
+        output: path to the image-sized tensor in the body's output; None finds it (`select_output`).
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        encoding: LabelEncoding,
+        *,
+        in_channels: int,
+        out_channels: int,
+        image_channels: int,
+        output: Sequence[int | str] | None = None,
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d if encoding.dims == 2 else nn.Conv3d
+        like = next((p for p in body.parameters() if p.is_floating_point()), torch.zeros(()))
+        kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.encoding, self.out_channels, self.output, self.frozen = encoding, out_channels, output, False
+        same_in, same_out = in_channels == encoding.channels, out_channels == image_channels
+        self.before = nn.Identity() if same_in else conv(encoding.channels, in_channels, 1, **kwargs)
+        self.body = body
+        self.after = nn.Identity() if same_out else conv(out_channels, image_channels, 1, **kwargs)
+        # follows .to(), for a body without parameters
+        self.register_buffer("_like", torch.zeros(0, **kwargs), persistent=False)
+
+    def forward(self, label: Any) -> Tensor:
+        """(B, image channels, *spatial) from a label in any form that `LabelEncoding` takes."""
+        label = plain_label(label)
+        like = self.reference
+        return self.decode(self.encoding.encode(label.to(like.device, non_blocking=True))[0])
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """The image from a label that is encoded already, (B, encoding.channels, *spatial)."""
+        output = self.body(self.before(encoded.to(self.reference.dtype)))
+        return self.after(select_output(output, encoded.shape[0], tuple(encoded.shape[2:]), self.output))
+
+    @property
+    def reference(self) -> Tensor:
+        """A tensor with the device and dtype that the body computes in."""
+        return next((p for p in self.parameters() if p.is_floating_point()), self.get_buffer("_like"))
+
+    def freeze(self) -> Teacher:
+        """Evaluation and no gradients from here on, whatever `train()` says. Returns self."""
+        self.frozen = True
+        self.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.grad = None
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """As `nn.Module.train`, but a frozen teacher stays in evaluation, so its statistics cannot drift."""
+        return super().train(mode and not self.frozen)
+
+
+def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Module:
+    """A trainable copy of the model, of the same class, with its own weights ("random") or the model's ("copy").
+
+    Random weights are drawn by every module's own `reset_parameters` in a fork of the current random state. What
+    has none (position embeddings, for instance) keeps the model's values and is named once in a log line.
+
+    Raises:
+        ReSegError: the model is sharded, has lazy parameters, or cannot be copied.
+    """
+    if is_sharded(model):
+        raise ReSegError(
+            "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
+            "or pass teacher="
+        )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ReSegError("the model has lazy parameters; run one forward before building the wrapper")
+    try:
+        body = copy.deepcopy(model)
+    except Exception as error:
+        raise ReSegError(
+            f"{type(model).__name__} cannot be copied for the teacher ({type(error).__name__}: {error}); "
+            "drop what it holds from past forwards, or pass teacher="
+        ) from error
+    for parameter in body.parameters():
+        parameter.grad = None
+        if parameter.is_floating_point():  # what is frozen in the student must still be learnt here
+            parameter.requires_grad_(True)
+    body.train()
+    if init == "random":
+        kept = redraw(body)
+        if kept:
+            logger.info("the teacher keeps the model's values of %s: no reset_parameters draws them", ", ".join(kept))
+    return body
+
+
+def redraw(model: nn.Module) -> list[str]:
+    """Draw new weights where modules know how to; the names of the parameters that keep their values."""
+    redrawn: set[int] = set()
+    with preserved_rng(), torch.no_grad():
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+                redrawn.update(id(p) for p in module.parameters(recurse=False))
+    return [name for name, p in model.named_parameters() if id(p) not in redrawn]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the model or a part of it."""
+    return any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters())
+
+
+def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
+    """The tensor (B, C, *spatial) in what a model returns: the first float tensor of the image's size, or at `path`.
+
+    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0.
+
+    Raises:
+        ReSegError: there is none.
+    """
+    if path is not None:
+        for key in path:
+            output = output[key] if not isinstance(key, str) or hasattr(output, "keys") else getattr(output, key)
+    found = list(tensors(output))
+    for _, tensor in found:
+        if tensor.is_floating_point() and tensor.shape[0] == batch:
+            if tensor.ndim == len(spatial) + 2 and tuple(tensor.shape[2:]) == spatial:
+                return tensor
+            if tensor.ndim == len(spatial) + 3 and tuple(tensor.shape[3:]) == spatial:
+                return tensor[:, 0]
+    shapes = ", ".join(f"{''.join(f'[{k}]' for k in keys)} {tuple(t.shape)}" for keys, t in found) or "no tensor"
+    raise ReSegError(
+        f"no float output of the image's size {spatial} among {shapes.strip()}; pass output= with the path to it "
+        "(an index, a key or a tuple of them), or a model that returns one"
+    )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients; train flags are as before afterwards."""
+    with preserved_modes(module), torch.no_grad():
+        module.eval()
+        yield

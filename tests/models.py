@@ -1,0 +1,79 @@
+"""Small U-shaped models that the tests train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def block(
+    cin: int, cout: int, dims: int = 2, norm: Callable[[int], nn.Module] | None = None, inplace: bool = False
+) -> nn.Sequential:
+    conv = nn.Conv2d if dims == 2 else nn.Conv3d
+    batch_norm = nn.BatchNorm2d if dims == 2 else nn.BatchNorm3d
+    return nn.Sequential(conv(cin, cout, 3, padding=1), (norm or batch_norm)(cout), nn.ReLU(inplace=inplace))
+
+
+class UNet(nn.Module):
+    """A U-Net with three levels of strides 1, 2 and 4 and a bottleneck of stride 8."""
+
+    taps = {
+        "encoder": ["encoder.0", "encoder.1", "encoder.2"],
+        "decoder": ["decoder.2", "decoder.1", "decoder.0"],
+        "bottleneck": "bottleneck",
+    }
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        classes: int = 3,
+        width: int = 4,
+        dims: int = 2,
+        norm: Callable[[int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width]
+        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        up = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
+        self.pool = nn.MaxPool2d(2) if dims == 2 else nn.MaxPool3d(2)
+        self.encoder = nn.ModuleList([block(a, b, dims, norm) for a, b in zip([in_channels, *widths], widths)])
+        self.bottleneck = block(widths[-1], 8 * width, dims, norm)
+        deep = [8 * width, widths[2], widths[1]]
+        self.up = nn.ModuleList([up(a, b, 2, 2) for a, b in zip(deep, reversed(widths))])
+        self.decoder = nn.ModuleList([block(2 * b, b, dims, norm) for b in reversed(widths)])
+        self.dropout = nn.Dropout(dropout)
+        self.head = conv(width, classes, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        skips = []
+        for encode in self.encoder:
+            x = encode(x)
+            skips.append(x)
+            x = self.pool(x)
+        x = self.dropout(self.bottleneck(x))
+        for up, decode, skip in zip(self.up, self.decoder, reversed(skips)):
+            x = decode(torch.cat([up(x), skip], 1))
+        return self.head(x)
+
+
+def task_loss(logits: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), label)
+
+
+def batch(
+    n: int = 2, size: int = 16, channels: int = 1, classes: int = 3, dims: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, classes, (n, *[size] * dims), generator=generator)
+    image = label.unsqueeze(1).float() + 0.1 * torch.randn(n, channels, *[size] * dims, generator=generator)
+    return image, label
+
+
+def loader(batches: int = 4, **kwargs: Any) -> torch.utils.data.DataLoader:
+    image, label = batch(n=2 * batches, **kwargs)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(image, label), batch_size=2, shuffle=True)
