@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ def block(
 
 
 class UNet(nn.Module):
-    """A U-Net with three levels of strides 1, 2 and 4 and a bottleneck of stride 8."""
+    """A U-Net with levels of strides 1, 2, 4 (as many as `depth`) and a bottleneck below them."""
 
-    taps = {
+    taps: ClassVar = {
         "encoder": ["encoder.0", "encoder.1", "encoder.2"],
         "decoder": ["decoder.2", "decoder.1", "decoder.0"],
         "bottleneck": "bottleneck",
@@ -35,16 +35,16 @@ class UNet(nn.Module):
         dims: int = 2,
         norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
+        depth: int = 3,
     ) -> None:
         super().__init__()
-        widths = [width, 2 * width, 4 * width]
+        widths = [width << level for level in range(depth)]
         conv = nn.Conv2d if dims == 2 else nn.Conv3d
         up = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
         self.pool = nn.MaxPool2d(2) if dims == 2 else nn.MaxPool3d(2)
         self.encoder = nn.ModuleList([block(a, b, dims, norm) for a, b in zip([in_channels, *widths], widths)])
-        self.bottleneck = block(widths[-1], 8 * width, dims, norm)
-        deep = [8 * width, widths[2], widths[1]]
-        self.up = nn.ModuleList([up(a, b, 2, 2) for a, b in zip(deep, reversed(widths))])
+        self.bottleneck = block(widths[-1], 2 * widths[-1], dims, norm)
+        self.up = nn.ModuleList([up(2 * b, b, 2, 2) for b in reversed(widths)])
         self.decoder = nn.ModuleList([block(2 * b, b, dims, norm) for b in reversed(widths)])
         self.dropout = nn.Dropout(dropout)
         self.head = conv(width, classes, 1)

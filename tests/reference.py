@@ -1,0 +1,74 @@
+"""Slow, obvious versions of the equations in numpy, written from the paper and independent of the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def recon(
+    x: np.ndarray, y: np.ndarray, valid: np.ndarray | None = None, alpha: float = 0.6, beta: float = 0.4
+) -> float:
+    """Eqs. 1-3, element by element; `valid` (B, 1, ...) weighs pixels."""
+    squared = absolute = count = 0.0
+    for index in np.ndindex(*x.shape):
+        w = 1.0 if valid is None else float(valid[(index[0], 0, *index[2:])])
+        d = float(x[index]) - float(y[index])
+        squared += w * d * d
+        absolute += w * abs(d)
+        count += w
+    return 0.0 if count == 0 else alpha * squared / count + beta * absolute / count
+
+
+def area_fraction(valid: np.ndarray, spatial: Sequence[int]) -> np.ndarray:
+    """The mean of `valid` over all pixels that a coarser cell touches."""
+    out = np.zeros((*valid.shape[:2], *spatial))
+    for index in np.ndindex(*spatial):
+        window = tuple(
+            slice(math.floor(i * full / size), math.ceil((i + 1) * full / size))
+            for i, full, size in zip(index, valid.shape[2:], spatial)
+        )
+        out[(slice(None), slice(None), *index)] = valid[(slice(None), slice(None), *window)].mean(
+            axis=tuple(range(2, valid.ndim))
+        )
+    return out
+
+
+def standardize(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Every channel to weighted mean 0 and biased weighted variance 1, 1e-5 added to the variance."""
+    out = np.empty_like(x)
+    for c in range(x.shape[1]):
+        total = w[:, 0].sum()
+        mean = (w[:, 0] * x[:, c]).sum() / total
+        variance = (w[:, 0] * (x[:, c] - mean) ** 2).sum() / total
+        out[:, c] = (x[:, c] - mean) / math.sqrt(variance + 1e-5)
+    return out
+
+
+def term(student: np.ndarray, teacher: np.ndarray, valid: np.ndarray | None = None, normalize: bool = False) -> float:
+    """One term of eqs. 4-6: the (weighted) mean squared difference."""
+    w = np.ones((student.shape[0], 1, *student.shape[2:])) if valid is None else area_fraction(valid, student.shape[2:])
+    if w.sum() == 0:
+        return 0.0
+    if normalize:
+        student, teacher = standardize(student, w), standardize(teacher, w)
+    total = 0.0
+    for index in np.ndindex(*student.shape):
+        total += float(w[(index[0], 0, *index[2:])]) * (float(student[index]) - float(teacher[index])) ** 2
+    return total / (student.shape[1] * w.sum())
+
+
+def alignment(
+    student: tuple[Sequence[np.ndarray], Sequence[np.ndarray], np.ndarray],
+    teacher: tuple[Sequence[np.ndarray], Sequence[np.ndarray], np.ndarray],
+    valid: np.ndarray | None = None,
+    normalize: bool = False,
+) -> float:
+    """Eq. 7: teacher encoder with student decoder, teacher decoder with student encoder, bottlenecks; over 3."""
+    total = term(student[2], teacher[2], valid, normalize)
+    for level in range(len(student[0])):
+        total += term(student[1][level], teacher[0][level], valid, normalize)
+        total += term(student[0][level], teacher[1][level], valid, normalize)
+    return total / 3

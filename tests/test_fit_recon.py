@@ -1,0 +1,245 @@
+"""Stage 1: it learns, leaves no trace, continues after a kill, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from models import UNet, batch, loader, task_loss
+from torch import nn
+
+from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
+from reseg_loss.recon import write_atomically
+
+untrained = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
+
+
+def wrapper(model: nn.Module | None = None, **kwargs) -> ReSegWrapper:
+    return ReSegWrapper(model or UNet(), **kwargs)
+
+
+def states() -> tuple:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+def weights(reseg: ReSegWrapper) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in reseg.teacher.state_dict().items()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_learns_more_than_a_constant_image_and_reconstructs():
+    torch.manual_seed(0)
+    reseg = wrapper()
+    history = reseg.fit_recon(loader(8), epochs=8, optimizer=lambda p: torch.optim.Adam(p, 1e-2), progress=False)
+    assert len(history) == 8
+    assert history[-1] < 0.5 * history[0]
+    image, label = batch(seed=9)
+    reconstruction = reseg.reconstruct(label)
+    assert reconstruction.shape == image.shape
+    assert ReconLoss()(reconstruction, image) < ReconLoss()(torch.full_like(image, image.mean()), image) / 2
+    assert not reconstruction.requires_grad
+
+
+def test_a_teacher_that_learnt_nothing_is_warned_about():
+    reseg = wrapper()
+    with pytest.warns(UserWarning, match="no better than the best constant image"):
+        reseg.fit_recon(loader(2), epochs=1, optimizer=lambda p: torch.optim.SGD(p, 1e-6), progress=False)
+
+
+@untrained
+def test_random_states_model_gradients_and_modes_stay_as_they_were():
+    torch.manual_seed(3)
+    model = UNet(dropout=0.5)
+    image, label = batch()
+    task_loss(model(image), label).backward()
+    model.encoder[0].eval()
+    before = copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    data = loader()
+    expected = states()
+    wrapper(model).fit_recon(data, epochs=2, progress=False)
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(states(), expected))
+    assert equal(model.state_dict(), before)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
+    assert [m.training for m in model.modules()] == modes
+
+
+@untrained
+def test_the_loop_is_the_published_objective_on_every_batch():
+    torch.manual_seed(4)
+    reseg = wrapper(example_input=batch()[0])
+    teacher = copy.deepcopy(reseg.teacher)
+    data = list(loader(3))
+    history = reseg.fit_recon(data, steps=3, optimizer=lambda p: torch.optim.SGD(p, 0.1), progress=False)
+    optimizer = torch.optim.SGD(teacher.parameters(), 0.1)
+    losses = []
+    for image, label in data:
+        x = teacher(label)
+        value = 0.6 * (x - image).square().mean() + 0.4 * (x - image).abs().mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert history == pytest.approx([sum(losses) / 3], rel=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(reseg).values(), teacher.state_dict().values()))
+
+
+@untrained
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_continues_to_the_same_bits(tmp_path, bound, workers):
+    class KilledError(Exception):
+        pass
+
+    class DyingLoader:
+        """A loader that dies in the middle of its third epoch."""
+
+        def __init__(self, inner):
+            self.inner, self.epoch = inner, 0
+
+        def __iter__(self):
+            self.epoch += 1
+            for i, item in enumerate(self.inner):
+                if self.epoch == 3 and i == 1:
+                    raise KilledError
+                yield item
+
+    def run(data, path=None):
+        torch.manual_seed(5)
+        model = UNet(dropout=0.3)
+        reseg = wrapper(model, example_input=batch()[0] if bound else None)
+        history = reseg.fit_recon(data, epochs=4, checkpoint=path, progress=False, scheduler=schedule)
+        return history, weights(reseg), states()
+
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+
+    def data():
+        image, label = batch(n=8)
+        dataset = torch.utils.data.TensorDataset(image, label)
+        return torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True, num_workers=workers)
+
+    expected = run(data())
+    path = tmp_path / "stage1.pt"
+    with pytest.raises(KilledError):
+        run(DyingLoader(data()), path)
+    assert len(torch.load(path, weights_only=True)["history"]) == 2
+    actual = run(data(), path)
+    assert actual[0] == expected[0]
+    assert equal(actual[1], expected[1])
+    # a finished run is read, not trained again
+    assert equal(run(data(), path)[1], expected[1])
+
+
+def test_a_checkpoint_is_written_atomically(tmp_path):
+    path = tmp_path / "deep" / "state.pt"
+    write_atomically({"a": 1}, path)
+
+    class Unpicklable:
+        def __reduce__(self):
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically({"a": Unpicklable()}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+
+
+def test_infinite_and_missing_losses_raise():
+    image, label = batch()
+    image[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ReSegError, match="loss is nan"):
+        wrapper().fit_recon([(image, label)], epochs=1, progress=False)
+    with pytest.raises(ReSegError, match="loader is empty"):
+        wrapper().fit_recon([], epochs=1, progress=False)
+
+
+@untrained
+def test_loaders_of_dicts_lists_3d_and_several_channels():
+    image, label = batch(dims=3, size=8, channels=2)
+    for item in ({"image": image, "label": label.unsqueeze(1).float()}, (image, [label, label[:, ::2, ::2, ::2]])):
+        reseg = wrapper(UNet(in_channels=2, dims=3))
+        reseg.fit_recon([item], epochs=1, progress=False)
+        assert reseg.reconstruct(label).shape == image.shape
+
+
+@untrained
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_amp(amp):
+    reseg = wrapper()
+    history = reseg.fit_recon(loader(), epochs=3, amp=amp, progress=False)
+    assert history[-1] < history[0]
+    assert all(v.isfinite().all() for v in weights(reseg).values())
+    assert next(reseg.teacher.parameters()).dtype == torch.float32
+
+
+def test_ignored_pixels_are_left_out_of_the_loss_and_enter_as_zero():
+    torch.manual_seed(6)
+    image, label = batch()
+    label[:, :8] = 255
+    changed = image.clone()
+    changed[:, :, :8] = 1e3
+    results = []
+    for data in ((image, label), (changed, label)):
+        torch.manual_seed(7)
+        reseg = wrapper(ignore_index=255)
+        history = reseg.fit_recon([data], epochs=12, optimizer=lambda p: torch.optim.Adam(p, 0.02), progress=False)
+        results.append(history)
+    assert results[0] == results[1]
+    encoded, valid = reseg.teacher.encoding.encode(label)
+    assert not encoded[:, :, :8].any()
+    assert not valid[:, :, :8].any()
+
+
+def test_an_optimizer_of_the_users_and_a_loop_of_the_users_work():
+    torch.manual_seed(8)
+    image, label = batch()
+    reseg = wrapper(example_input=image)
+    optimizer = torch.optim.Adam(reseg.teacher.parameters(), 1e-2)
+    first = reseg.fit_recon([(image, label)], epochs=20, optimizer=optimizer, progress=False)
+    assert first[-1] < first[0]
+
+    own = wrapper(example_input=image)
+    optimizer, loss = torch.optim.Adam(own.teacher.parameters(), 1e-2), ReconLoss()
+    for _ in range(3):
+        value = loss(own.teacher(label), image)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    own.freeze_teacher()
+    own._model(image)
+    assert own.alignment_loss(label) > 0
+
+
+def test_refusals():
+    image, label = batch()
+    with pytest.raises(ReSegError, match="epochs= or steps="):
+        wrapper().fit_recon([(image, label)])
+    with pytest.raises(ReSegError, match="at least 1"):
+        wrapper().fit_recon([(image, label)], epochs=0)
+    with pytest.raises(ReSegError, match=r"values \[7\.0\]"):
+        wrapper().fit_recon([(image, label.clamp_min(7))], epochs=1, progress=False)
+    with pytest.raises(ReSegError, match="does not fit an image"):
+        wrapper().fit_recon([(image, label[:, ::2])], epochs=1, progress=False)
+    with pytest.raises(ReSegError, match=r"torch\.uint8"):
+        wrapper(example_input=image).fit_recon([(image.byte(), label)], epochs=1, progress=False)
+    with pytest.raises(ReSegError, match="2 image channels"):
+        wrapper(UNet(in_channels=2), example_input=image.expand(-1, 2, -1, -1)).fit_recon(
+            [(image, label)], epochs=1, progress=False
+        )
+    frozen = wrapper(example_input=image)
+    frozen.freeze_teacher()
+    with pytest.raises(ReSegError, match="frozen already"):
+        frozen.fit_recon([(image, label)], epochs=1)
+
+
+@untrained
+def test_the_progress_bar_shows_the_loss(capsys):
+    wrapper().fit_recon(loader(), epochs=1)
+    assert "loss=" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""The equations against slow references, their gradients, precision, masks and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reseg_loss import ReSegError
+from reseg_loss import functional as RF
+
+shapes = st.one_of(
+    st.tuples(*[st.integers(1, 3)] * 2, *[st.integers(1, 5)] * 2),
+    st.tuples(*[st.integers(1, 2)] * 2, *[st.integers(1, 4)] * 3),
+)
+
+
+def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    return a, b
+
+
+def mask_of(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.4).double()
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """The same values in other memory orders."""
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    strided = torch.stack([x, x], -1)[..., 0]
+    return [x, x.contiguous(memory_format=last), strided]
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes, st.integers(0, 99), st.booleans())
+def test_recon_loss_agrees_with_the_reference(shape, seed, masked):
+    x, y = pair(shape, seed=seed)
+    valid = mask_of(shape, seed) if masked else None
+    expected = reference.recon(x.numpy(), y.numpy(), None if valid is None else valid.numpy())
+    for a in layouts(x):
+        assert float(RF.recon_loss(a, y, valid)) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.integers(0, 99), st.booleans(), st.booleans())
+def test_alignment_term_agrees_with_the_reference(shape, seed, masked, normalize):
+    s, t = pair(shape, seed=seed)
+    valid = mask_of(shape, seed) if masked else None
+    expected = reference.term(s.numpy(), t.numpy(), None if valid is None else valid.numpy(), normalize)
+    for a in layouts(s):
+        actual = RF.alignment_term(a, t, valid, normalize="batch" if normalize else None)
+        assert float(actual) == pytest.approx(expected, abs=1e-10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from([((7, 9), (3, 4)), ((8, 8), (2, 4)), ((8, 8), (8, 8)), ((5, 6, 7), (2, 3, 3))]),
+    st.integers(0, 9),
+)
+def test_valid_fraction_agrees_with_the_reference(sizes, seed):
+    full, coarse = sizes
+    valid = mask_of((2, 1, *full), seed)
+    assert np.allclose(RF.valid_fraction(valid, coarse).numpy(), reference.area_fraction(valid.numpy(), coarse))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("function", ["recon", "raw", "batch"])
+def test_gradcheck(function, masked):
+    shape = (2, 3, 4, 3)
+    s, t = pair(shape)
+    valid = mask_of(shape, 3) if masked else None
+    s.requires_grad_()
+
+    def value(x: Tensor) -> Tensor:
+        if function == "recon":
+            return RF.recon_loss(x, t, valid)
+        return RF.alignment_term(x, t, valid, normalize="batch" if function == "batch" else None)
+
+    assert torch.autograd.gradcheck(value, s)
+    # an upstream gradient other than 1, and none into the teacher
+    (3 * value(s)).backward()
+    assert s.grad is not None
+    assert torch.allclose(s.grad, 3 * torch.autograd.grad(value(s), s)[0])
+    assert t.grad is None
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_within_twice_the_naive_error(dtype, normalize):
+    s, t = pair((3, 5, 31, 17), seed=4)
+    s, t = 3 * s + 1, 3 * t - 1
+
+    def naive(a: Tensor, b: Tensor) -> Tensor:
+        if normalize:
+            a, b = ((x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), False, True) + 1e-5).sqrt() for x in (a, b))
+        return (a - b).square().mean()
+
+    results = {}
+    for name, function in {
+        "exact": lambda a: naive(a.double(), t),
+        "naive": lambda a: naive(a.to(dtype), t.to(dtype)),
+        "ours": lambda a: RF.alignment_term(a.to(dtype), t.to(dtype), normalize=normalize),
+    }.items():
+        leaf = s.clone().requires_grad_()
+        value = function(leaf)
+        value.backward()
+        results[name] = (value.detach().double(), leaf.grad)
+    for i in (0, 1):
+        error = (results["ours"][i] - results["exact"][i]).abs().max()
+        assert error <= 2 * (results["naive"][i] - results["exact"][i]).abs().max()
+
+
+def test_half_precision_features_of_300_do_not_overflow():
+    s = torch.full((1, 2, 4, 4), 300.0, dtype=torch.float16)
+    assert float(RF.alignment_term(s, torch.zeros_like(s))) == 90000
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert RF.alignment_term(s, torch.zeros_like(s)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_results_have_at_least_single_precision(dtype):
+    s, t = pair((2, 2, 3, 3), dtype)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert RF.recon_loss(s, t).dtype == RF.alignment_term(s, t, normalize="batch").dtype == expected
+    assert RF.alignment_term(s, t.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+def test_all_ignored_is_a_zero_with_a_graph_and_a_finite_gradient(normalize):
+    s, t = pair((2, 3, 4, 4))
+    s.requires_grad_()
+    valid = torch.zeros(2, 1, 4, 4)
+    for value in (RF.alignment_term(s, t, valid, normalize=normalize), RF.recon_loss(s, t, valid)):
+        (gradient,) = torch.autograd.grad(value, s)
+        assert value.item() == 0
+        assert not gradient.any()
+
+
+def test_ignored_pixels_do_not_matter():
+    s, t = pair((2, 3, 4, 4))
+    valid = mask_of(s.shape, 1)
+    changed = torch.where(valid > 0, s, 1e3)
+    for normalize in (None, "batch"):
+        value = RF.alignment_term(s, t, valid, normalize=normalize)
+        assert torch.allclose(RF.alignment_term(changed, t, valid, normalize=normalize), value)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0.1, 10), st.integers(0, 99))
+def test_laws(scale, seed):
+    s, t = pair((3, 2, 4, 5), seed=seed)
+    raw, standard = RF.alignment_term(s, t), RF.alignment_term(s, t, normalize="batch")
+    assert torch.allclose(RF.alignment_term(scale * s, scale * t), scale**2 * raw)
+    assert torch.allclose(RF.alignment_term(t, s), raw)
+    assert float(RF.alignment_term(s, s, normalize="batch")) == 0
+    assert torch.allclose(RF.alignment_term(torch.cat([s, s]), torch.cat([t, t])), raw)
+    # standardized features do not see an affine change of a channel (beyond the 1e-5)
+    shift = torch.tensor([5.0, -3.0]).view(1, 2, 1, 1)
+    assert torch.allclose(RF.alignment_term(scale * s + shift, t, normalize="batch"), standard, rtol=1e-2)
+
+
+def test_shapes_never_broadcast():
+    for a, b in [((2, 3, 4, 4), (2, 1, 4, 4)), ((2, 3, 4, 4), (1, 3, 4, 4)), ((2, 3, 4, 4), (2, 3, 4, 1))]:
+        for function in (RF.recon_loss, RF.alignment_term):
+            with pytest.raises(ReSegError, match="never broadcast"):
+                function(torch.zeros(a), torch.zeros(b))
+    with pytest.raises(ReSegError, match="valid has shape"):
+        RF.alignment_term(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4))
+    with pytest.raises(ReSegError, match=r"torch\.int64"):
+        RF.recon_loss(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("out", "into"), [(3, 7), (7, 3), (5, 5)])
+def test_semi_orthogonal_maps_are_orthonormal_seeded_and_leave_the_random_state_alone(out, into):
+    state = torch.get_rng_state()
+    m = RF.semi_orthogonal(out, into, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    gram = m @ m.T if out <= into else m.T @ m
+    assert torch.allclose(gram, torch.eye(min(out, into), dtype=torch.float64))
+    assert torch.equal(m, RF.semi_orthogonal(out, into, seed=1))
+    assert not torch.allclose(m, RF.semi_orthogonal(out, into, seed=2))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 2)])
+def test_project_is_a_1x1_convolution(shape):
+    x, matrix, bias = torch.randn(shape), torch.randn(6, 3), torch.randn(6)
+    conv = torch.nn.functional.conv2d if len(shape) == 4 else torch.nn.functional.conv3d
+    expected = conv(x, matrix.view(6, 3, *[1] * (len(shape) - 2)), bias)
+    assert torch.allclose(RF.project(x, matrix, bias), expected, atol=1e-6)

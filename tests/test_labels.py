@@ -1,0 +1,91 @@
+"""Label forms, the teacher's input, the valid mask, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reseg_loss import ReSegError
+from reseg_loss.labels import LabelEncoding, plain_label, unpack_batch
+
+INDEX = torch.tensor([[[0, 1], [2, 255]]])  # (1, 2, 2)
+IMAGE = (1, 1, 2, 2)
+
+
+def one_hot(index: torch.Tensor, classes: int) -> torch.Tensor:
+    return torch.stack([index == c for c in range(classes)], 1)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        INDEX,
+        INDEX.unsqueeze(1),
+        INDEX.to(torch.uint8),
+        INDEX.float(),
+        torch.where(INDEX.unsqueeze(1) == 255, 255, one_hot(INDEX, 3).long()),
+    ],
+)
+@pytest.mark.parametrize("mode", ["index", "onehot"])
+def test_every_form_gives_the_same_input_and_mask(label, mode):
+    encoding = LabelEncoding(mode, 3, 2, ignore_index=255)
+    encoding.check_shape(label, IMAGE)
+    encoding.check_values(label)
+    encoded, valid = encoding.encode(label)
+    expected = torch.tensor([[[[0.0, 1], [2, 0]]]])
+    if mode == "onehot":
+        expected = torch.tensor([[[[1.0, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 0], [1, 0]]]])
+    assert torch.equal(encoded, expected)
+    assert torch.equal(valid, torch.tensor([[[[1.0, 1], [1, 0]]]]))
+    assert encoded.shape[1] == encoding.channels
+
+
+def test_binary_and_multi_label():
+    binary = LabelEncoding("onehot", 1, 2)
+    mask = torch.tensor([[[0, 1], [1, 0]]])
+    for label in (mask, mask.bool(), mask.unsqueeze(1).float()):
+        binary.check_values(label)
+        assert torch.equal(binary.encode(label)[0], mask.unsqueeze(1).float())
+    with pytest.raises(ReSegError, match="from 0 to 1"):
+        binary.check_values(2 * mask)
+    regions = torch.tensor([[[[1, 1], [0, 0]], [[0, 1], [0, 0]]]], dtype=torch.bool)
+    multi = LabelEncoding("onehot", 2, 2)
+    multi.check_values(regions)
+    assert torch.equal(multi.encode(regions)[0], regions.float())
+    assert multi.encode(regions)[1] is None
+    with pytest.raises(ReSegError, match="label_input='onehot'"):
+        LabelEncoding("index", 2, 2).check_values(regions)
+
+
+def test_3d():
+    label = torch.randint(0, 3, (2, 3, 4, 5))
+    encoding = LabelEncoding("onehot", 3, 3)
+    encoding.check_shape(label, (2, 1, 3, 4, 5))
+    assert torch.equal(encoding.encode(label)[0], one_hot(label, 3).float())
+    assert torch.equal(encoding.encode(label.unsqueeze(1))[0], one_hot(label, 3).float())
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 2, 2), (1, 4, 2, 2), (2, 2), (1, 2, 2, 1)])
+def test_shapes_that_do_not_fit_are_refused(shape):
+    with pytest.raises(ReSegError, match="does not fit an image of shape"):
+        LabelEncoding("index", 3, 2).check_shape(torch.zeros(shape), IMAGE)
+
+
+@pytest.mark.parametrize(("value", "ignore"), [(3, None), (-1, None), (0.5, None), (255, None), (255, -1)])
+def test_values_that_are_no_classes_are_refused(value, ignore):
+    label = torch.zeros(1, 2, 2)
+    label[0, 0, 0] = value
+    with pytest.raises(ReSegError, match="ignore_index="):
+        LabelEncoding("index", 3, 2, ignore).check_values(label)
+
+
+def test_lists_and_batches():
+    assert plain_label([INDEX, INDEX[:, ::2]]) is INDEX
+    with pytest.raises(ReSegError, match="ndarray"):
+        plain_label(INDEX.numpy())
+    for batch in ((1, 2), [1, 2], {"image": 1, "label": 2}, {"data": 1, "target": 2}):
+        assert unpack_batch(batch) == (1, 2)
+    with pytest.raises(ReSegError, match="keys"):
+        unpack_batch({"img": 1, "seg": 2})
+    with pytest.raises(ReSegError, match="tuple of 3"):
+        unpack_batch((1, 2, 3))

@@ -1,0 +1,139 @@
+"""The two modules: eq. 7 against a slow reference, weights, components, unequal channels, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reseg_loss import CrossAlignmentLoss, Features, ReconLoss, ReSegError
+from reseg_loss import functional as RF
+from reseg_loss.losses import term_names
+
+
+def features(seed: int, dims: int = 2, channels: tuple[int, ...] = (2, 3, 4, 5), levels: int = 3) -> Features:
+    g = torch.Generator().manual_seed(seed)
+    sizes = [8 >> level for level in range(levels)]
+
+    def side() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(2, c, *[n] * dims, generator=g, dtype=torch.float64) for c, n in zip(channels, sizes))
+
+    bottleneck = torch.randn(2, channels[-1], *[max(8 >> levels, 1)] * dims, generator=g, dtype=torch.float64)
+    return Features(side(), side(), bottleneck)
+
+
+def as_numpy(f: Features):
+    return [x.numpy() for x in f.encoder], [x.numpy() for x in f.decoder], f.bottleneck.numpy()
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(0, 99), st.sampled_from([2, 3]), st.booleans(), st.booleans())
+def test_cross_alignment_agrees_with_the_reference(seed, dims, masked, normalize):
+    student, teacher = features(seed, dims), features(seed + 1000, dims)
+    valid = (torch.rand(2, 1, *[16] * dims) > 0.3).double() if masked else None
+    expected = reference.alignment(
+        as_numpy(student), as_numpy(teacher), None if valid is None else valid.numpy(), normalize
+    )
+    loss = CrossAlignmentLoss(normalize="batch" if normalize else None)
+    assert float(loss(student, teacher, valid)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_recon_loss_module_is_the_function():
+    x, y = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    assert torch.equal(ReconLoss()(x, y), RF.recon_loss(x, y))
+    assert torch.equal(ReconLoss(0.1, 0.9)(x, y), RF.recon_loss(x, y, alpha=0.1, beta=0.9))
+
+
+def test_components_are_unweighted_and_combine_to_the_loss():
+    student, teacher = features(0), features(1)
+    loss = CrossAlignmentLoss(2.0, [1.0, 0.0, 3.0], 0.5)
+    terms = loss(student, teacher, components=True)
+    assert list(terms) == [name for name in term_names(3) if name != "decoder_to_encoder_2"]
+    assert torch.equal(terms["encoder_to_decoder_2"], RF.alignment_term(student.decoder[1], teacher.encoder[1]))
+    assert torch.equal(terms["decoder_to_encoder_3"], RF.alignment_term(student.encoder[2], teacher.decoder[2]))
+    expected = (
+        2 * sum(terms[f"encoder_to_decoder_{i}"] for i in (1, 2, 3))
+        + terms["decoder_to_encoder_1"]
+        + 3 * terms["decoder_to_encoder_3"]
+        + 0.5 * terms["bottleneck"]
+    ) / 3
+    assert torch.allclose(loss(student, teacher), expected)
+    assert torch.equal(loss(student, teacher), loss.combine(terms))
+
+
+@pytest.mark.parametrize("off", ["encoder_to_decoder", "decoder_to_encoder", "bottleneck"])
+def test_the_divisor_stays_when_a_term_is_off(off):
+    student, teacher = features(0), features(1)
+    terms = CrossAlignmentLoss()(student, teacher, components=True)
+    left = sum(term for name, term in terms.items() if not name.startswith(off))
+    assert torch.allclose(CrossAlignmentLoss(**{off: 0.0})(student, teacher), left / 3)
+
+
+def test_no_gradient_reaches_the_teacher_through_a_detached_feature_and_all_reaches_the_student():
+    student, teacher = features(0), features(1)
+    leaves = [x.requires_grad_() for x in (*student.encoder, *student.decoder, student.bottleneck)]
+    CrossAlignmentLoss(normalize="batch")(student, teacher).backward()
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in leaves)
+
+
+def test_unequal_channels_go_through_the_fixed_map_and_equal_ones_do_not():
+    student, teacher = features(0), features(1, channels=(2, 6, 3, 5))
+    loss = CrossAlignmentLoss(seed=3)
+    terms = loss(student, teacher, components=True)
+    assert list(loss.parameters()) == []
+    assert loss.state_dict() == {}
+    assert torch.equal(terms["encoder_to_decoder_1"], RF.alignment_term(student.decoder[0], teacher.encoder[0]))
+    mapped = torch.einsum("dc,bchw->bdhw", RF.semi_orthogonal(6, 3, 3), student.decoder[1])
+    assert torch.allclose(terms["encoder_to_decoder_2"], RF.alignment_term(mapped, teacher.encoder[1]))
+    assert torch.equal(loss(student, teacher), CrossAlignmentLoss(seed=3)(student, teacher))
+    assert not torch.equal(loss(student, teacher), CrossAlignmentLoss(seed=4)(student, teacher))
+
+
+def test_linear_projection_trains_a_map_for_every_term():
+    student, teacher = features(0), features(1)
+    channels = {name: (c, c) for name, c in zip(term_names(3), (2, 3, 4, 2, 3, 4, 5))}
+    loss = CrossAlignmentLoss(projection="linear", channels=channels, bottleneck=0.0)
+    assert sorted(n for n, _ in loss.named_parameters()) == sorted(
+        f"projection.{kind}.{name}" for kind in ("weight", "bias") for name in term_names(3)[:-1]
+    )
+    optimizer = torch.optim.Adam(loss.parameters(), 0.05)
+    first = loss(student, teacher).item()
+    for _ in range(50):
+        optimizer.zero_grad()
+        value = loss(student, teacher)
+        value.backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in loss.parameters())
+    assert value.item() < 0.8 * first
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"encoder_to_decoder": -1.0}, "encoder_to_decoder=-1.0"),
+        ({"bottleneck": float("nan")}, "bottleneck=nan"),
+        ({"encoder_to_decoder": 0, "decoder_to_encoder": 0, "bottleneck": 0}, "weight=0"),
+        ({"divisor": 0.0}, "divisor"),
+        ({"normalize": "layer"}, "None or 'batch'"),
+        ({"projection": "mlp"}, "None or 'linear'"),
+        ({"projection": "linear"}, "channels="),
+    ],
+)
+def test_bad_choices_are_refused(kwargs, message):
+    with pytest.raises(ReSegError, match=message):
+        CrossAlignmentLoss(**kwargs)
+
+
+def test_features_that_do_not_fit_are_refused():
+    student, teacher = features(0), features(1)
+    with pytest.raises(ReSegError, match="every level needs all four"):
+        CrossAlignmentLoss()(student, teacher._replace(encoder=teacher.encoder[:2]))
+    with pytest.raises(ReSegError, match="2 weights, but the features have 3 levels"):
+        CrossAlignmentLoss([1.0, 2.0])(student, teacher)
+    smaller = teacher._replace(bottleneck=teacher.bottleneck[:1])
+    with pytest.raises(ReSegError, match="bottleneck: the student's feature has shape"):
+        CrossAlignmentLoss()(student, smaller)
+    with pytest.raises(ReSegError, match="alpha=-1"):
+        ReconLoss(alpha=-1)

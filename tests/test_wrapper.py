@@ -1,0 +1,382 @@
+"""The wrapper's interface: settings, states, label and model forms, components, stats, projections, own teachers."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+
+import pytest
+import torch
+from models import UNet, batch, task_loss
+from torch import Tensor, nn
+
+from reseg_loss import PRESETS, ReSegError, ReSegWrapper, TapError
+from reseg_loss.teacher import select_output
+
+
+def ready(model: nn.Module | None = None, image: Tensor | None = None, **kwargs) -> tuple[nn.Module, ReSegWrapper]:
+    """A model in training and a wrapper with an untrained, frozen teacher."""
+    model = model or UNet()
+    reseg = ReSegWrapper(model, example_input=batch()[0] if image is None else image, **kwargs)
+    reseg.freeze_teacher()
+    return model, reseg
+
+
+def saved(reseg: ReSegWrapper) -> dict:
+    """The state through a file that may hold tensors and plain values only."""
+    file = io.BytesIO()
+    torch.save(reseg.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_presets_and_overrides():
+    image, _ = batch()
+    assert (PRESETS["paper"].weight, PRESETS["paper"].alpha, PRESETS["paper"].beta) == (0.035, 0.6, 0.4)
+    reseg = ReSegWrapper(UNet(), example_input=image, preset="standardized", weight=0.1, bottleneck=0.0)
+    assert (reseg.weight, reseg.loss.normalize, reseg.loss.bottleneck, reseg.loss.divisor) == (0.1, "batch", 0.0, 3.0)
+    with pytest.raises(ReSegError, match="Did you mean 'weight'"):
+        ReSegWrapper(UNet(), wieght=0.1)
+    with pytest.raises(ReSegError, match="Did you mean 'standardized'"):
+        ReSegWrapper(UNet(), preset="standardised")
+    with pytest.raises(ReSegError, match="label_input='hot'"):
+        ReSegWrapper(UNet(), label_input="hot")
+    with pytest.raises(ReSegError, match="weight=-1"):
+        ReSegWrapper(UNet(), weight=-1)
+
+
+def test_the_weight_may_change_between_steps():
+    model, reseg = ready()
+    image, label = batch()
+    model(image)
+    one = reseg.alignment_loss(label)
+    reseg.weight = 0.07
+    model(image)
+    assert torch.allclose(reseg.alignment_loss(label), 2 * one, rtol=1e-4)
+    reseg.weight = 0
+    model(image)
+    zero = reseg.alignment_loss(label)
+    assert zero.item() == 0
+    zero.backward()
+    (task_loss(model(image), label) + reseg.alignment_loss(label)).backward()
+    reseg.weight = 0.035
+    with pytest.raises(ReSegError, match="no training forward"):
+        reseg.alignment_loss(label)
+
+
+def test_components_and_stats():
+    model, reseg = ready()
+    image, label = batch()
+    model(image)
+    terms = reseg.alignment_loss(label, components=True)
+    model(image)
+    total = reseg.alignment_loss(label)
+    assert torch.allclose(0.035 * reseg.loss.combine(terms), total)
+    stats = reseg.stats()
+    assert stats["alignment"] == pytest.approx(total.item() / 0.035, rel=1e-5)
+    assert set(stats) == {*terms, "alignment", "weight"}
+    assert all(isinstance(v, float) for v in stats.values())
+
+
+def test_gradient_norms_are_those_of_separate_backward_passes():
+    model, reseg = ready(weight=0.5)
+    image, label = batch()
+    loss = task_loss(model(image), label)
+    total = loss + reseg.alignment_loss(label, task_loss=loss)
+    stats = reseg.stats()
+    total.backward()  # the measurement leaves the graph usable
+
+    def norm(value: Tensor) -> float:
+        model.zero_grad()
+        value.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+
+    task = norm(task_loss(model(image), label))
+    reseg.extractor.forget()
+    model(image)
+    bottleneck = norm(0.5 / 3 * reseg.alignment_loss(label, components=True)["bottleneck"])
+    assert stats["gradient/task"] == pytest.approx(task, rel=1e-4)
+    assert stats["gradient/bottleneck"] == pytest.approx(bottleneck / task, rel=1e-4)
+
+
+def test_before_the_teacher_is_ready_the_three_ways_are_named():
+    model = UNet()
+    image, label = batch()
+    reseg = ReSegWrapper(model)
+    model(image)
+    with pytest.raises(ReSegError, match=r"example_input=.*fit_recon"):
+        reseg.alignment_loss(label)
+    reseg = ReSegWrapper(model, example_input=image)
+    model(image)
+    with pytest.raises(ReSegError, match=r"fit_recon.*load_state_dict.*freeze_teacher"):
+        reseg.alignment_loss(label)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"projection": "linear", "preset": "standardized", "levels": [2], "bottleneck": 2}]
+)
+def test_a_state_restores_everything_without_example_or_stage_1(kwargs):
+    image, label = batch()
+    model, reseg = ready(**kwargs)
+    reseg.weight = 0.2
+    model(image)
+    expected = reseg.alignment_loss(label)
+    state = saved(reseg)
+    reseg.remove()
+    fresh = ReSegWrapper(model)
+    fresh.load_state_dict(state)
+    model(image)
+    assert torch.equal(fresh.alignment_loss(label), expected)
+    assert (fresh.calls, fresh.weight) == (2, 0.2)
+    assert fresh.settings.to_dict() == {**reseg.settings.to_dict(), "weight": 0.2}
+    assert saved(fresh).keys() == state.keys()
+    assert str(fresh.extractor.plan) == str(reseg.extractor.plan)
+
+
+def test_loading_into_a_wrapper_that_knows_its_taps_keeps_hooks_and_parameters():
+    _, reseg = ready(projection="linear")
+    state = saved(reseg)
+    _, other = ready(projection="linear")
+    parameters, extractor = list(other.parameters()), other.extractor
+    other.load_state_dict(state)
+    assert all(a is b for a, b in zip(parameters, other.parameters()))
+    assert other.extractor is extractor
+    mine, theirs = reseg.teacher.state_dict(), other.teacher.state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_state_before_the_teacher_exists_and_one_of_a_trainable_teacher():
+    image, _ = batch()
+    early = ReSegWrapper(UNet(), weight=0.5)
+    fresh = ReSegWrapper(UNet())
+    fresh.load_state_dict(saved(early))
+    assert fresh.weight == 0.5
+    training = ReSegWrapper(UNet(), example_input=image)
+    fresh.load_state_dict(saved(training))
+    assert not fresh.teacher.frozen
+    with pytest.raises(ReSegError, match="format None"):
+        fresh.load_state_dict({})
+
+
+def test_a_state_of_another_model_names_the_missing_tap():
+    _, reseg = ready()
+    with pytest.raises(TapError, match="has no module"):
+        ReSegWrapper(nn.Sequential(nn.Conv2d(1, 3, 1))).load_state_dict(reseg.state_dict())
+
+
+class Returning(UNet):
+    """A U-Net that returns its logits in another form."""
+
+    form = "tuple"
+
+    def forward(self, x):
+        y, small = super().forward(x), self.pool(self.encoder[0](x))
+        forms = {
+            "tuple": lambda: (y, small),
+            "features first": lambda: {"features": small, "out": y},
+            "stack": lambda: torch.stack([y, 2 * y], 1),
+            "two of the image's size": lambda: [x, y],
+        }
+        return forms[self.form]()
+
+
+@pytest.mark.parametrize(
+    ("form", "kwargs"),
+    [("tuple", {}), ("features first", {}), ("stack", {}), ("two of the image's size", {"output": 1}),
+     ("features first", {"output": "out"})],
+)  # fmt: skip
+def test_models_with_other_outputs(form, kwargs):
+    model = Returning()
+    model.form = form
+    image, label = batch()
+    model, reseg = ready(model, **kwargs)
+    assert reseg.teacher.encoding.num_classes == 3
+    model(image)
+    assert reseg.alignment_loss(label) > 0
+    assert reseg.reconstruct(label).shape == image.shape
+
+
+def test_a_model_without_an_image_sized_output_is_refused():
+    with pytest.raises(ReSegError, match=r"no float output of the image's size \(8, 8\) among \[0\] \(2, 3, 4, 4\)"):
+        select_output([torch.zeros(2, 3, 4, 4)], 2, (8, 8))
+    with pytest.raises(ReSegError, match="output="):
+        select_output({"mask": torch.zeros(2, 3, 8, 8, dtype=torch.long)}, 2, (8, 8))
+
+
+@pytest.mark.parametrize("label_input", ["index", "onehot"])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_label_forms_agree(label_input, classes):
+    image, _ = batch()
+    label = batch(classes=max(2, classes))[1]
+    model, reseg = ready(UNet(classes=classes), label_input=label_input)
+    forms = [label, label.unsqueeze(1), label.float(), label.to(torch.uint8), [label, label[:, ::2, ::2]]]
+    if classes > 1:
+        forms.append(torch.nn.functional.one_hot(label, classes).movedim(-1, 1))
+    values = []
+    for form in forms:
+        model(image)
+        values.append(reseg.alignment_loss(form).item())
+    assert values == [values[0]] * len(values)
+
+
+def test_labels_are_checked_at_every_call_and_values_at_the_first():
+    model, reseg = ready()
+    image, label = batch()
+    model(image)
+    with pytest.raises(ReSegError, match="ignore_index="):
+        reseg.alignment_loss(label + 7)
+    model(image)
+    reseg.alignment_loss(label)
+    model(image)
+    with pytest.raises(ReSegError, match="does not fit an image"):
+        reseg.alignment_loss(label[:1])
+    model(image)
+    reseg.alignment_loss(label)  # the refused call left nothing behind
+
+
+def test_a_projection_is_listed_moves_and_is_warned_about_when_it_does_not():
+    image, label = batch(size=8)
+    assert list(ReSegWrapper(UNet()).parameters()) == []
+    with pytest.raises(ReSegError, match="example_input="):
+        ReSegWrapper(UNet(), projection="linear").parameters()
+    for trained in (True, False):
+        model, reseg = ready(UNet(width=2), image, projection="linear")
+        parameters = list(reseg.parameters())
+        assert parameters
+        optimizer = torch.optim.SGD([*model.parameters(), *(parameters if trained else [])], 0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(120):
+                loss = task_loss(model(image), label) + reseg.alignment_loss(label)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        messages = [str(w.message) for w in caught]
+        assert len(messages) == (0 if trained else 1), messages
+        assert trained or "reseg.parameters()" in messages[0]
+
+
+def test_unequal_channels_need_no_parameters():
+    class Wide(UNet):
+        """The decoder's widths differ from the encoder's."""
+
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(2 * c, c + 3, 3, padding=1), nn.ReLU()) for c in (16, 8, 4)
+            )
+            self.up = nn.ModuleList(nn.ConvTranspose2d(a, c, 2, 2) for a, c in ((32, 16), (19, 8), (11, 4)))
+            self.head = nn.Conv2d(7, 3, 1)
+
+    model, reseg = ready(Wide())
+    image, label = batch()
+    values = []
+    for _ in range(2):
+        model(image)
+        values.append(reseg.alignment_loss(label))
+    assert list(reseg.parameters()) == []
+    assert torch.equal(values[0], values[1])
+    values[0].backward()
+    assert model.decoder[1][0].weight.grad.any()
+
+
+class Narrow(UNet):
+    """A teacher of the user's: encoded label in, image out, half as wide."""
+
+    def __init__(self, channels: int = 3):
+        super().__init__(in_channels=channels, classes=5, width=2)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_teacher_of_the_users(named):
+    image, label = batch()
+    own = Narrow()
+    taps = {
+        "encoder": ["encoder.1", "encoder.2"], "decoder": ["decoder.1", "decoder.0"], "bottleneck": "bottleneck"
+    }  # fmt: skip
+    model, reseg = ready(teacher=own, label_input="onehot", teacher_taps=taps if named else None)
+    assert reseg.teacher.body is own
+    assert reseg.reconstruct(label).shape == image.shape  # a 1x1 convolution from 5 channels
+    model(image)
+    expected = reseg.alignment_loss(label)
+    state = saved(reseg)
+    reseg.remove()
+    with pytest.raises(ReSegError, match="teacher="):
+        ReSegWrapper(model).load_state_dict(state)
+    fresh = ReSegWrapper(model, teacher=Narrow())
+    fresh.load_state_dict(state)
+    model(image)
+    assert torch.equal(fresh.alignment_loss(label), expected)
+
+
+def test_a_model_with_more_inputs_needs_a_teacher_of_its_own():
+    class Conditioned(UNet):
+        def forward(self, x, condition):
+            return super().forward(x) * condition.view(-1, 1, 1, 1)
+
+    image, label = batch()
+    example = {"x": image, "condition": torch.ones(2)}
+    with pytest.raises(ReSegError, match="teacher="):
+        ReSegWrapper(Conditioned(), example_input=example)
+    model = Conditioned()
+    reseg = ReSegWrapper(model, example_input=example, teacher=Narrow(1))
+    reseg.freeze_teacher()
+    model(image, torch.ones(2))
+    assert reseg.alignment_loss(label) > 0
+
+
+def test_the_copy_has_its_own_weights_from_the_current_random_state():
+    image, _ = batch()
+
+    def teacher(seed: int, **kwargs) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = UNet()
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        reseg = ReSegWrapper(model, example_input=image, **kwargs)
+        assert torch.equal(torch.get_rng_state(), state)
+        body = reseg.teacher.body
+        assert type(body) is UNet
+        assert all(p.requires_grad for p in body.parameters())
+        same = all(torch.equal(a, b) for a, b in zip(body.parameters(), model.parameters()))
+        return {"same": same, **body.state_dict()}
+
+    one, again, other, given = teacher(1), teacher(1), teacher(2), teacher(1, teacher_init="copy")
+    assert torch.equal(one["head.weight"], again["head.weight"])
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+    assert not one["same"]
+    assert given["same"]
+
+
+def test_what_the_copy_keeps_is_named_once(caplog):
+    class Positioned(UNet):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(1, 32, 1, 1))
+
+        def forward(self, x):
+            return super().forward(x) + 0 * self.position.sum()
+
+    with caplog.at_level(logging.INFO, logger="reseg_loss"):
+        ReSegWrapper(Positioned(), example_input=batch()[0])
+    assert [r.getMessage() for r in caplog.records if "keeps" in r.getMessage()] == [
+        "the teacher keeps the model's values of position: no reset_parameters draws them"
+    ]
+
+
+def test_to_moves_teacher_and_projection():
+    _, reseg = ready(projection="linear")
+    assert reseg.to(torch.float64) is reseg
+    assert {p.dtype for p in (*reseg.teacher.parameters(), *reseg.parameters())} == {torch.float64}
+
+
+def test_after_remove_the_model_is_bare_and_the_wrapper_says_so():
+    model, reseg = ready()
+    image, label = batch()
+    reseg.remove()
+    reseg.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    model(image)
+    with pytest.raises(ReSegError, match="hooks were removed"):
+        reseg.alignment_loss(label)
