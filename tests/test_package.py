@@ -1,0 +1,49 @@
+"""What importing costs, what the package declares, and that its files agree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import metadata, version
+from pathlib import Path
+
+import reseg_loss
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported_by(code: str) -> set[str]:
+    """Top-level modules outside the standard library that a fresh interpreter has after `code`."""
+    script = f"{code}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/")
+    return set(result.stdout.split()) - set(sys.stdlib_module_names)
+
+
+def test_importing_brings_nothing_beyond_torch_and_tqdm():
+    ours = imported_by("import reseg_loss") - imported_by("import torch, torch.nn.parallel, tqdm.auto")
+    assert {m for m in ours if not m.startswith("_")} == {"reseg_loss"}
+
+
+def test_the_import_test_can_fail():
+    assert "hypothesis" in imported_by("import reseg_loss, hypothesis")
+
+
+def test_version_license_and_extras_are_declared_once():
+    assert version("reseg-loss") == reseg_loss.__version__
+    about = metadata("reseg-loss")
+    assert about["License-Expression"] == "Apache-2.0"
+    assert about["Requires-Python"] == ">=3.10"
+    core = [r for r in about.get_all("Requires-Dist") or [] if "extra ==" not in r]
+    assert sorted(re.match(r"[a-z]+", r)[0] for r in core) == ["torch", "tqdm"]
+
+
+def test_every_public_name_has_a_docstring():
+    for name in reseg_loss.__all__:
+        assert name == "PRESETS" or getattr(reseg_loss, name).__doc__, name
+
+
+def test_the_changelog_has_its_headings():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in text
+    assert "### Changed (numerics)" in text

@@ -1,0 +1,70 @@
+"""The README's code is run, and its claims about commands are those of the CI."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import UNet, loader, task_loss
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def fences(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def after_the_diff(diff: str) -> str:
+    """The code that a diff results in."""
+    return "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("-"))
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
+def test_the_diff_of_a_training_loop_runs_and_saves_the_bare_models_keys(tmp_path, monkeypatch):
+    diff = fences("diff")[0]
+    assert 10 <= len(diff.splitlines()) <= 14
+    monkeypatch.chdir(tmp_path)
+    model = UNet()
+    keys = list(model.state_dict())
+    code = after_the_diff(diff).replace("epochs=50", "epochs=2, progress=False")
+    scope = {
+        "model": model,
+        "train_loader": loader(),
+        "task_loss": task_loss,
+        "optimizer": torch.optim.Adam(model.parameters()),
+        "torch": torch,
+    }
+    before = model.head.weight.detach().clone()
+    exec(code, scope)
+    assert list(torch.load("model.pt", weights_only=True)) == keys
+    assert not torch.equal(model.head.weight, before)
+    assert scope["reseg"].calls == 4
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
+@pytest.mark.parametrize("number", range(len(fences("python"))))
+def test_every_snippet_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image, label = next(iter(loader()))
+    model = UNet()
+    scope = {"model": model, "image": image, "label": label, "train_loader": loader(), "task_loss": task_loss,
+             "torch": torch, "nn": nn, "optimizer": torch.optim.Adam(model.parameters()), "MyUNet": UNet}  # fmt: skip
+    exec(fences("python")[number], scope)
+
+
+def test_the_first_code_comes_early_and_commands_are_those_of_the_ci():
+    assert README[: README.index("```")].count("\n") < 25
+    quickstart, tests = fences("bash")[0].strip().splitlines()[:2]
+    assert quickstart.split("#")[0].strip() == "pip install '.[examples]' && python examples/quickstart.py"
+    command = tests.split("#")[0].strip()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert command.replace("pip install", "pip install -q") in ci
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
