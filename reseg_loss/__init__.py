@@ -4,6 +4,7 @@ from .errors import ReSegError, TapError
 from .features import FeatureExtractor, Features
 from .losses import CrossAlignmentLoss, ReconLoss
 from .settings import PRESETS, Settings
+from .supervision import DeepSupervision
 from .taps import Level, Tap, TapPlan, find_taps
 from .teacher import Teacher
 from .wrapper import ReSegWrapper
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "CrossAlignmentLoss",
+    "DeepSupervision",
     "FeatureExtractor",
     "Features",
     "Level",

@@ -162,7 +162,7 @@ def test_infinite_and_missing_losses_raise():
 
 @untrained
 def test_loaders_of_dicts_lists_3d_and_several_channels():
-    image, label = batch(dims=3, size=8, channels=2)
+    image, label = batch(dims=3, size=16, channels=2)
     for item in ({"image": image, "label": label.unsqueeze(1).float()}, (image, [label, label[:, ::2, ::2, ::2]])):
         reseg = wrapper(UNet(in_channels=2, dims=3))
         reseg.fit_recon([item], epochs=1, progress=False)

@@ -1,0 +1,256 @@
+"""Deep supervision: equal to a hand-written one bit for bit, and by the same rules as the wrapper."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import UNet, batch, task_loss
+from torch import Tensor, nn
+
+from reseg_loss import DeepSupervision, ReSegError, ReSegWrapper
+from reseg_loss.supervision import _fractions, _nearest
+
+
+def ready(model: nn.Module | None = None, **kwargs) -> tuple[nn.Module, DeepSupervision]:
+    model = model or UNet()
+    return model, DeepSupervision(model, 3, example_input=batch()[0], **kwargs)
+
+
+class DeeplySupervised(UNet):
+    """A U-Net with heads at strides 2 and 4 written into its forward."""
+
+    def __init__(self, plain: UNet, heads: nn.ModuleDict):
+        super().__init__()
+        self.load_state_dict(plain.state_dict())
+        self.heads = nn.ModuleList([copy.deepcopy(heads["decoder_1"]), copy.deepcopy(heads["decoder_2"])])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        e1 = self.encoder[0](x)
+        e2 = self.encoder[1](self.pool(e1))
+        e4 = self.encoder[2](self.pool(e2))
+        d4 = self.decoder[0](torch.cat([self.up[0](self.bottleneck(self.pool(e4))), e4], 1))
+        d2 = self.decoder[1](torch.cat([self.up[1](d4), e2], 1))
+        d1 = self.decoder[2](torch.cat([self.up[2](d2), e1], 1))
+        return [self.head(d1), self.heads[0](d2), self.heads[1](d4)]
+
+
+def test_it_agrees_with_a_hand_written_deep_supervision_bit_for_bit():
+    torch.manual_seed(0)
+    model, ds = ready()
+    byhand = DeeplySupervised(model, ds.heads)
+    ours = torch.optim.Adam([*model.parameters(), *ds.parameters()], 1e-2)
+    theirs = torch.optim.Adam(byhand.parameters(), 1e-2)
+    for step in range(5):
+        image, label = batch(seed=step)
+        loss = task_loss(model(image), label) + ds.loss(label, task_loss)
+        outputs = byhand(image)
+        small = [F.interpolate(label[:, None].float(), o.shape[2:], mode="nearest")[:, 0].long() for o in outputs[1:]]
+        side = 0.5 * task_loss(outputs[1], small[0]) + 0.25 * task_loss(outputs[2], small[1])
+        expected = task_loss(outputs[0], label) + side
+        assert torch.equal(loss, expected)
+        for optimizer, value in ((ours, loss), (theirs, expected)):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    state = byhand.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(ds.heads["decoder_2"].weight, byhand.heads[1].weight)
+
+
+def test_the_models_keys_and_outputs_stay_and_remove_leaves_it_bare():
+    torch.manual_seed(0)
+    model = UNet()
+    image, label = batch()
+    keys, expected = list(model.state_dict()), model(image)
+    model, ds = ready(model)
+    assert torch.equal(model(image), expected)
+    ds.loss(label, task_loss)
+    assert list(model.state_dict()) == keys
+    ds.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    model(image)
+    with pytest.raises(ReSegError, match="hooks were removed"):
+        ds.loss(label, task_loss)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([torch.uint8, torch.int64, torch.float32, torch.bool]))
+def test_nearest_labels_are_those_of_interpolate_in_any_form_and_dtype(h, w, dtype):
+    label = torch.randint(0, 2, (2, 9, 9)).to(dtype)
+    expected = F.interpolate(label[:, None].float(), (h, w), mode="nearest")
+    for form, values in ((label, expected[:, 0]), (label[:, None], expected)):
+        small = _nearest(form, (h, w))
+        assert small.dtype == dtype
+        assert torch.equal(small.float(), values)
+
+
+def test_task_loss_gets_the_label_in_the_form_it_came_in():
+    image, label = batch()
+    label[:, :3] = 255
+    one_hot = F.one_hot(label.clamp_max(2), 3).movedim(-1, 1)
+    for form in (label, label[:, None], label[:, None].float(), label.byte(), one_hot, [label, None]):
+        model, ds = ready()
+        got = []
+
+        def remember(logits: Tensor, small: Tensor, got: list = got) -> Tensor:
+            got.append((logits.shape, small))
+            return logits.sum() * 0
+
+        model(image)
+        ds.loss(form, remember)
+        plain = form[0] if isinstance(form, list) else form
+        assert [tuple(s) for s, _ in got] == [(2, 3, 8, 8), (2, 3, 4, 4)]
+        assert all(small.dtype == plain.dtype and small.ndim == plain.ndim for _, small in got)
+        assert all(torch.equal(small, plain[..., ::r, ::r]) for (_, small), r in zip(got, (2, 4)))
+
+
+def test_soft_labels_are_area_averages_and_leave_ignored_pixels_out():
+    label = torch.tensor([[[0, 1], [255, 1]]])
+    image = torch.randn(1, 1, 2, 2)
+    encoding = DeepSupervision(UNet(), 2, soft=True, ignore_index=255)
+    assert encoding.soft
+    from reseg_loss.labels import LabelEncoding
+
+    encoded, valid = LabelEncoding("onehot", 2, 2, 255).encode(label)
+    assert torch.allclose(_fractions(encoded, valid, (1, 1)).flatten(), torch.tensor([1 / 3, 2 / 3]))
+    assert not _fractions(encoded * 0, valid * 0, (1, 1)).any()
+    assert image.shape == (1, 1, 2, 2)
+
+    model, ds = ready(soft=True)
+    image, label = batch()
+    model(image)
+    got = []
+    ds.loss(label, lambda logits, target: got.append(target) or F.cross_entropy(logits, target))
+    expected = F.adaptive_avg_pool2d(F.one_hot(label, 3).movedim(-1, 1).float(), 4)
+    assert torch.allclose(got[1], expected)
+
+
+def test_heads_on_all_taps_weights_and_decay():
+    model, ds = ready(sides="all", weights=[1.0, 0.5], decay_calls=4)
+    assert list(ds.heads) == ["decoder_1", "decoder_2", "encoder_1", "encoder_2", "bottleneck"]
+    assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5, 0.1, 0.1, 0.1]
+    image, label = batch()
+    values = []
+    for _ in range(6):
+        model(image)
+        values.append(ds.loss(label, lambda logits, target: logits.new_ones(()) + 0 * logits.sum()).item())
+    assert values == pytest.approx([1.8 * f for f in (1, 0.75, 0.5, 0.25, 0, 0)])
+    ds.weight = 0
+    zero = ds.loss(label, task_loss)
+    zero.backward()
+    assert zero.item() == 0
+
+
+def test_weight_zero_equals_the_run_without():
+    runs = []
+    for supervised in (True, False):
+        torch.manual_seed(1)
+        model = UNet(dropout=0.3)
+        ds = DeepSupervision(model, 3, example_input=batch()[0]) if supervised else None
+        if ds is not None:
+            ds.weight = 0
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(3):
+            image, label = batch(seed=step)
+            loss = task_loss(model(image), label)
+            if ds is not None:
+                loss = loss + ds.loss(label, task_loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        runs.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values()))
+
+
+def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits():
+    model, ds = ready(weights=[1.0, 0.5], decay_calls=10)
+    image, label = batch()
+    model(image)
+    ds.loss(label, task_loss)
+    file = io.BytesIO()
+    torch.save(ds.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    model(image)
+    expected = ds.loss(label, task_loss)
+    ds.remove()
+    fresh = DeepSupervision(model, 3)
+    fresh.load_state_dict(state)
+    model(image)
+    assert torch.equal(fresh.loss(label, task_loss), expected)
+    before = list(fresh.parameters())
+    fresh.load_state_dict(state)
+    assert all(a is b for a, b in zip(before, fresh.parameters()))
+    with pytest.raises(ReSegError, match="3 classes, not 4"):
+        DeepSupervision(UNet(), 4).load_state_dict(state)
+
+
+def test_it_works_beside_the_wrapper_in_3d_and_under_autocast():
+    image, label = batch(dims=3, size=16)
+    model = UNet(dims=3)
+    reseg = ReSegWrapper(model, example_input=image)
+    reseg.freeze_teacher()
+    ds = DeepSupervision(model, 3, example_input=image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(image)
+    side = ds.loss(label, lambda x, y: F.cross_entropy(x.float(), y) if x.dtype == torch.bfloat16 else 1 / 0)
+    (task_loss(logits, label) + reseg.alignment_loss(label) + side).backward()
+    assert all(p.grad is not None for p in ds.parameters())
+    assert model.encoder[0][0].weight.grad is not None
+
+
+def test_the_rules_of_the_extractor_hold():
+    model, ds = ready()
+    image, label = batch()
+    with pytest.raises(ReSegError, match="no training forward"):
+        ds.loss(label, task_loss)
+    model(image)
+    model(image)
+    with pytest.raises(ReSegError, match="several training forwards"):
+        ds.loss(label, task_loss)
+    model(image)
+    with ds.record():
+        model(image)
+    model(image)
+    ds.loss(label, task_loss)
+    model(image)
+    with pytest.raises(ReSegError, match="does not fit an image"):
+        ds.loss(label[:1], task_loss)
+    model.eval()
+    with pytest.raises(ReSegError, match="evaluation"):
+        ds.loss(label, task_loss)
+
+
+def test_heads_that_no_optimizer_knows_are_warned_about_once():
+    model, ds = ready(UNet(width=2))
+    image, label = batch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(120):
+            model(image)
+            ds.loss(label, task_loss).backward()
+    assert len(caught) == 1
+    assert "ds.parameters()" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sides": "encoder"}, "'decoder' or 'all'"),
+        ({"weights": [1.0]}, "1 weights for 2 levels"),
+        ({"weights": [-1.0, 1.0]}, "weights"),
+        ({"decay_calls": 0}, "decay_calls=0"),
+    ],
+)
+def test_bad_choices_are_refused(kwargs, message):
+    with pytest.raises(ReSegError, match=message):
+        ready(**kwargs)
+    with pytest.raises(ReSegError, match="example_input="):
+        DeepSupervision(UNet(), 3).parameters()
