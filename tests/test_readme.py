@@ -10,6 +10,8 @@ import torch
 from models import UNet, loader, task_loss
 from torch import nn
 
+from reseg_loss import ReSegWrapper
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -52,7 +54,7 @@ def test_every_snippet_runs(number, tmp_path, monkeypatch):
     image, label = next(iter(loader()))
     model = UNet()
     scope = {"model": model, "image": image, "label": label, "train_loader": loader(), "task_loss": task_loss,
-             "torch": torch, "nn": nn, "optimizer": torch.optim.Adam(model.parameters()), "MyUNet": UNet}  # fmt: skip
+             "torch": torch, "nn": nn, "MyUNet": UNet, "ReSegWrapper": ReSegWrapper}  # fmt: skip
     exec(fences("python")[number], scope)
 
 

@@ -236,7 +236,7 @@ def test_labels_are_checked_at_every_call_and_values_at_the_first():
 
 
 def test_a_projection_is_listed_moves_and_is_warned_about_when_it_does_not():
-    image, label = batch(size=8)
+    image, label = batch()
     assert list(ReSegWrapper(UNet()).parameters()) == []
     with pytest.raises(ReSegError, match="example_input="):
         ReSegWrapper(UNet(), projection="linear").parameters()
@@ -380,3 +380,16 @@ def test_after_remove_the_model_is_bare_and_the_wrapper_says_so():
     model(image)
     with pytest.raises(ReSegError, match="hooks were removed"):
         reseg.alignment_loss(label)
+
+
+def test_levels_that_are_named_are_all_used_full_resolution_included():
+    image, label = batch()
+    model = UNet()
+    reseg = ReSegWrapper(model, UNet.taps, image)
+    assert [level.stride for level in reseg.extractor.plan.selected] == [(1, 1), (2, 2), (4, 4)]
+    lazy = ReSegWrapper(model, UNet.taps)
+    lazy.load_state_dict(reseg.state_dict())
+    assert lazy.extractor.plan.selected == reseg.extractor.plan.selected
+    only = ReSegWrapper(model, {k: v for k, v in UNet.taps.items() if k != "bottleneck"}, image, levels=[2])
+    assert [level.stride for level in only.extractor.plan.selected] == [(2, 2)]
+    assert str(only.extractor.bottleneck) == "bottleneck"

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..errors import TapError
 from .graph import Graph, Size, covers
-from .names import tap_at
+from .locate import tap_at
 from .record import Call
 from .skips import Floor, Shape, is_raw_join, pick_skip
 from .tap import Level, Tap, TapPlan
@@ -35,7 +35,7 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
         found = "; ".join(f"{level.spatial}: {level.encoder} and {level.decoder}" for level in levels) or "none"
         what = f"two levels with an encoder and a decoder feature are needed, found {len(levels)} ({found})"
         raise TapError(_explain(graph, what, notes))
-    if _widest_vanished(graph) > bottleneck.channels:
+    if _widest_vanished(graph) >= bottleneck.channels:
         what = f"the example input, of size {graph.image}, is too small: a feature map shrinks to a single cell"
         raise TapError(_explain(graph, what + "; use the size of training"))
     return TapPlan(tuple(levels), bottleneck, tuple(notes))
@@ -57,8 +57,7 @@ def _level(shape: Shape, floor: Floor, kind: Literal["skip", "stage"]) -> tuple[
     if skip is None and decoder.channels != encoder.channels:
         channels = f"{encoder.channels} and {decoder.channels}"
         return None, where + f"no skip connection, and {encoder} and {decoder} differ in channels ({channels})"
-    stride = encoder.stride if len(set(encoder.stride)) == 1 else decoder.stride
-    return Level(stride, floor.size, encoder, decoder), ""
+    return Level(encoder.stride, floor.size, encoder, decoder), ""
 
 
 def _heavy(calls: list[tuple[Call, int]]) -> list[tuple[Call, int]]:
@@ -95,14 +94,11 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
     if not taps:  # nothing is computed there after the merge: the decoder block's output before it
         before = [n for n in floor.trunk if n not in merged and n < head and not is_raw_join(trunk, n)]
         taps = [tap for node in before or body if (tap := tap_at(graph, node))]
-        taps = taps or [tap for node in body if (tap := tap_at(graph, node))]
     if not taps:
         return None
-    # Functional code (a sum, an activation) may have the encoder's channels where no module's output has.
-    functional = [tap for node in body if (tap := tap_at(graph, node)) and tap.is_input]
     output_channels = graph.channels(trunk.path[0])
     return next(
-        (tap for tap in (*taps, *functional) if tap.channels == encoder.channels),
+        (tap for tap in taps if tap.channels == encoder.channels),
         next((tap for tap in taps if tap.channels != output_channels), taps[0]),
     )
 
@@ -152,9 +148,12 @@ def _callers(graph: Graph, call: Call) -> list[int]:
 
 
 def _bottleneck(trunk: Trunk) -> Tap | None:
-    """The deepest feature: the end of the trunk, or the operand of a functional sum or concatenation there."""
+    """The deepest feature: the end of the trunk, or where that is a concatenation or unseen, an operand of it."""
     graph, end = trunk.graph, trunk.bottleneck
-    tap = tap_at(graph, end, inputs=False)
+    joined = graph.nodes[end].operator == "aten::cat"
+    tap = tap_at(graph, end, inputs=not joined)
+    if tap and not joined:
+        return tap
     operands: list[tuple[int, int, Tap]] = []
     seen, todo = {end}, [end]
     for node in todo:
@@ -168,7 +167,7 @@ def _bottleneck(trunk: Trunk) -> Tap | None:
     if tap is None:
         widest = max(operands, key=lambda o: (o[2].channels, o[0]), default=None)
         return widest[2] if widest else tap_at(graph, end)
-    if graph.nodes[end].operator == "aten::cat" and len(operands) > 1:
+    if len(operands) > 1:
         # cat([x, f(x)]), a skip around the innermost block: f(x), if it is at least as wide as x
         _, deepest, inner = max(operands, key=lambda o: o[:2])
         before = graph.ancestors([deepest])
@@ -193,12 +192,12 @@ def _check_single_descent(graph: Graph, trunk: Trunk) -> None:
 
 def _widest_vanished(graph: Graph) -> int:
     """The most channels of a map that a convolution or a max pooling shrank from a few cells to one."""
-    widest = 0
+    rank, widest = len(graph.image) + 2, 0
     for node in graph.nodes:
-        if ("convolution" in node.operator or "max_pool" in node.operator) and "adaptive" not in node.operator:
-            before = graph.nodes[node.sources[0]].shape if node.sources else ()
-            if len(node.shape) == len(graph.image) + 2 == len(before) and max(node.shape[2:]) == 1 < max(before[2:]) < 4:
-                widest = max(widest, node.shape[1])
+        shrinks = node.operator.startswith(("aten::convolution", "aten::max_pool"))
+        before = graph.nodes[node.sources[0]].shape if shrinks and node.sources else ()
+        if len(before) == len(node.shape) == rank and max(node.shape[2:]) == 1 < max(before[2:]) < 4:
+            widest = max(widest, node.shape[1])
     return widest
 
 
@@ -206,14 +205,11 @@ def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
     """`what` is wrong, and how to name taps by hand, with the modules that return a feature map, by size."""
     by_size: dict[Size, list[str]] = {}
     for call in graph.calls[1:]:
+        around = {graph.size(node) for _, node in graph.calls[call.parent].outputs[:1]} if call.parent else set()
         for keys, node in call.outputs:
             size = graph.size(node)
-            # Of nested modules that return the same size, the outermost is enough.
-            if size and not keys and size not in {graph.size(n) for _, n in graph.calls[call.parent].outputs[:1]}:
-                names = by_size.setdefault(size, [])
-                name = call.name + (f"@{call.count}" if call.count else "")
-                if name not in names:
-                    names.append(name)
+            if size and not keys and size not in around:  # of nested modules of one size, the outermost is enough
+                by_size.setdefault(size, []).append(call.name + (f"@{call.count}" if call.count else ""))
     rows = []
     for size in sorted(by_size, key=math.prod, reverse=True):
         names = by_size[size]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -112,6 +112,7 @@ def dry_run(model: nn.Module) -> Iterator[None]:
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
+    devices = {kind for kind in devices if torch.amp.is_autocast_available(kind)}
     with (
         preserved_globals(devices),
         preserved_rng(),

@@ -55,12 +55,18 @@ class Graph:
         """How a node lies over the image; None for what is no feature map: attention, windows, pooled vectors."""
         shape = self.nodes[node].shape
         if shape not in self._grids:
-            grid = formats.interpret(shape, self.batch, self.image, self._tokens)
-            # In 2D an uneven grid may be attention's (heads, tokens): believed only where a spatial operator made it.
-            if grid and len(self.image) == 2 and len(set(grid.stride)) > 1 and grid.spatial not in self._spatial:
-                grid = None
-            self._grids[shape] = grid
+            self._grids[shape] = self._interpret(shape)
         return self._grids[shape]
+
+    def _interpret(self, shape: tuple[int, ...]) -> formats.Grid | None:
+        dims, size = len(self.image), shape[2:]
+        stride = formats.strides(size, self.image) if shape[:1] == (self.batch,) and size in self._spatial else None
+        if stride:
+            return formats.Grid(size, shape[1], formats.CHANNELS_FIRST[dims], stride)
+        grid = formats.interpret(shape, self.batch, self.image, self._tokens)
+        # In 2D an uneven grid may be attention's (heads, tokens): believed only where a spatial operator made it.
+        uneven = grid is not None and dims == 2 and len(set(grid.stride)) > 1
+        return None if grid is None or (uneven and grid.spatial not in self._spatial) else grid
 
     def size(self, node: int) -> Size | None:
         """The spatial size of a node: its level."""
@@ -126,8 +132,7 @@ class Graph:
 
     def sizes_inside(self, call: int) -> set[Size]:
         """The levels at which the calls within a call return something."""
-        sizes = {self.size(node) for inner in self.inside(call) for _, node in inner.outputs}
-        return sizes - {None}  # type: ignore[return-value]
+        return {size for inner in self.inside(call) for _, node in inner.outputs if (size := self.size(node))}
 
     def where(self, node: int) -> str:
         """The innermost module that made a node, for messages."""

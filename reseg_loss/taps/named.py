@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ..errors import TapError, did_you_mean
 from ..formats import interpret
+from .graph import Graph
+from .locate import tap_of
+from .record import Keys, named_modules
 from .tap import Level, Tap, TapPlan
 
 KINDS = ("encoder", "decoder", "bottleneck")
-
-
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: module} without the prefixes of torch.compile and DistributedDataParallel.
-
-    A compiled submodule stands for itself, not for the module inside it: hooks on it fire outside the graph.
-    """
-    modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        parts = [part for part in name.split(".") if part != "_orig_mod"]
-        modules.setdefault(".".join(parts), module)
-    return modules
 
 
 def module_of(model: nn.Module, tap: Tap) -> nn.Module:
@@ -111,6 +102,55 @@ def pair_up(encoder: Sequence[Tap], decoder: Sequence[Tap], bottleneck: Tap) -> 
     return TapPlan(tuple(Level(e.stride, e.spatial, e, d) for e, d in zip(encoder, decoder)), bottleneck)
 
 
+def resolve(graph: Graph, model: nn.Module, tap: Tap) -> Tap:
+    """A named tap with its tensor's shape, as the dry forward in `graph` showed it.
+
+    Raises:
+        TapError: the module, the call or the key does not exist, or the tensor there is no feature map.
+    """
+    module = module_of(model, tap)
+    calls = [call for call in graph.calls if call.module is module]
+    if not calls:
+        inner = ", only modules inside it; name one of those" if list(module.children()) else ""
+        raise TapError(f"tap {tap}: the forward never calls {tap.module!r} itself{inner}")
+    if tap.call >= len(calls):
+        raise TapError(f"tap {tap}: {tap.module!r} is called {len(calls)} time(s) in a forward, counted from @0")
+    call = calls[tap.call]
+    slots = call.inputs if tap.is_input else call.outputs
+    wanted = tap.keys or (slots[0][0] if tap.is_input and slots else ())
+    hit = next(((keys, node) for keys, node in slots if _matches(wanted, keys, slots)), None)
+    if hit is None:
+        shown = ", ".join("".join(f"[{key}]" for key in keys) + f" {graph.nodes[node].shape}" for keys, node in slots)
+        verb = "takes in" if tap.is_input else "returns"
+        raise TapError(f"tap {tap}: {tap.module!r} {verb} {shown or 'no tensor'}; choose one of these by its key")
+    keys, node = hit
+    if graph.grid(node) is None:
+        shape = graph.nodes[node].shape
+        raise TapError(f"tap {tap}: a tensor of shape {shape} is no feature map of an image of size {graph.image}")
+    return replace(tap_of(graph, call, keys, node, tap.is_input), module=tap.module)
+
+
+def replaced(plan: TapPlan, side: Literal["encoder", "decoder"], taps: Sequence[Tap]) -> TapPlan:
+    """The plan with the taps of one side replaced, each at the level of its size.
+
+    Raises:
+        TapError: two taps have the same size, or no level has a tap's size.
+    """
+    by_size = {tap.spatial: tap for tap in taps}
+    for tap in taps:
+        if by_size[tap.spatial] is not tap:
+            raise TapError(f"{side} taps {tap} and {by_size[tap.spatial]} are both of size {tap.spatial}; name one")
+        if tap.spatial not in {level.spatial for level in plan.levels}:
+            other = "decoder" if side == "encoder" else "encoder"
+            found = ", ".join(f"{getattr(level, other)} {level.spatial}" for level in plan.levels)
+            raise TapError(
+                f"{side} tap {tap} is of size {tap.spatial}, at which no {other} feature was found (found: {found}); "
+                f"name the {other} taps too"
+            )
+    levels = [replace(level, **{side: by_size.get(level.spatial, getattr(level, side))}) for level in plan.levels]
+    return replace(plan, levels=tuple(levels))
+
+
 def _as_tap(entry: str | Tap) -> Tap:
     return entry if isinstance(entry, Tap) else Tap.parse(entry)
 
@@ -118,3 +158,15 @@ def _as_tap(entry: str | Tap) -> Tap:
 def _bare(module: str) -> str:
     parts = [part for part in module.split(".") if part != "_orig_mod"]
     return ".".join(parts[1:] if parts and parts[0] == "module" else parts)
+
+
+def _matches(wanted: Keys, keys: Keys, slots: list[tuple[Keys, int]]) -> bool:
+    """Whether `wanted` is written for `keys`: negative positions count from the end, '0' and 0 are the same key."""
+    if len(wanted) != len(keys):
+        return False
+    for depth, (ask, key) in enumerate(zip(wanted, keys)):
+        if isinstance(ask, int) and ask < 0:
+            ask += len({other[depth] for other, _ in slots if other[:depth] == keys[:depth] and len(other) > depth})
+        if str(ask) != str(key):
+            return False
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..errors import ReSegError
 from .dryrun import call, dry_run, image_of, private_copy, tensors
 
 Keys = tuple[int | str, ...]
-_COMPILED = "_orig_mod"
 
 
-class Node(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Node:
     """What one tensor held at one moment: the result of an operator, and the nodes it was computed from."""
 
     index: int
@@ -69,20 +70,19 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        name = ".".join(part for part in path.split(".") if part != _COMPILED)
-        short = name.removeprefix("module.")
-        found.setdefault(
-            name if short in found and found[short] is not module and _COMPILED not in path else short, module
-        )
-    return found
+        found.setdefault(".".join(part for part in path.split(".") if part != "_orig_mod"), module)
+    short = {name: name.removeprefix("module.") for name in found}
+    return {name if short[name] != name and short[name] in found else short[name]: found[name] for name in found}
 
 
 def record(model: nn.Module, example_input: Any) -> Record:
     """Run `model` once, without a trace, and record what it did.
 
     Raises:
-        ReSegError: no image among the inputs, or the model has lazy parameters.
+        ReSegError: no image among the inputs, or the model is scripted or has lazy parameters.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReSegError("a scripted model takes no hooks; pass the Python module it was made from")
     image = image_of(example_input)
     names: dict[int, tuple[str, nn.Module]] = {}
     for name, module in named_modules(model).items():

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from .graph import Folded, Graph, Size
-from .names import tap_at
+from .locate import tap_at
 from .trunk import Trunk, find_trunk
 
 
@@ -69,7 +69,7 @@ def find_shape(graph: Graph) -> Shape | None:
         found = False
         candidates = _openable(shape) if shape else graph.working(0)
         for call in candidates:
-            if better := _open(graph, call, opened, shape, shape, 0):
+            if better := _open(graph, call, opened, shape):
                 opened, shape = better
                 found = True
                 break
@@ -77,7 +77,7 @@ def find_shape(graph: Graph) -> Shape | None:
 
 
 def _open(
-    graph: Graph, call: int, opened: frozenset[int], base: Shape | None, last: Shape | None, depth: int
+    graph: Graph, call: int, opened: frozenset[int], base: Shape | None, depth: int = 0
 ) -> tuple[frozenset[int], Shape] | None:
     """Open `call`, and what is in it, until that improves on `base`."""
     if depth > 8 or len(graph.sizes_inside(call)) < 2:
@@ -86,13 +86,10 @@ def _open(
     shape = _analyse(graph, opened)
     if shape and shape.score() > (base.score() if base else (0, 0)) and _is_deeper_encoder(base, shape):
         return opened, shape
-    if shape and depth <= 6:
-        end = graph.calls[call].end
-        inner = [c for c in _openable(shape) if c > call and graph.calls[c].start < end]
-    else:
-        inner = [child for child in graph.working(call) if graph.calls[child].children]
+    end = graph.calls[call].end
+    inner = [c for c in _openable(shape) if call < c and graph.calls[c].start < end] if shape else graph.working(call)
     for child in inner:
-        if better := _open(graph, child, opened, base, shape, depth + 1):
+        if better := _open(graph, child, opened, base, depth + 1):
             return better
     return None
 
@@ -113,12 +110,19 @@ def _openable(shape: Shape) -> Iterator[int]:
 
 
 def _is_deeper_encoder(base: Shape | None, shape: Shape) -> bool:
-    """A deeper bottleneck must be as wide as the encoder above it, else it is a small pyramid inside the bottleneck."""
+    """Whether a deeper bottleneck is more of the encoder, not a small pyramid inside the bottleneck.
+
+    The encoder is at least as wide there as at the level above, and pools by a factor, not to a given number of bins.
+    """
     if base is None or base.score()[0] < 1 or shape.trunk.size == base.trunk.size:
         return True
+    graph = shape.trunk.graph
+    made_it = [graph.nodes[node].operator for node in shape.trunk.encoder if graph.size(node) == shape.trunk.size]
+    if any("adaptive" in operator for operator in made_it):
+        return False
     joined = [floor for floor in base.floors.values() if floor.skips]
     skip = pick_skip(base.trunk, min(joined, key=lambda floor: floor.size)) if joined else None
-    return skip is None or shape.trunk.graph.channels(shape.trunk.bottleneck) >= base.trunk.graph.channels(skip)
+    return skip is None or graph.channels(shape.trunk.bottleneck) >= graph.channels(skip)
 
 
 def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
@@ -174,7 +178,6 @@ def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
     if not candidates:
         return None
     widths = _module_widths(trunk, floor.merged()) or _module_widths(trunk, floor.trunk)
-    widths = widths or {graph.channels(node) for node in floor.trunk if not is_raw_join(trunk, node)}
 
     def order(candidate: Candidate) -> tuple[int, int, int]:
         origin, distance, node = candidate

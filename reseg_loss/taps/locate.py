@@ -1,0 +1,54 @@
+"""From a node of the graph to the tap by which a hook sees it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .graph import Graph
+from .record import Call, Keys
+from .tap import Tap
+
+# Operators that keep the values of a feature map: what they return may be tapped at their source.
+_SAME_VALUES = {
+    *("alias", "inplace", "aten::_reshape_alias", "aten::_to_copy", "aten::_unsafe_view", "aten::alias", "aten::clone"),
+    *("aten::detach", "aten::expand", "aten::permute", "aten::slice", "aten::squeeze", "aten::t", "aten::transpose"),
+    *("aten::unsqueeze", "aten::view"),
+}
+
+
+def tap_at(graph: Graph, node: int, inputs: bool = True, views: bool = True) -> Tap | None:
+    """The tap that yields `node`: preferably a module's output, else (with `inputs`) what a module takes in.
+
+    With `views` the output may also be one that `node` is only a view or a copy of. None if no hook sees the node.
+    """
+    source = node
+    while True:
+        if graph.size(source) and (found := graph.returned.get(source)):
+            # Modules that computed it before those that pass it on; a tensor before a tuple's element; the largest,
+            # then the outermost module.
+            call, keys = min(
+                found,
+                key=lambda hit: (
+                    not hit[0].start <= source < hit[0].end,
+                    len(hit[1]),
+                    -hit[0].parameters,
+                    hit[0].index,
+                ),
+            )
+            return tap_of(graph, call, keys, source, is_input=False)
+        if not views or graph.nodes[source].operator not in _SAME_VALUES or len(graph.nodes[source].sources) != 1:
+            break
+        source = graph.nodes[source].sources[0]
+    if inputs and graph.size(node) and (found := graph.taken.get(node)):
+        return tap_of(graph, *found[0], node, is_input=True)
+    return None
+
+
+def tap_of(graph: Graph, call: Call, keys: Keys, node: int, is_input: bool) -> Tap:
+    """The tap for what `call` returned, or took in, under `keys`."""
+    grid = graph.grid(node)
+    assert grid is not None, "callers ask only for feature maps"
+    if is_input and keys == (0,):
+        keys = ()  # the short way to write the first argument
+    mutated = graph.record.mutated(node, replace(call, end=call.start) if is_input else call)
+    return Tap(call.name, *grid, keys=keys, call=call.count, is_input=is_input, mutated=mutated)
