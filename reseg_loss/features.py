@@ -17,6 +17,8 @@ from .taps import Level, Tap, TapPlan, find_taps
 from .taps.dryrun import image_of
 from .taps.named import KINDS, module_of, pair_up, parse_taps, seen
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
+
 
 class Features(NamedTuple):
     """Features of the selected levels, the finest first, each (B, C, *spatial) at the current input's size."""
@@ -96,7 +98,7 @@ class _RootEnter(_Hook):
         if getattr(module, "_is_replica", False):
             raise ReSegError("nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel")
         recording.open = None
-        if not recording.enabled or recording.held:
+        if not recording.enabled or recording.held or _is_exporting():
             return
         if recording.training_only:
             if not (module.training and torch.is_grad_enabled()):
@@ -104,7 +106,9 @@ class _RootEnter(_Hook):
             # a checkpointed root runs again inside backward (never the case in a compiled graph)
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
-        image = image_of((args, kwargs))
+        first = args[0] if args else None  # the common case needs no search, which older compilers cannot trace
+        simple = isinstance(first, Tensor) and first.ndim in (4, 5) and first.is_floating_point()
+        image = first if simple else image_of((args, kwargs))
         device = image.device.type
         recording.open = {
             "image": image,
@@ -121,12 +125,21 @@ class _RootExit(_Hook):
         if recording is None or recording.open is None:
             return
         finished, recording.open = recording.open, None
-        if output is None:  # the forward raised: this hook is always called
-            recording.forget()
-        elif recording.several or recording.done is not None:
+        if recording.several or recording.done is not None:
             recording.done, recording.several = None, True  # keep no features that nobody may read
         else:
             recording.done = finished
+
+
+class _RootFailed(_Hook):
+    """Always called, after `_RootExit`: a forward that is still open then has raised.
+
+    A hook that looked at its output to tell would make torch.compile guard on it.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.recording is not None and self.recording.open is not None:
+            self.recording.forget()
 
 
 class _TapHook(_Hook):
@@ -264,7 +277,8 @@ class FeatureExtractor:
             else:
                 handle = module.register_forward_hook(_OutputHook(recording, tuple(taps)))
             self._handles.append(handle)
-        self._handles.append(model.register_forward_hook(_RootExit(recording), always_call=True))
+        self._handles.append(model.register_forward_hook(_RootExit(recording)))
+        self._handles.append(model.register_forward_hook(_RootFailed(recording), always_call=True))
         return self
 
     def remove(self) -> None:
@@ -325,8 +339,9 @@ class FeatureExtractor:
         if forward is None:
             raise ReSegError(
                 "no training forward was recorded since the last call. Call the model itself (not model.forward) once, "
-                "in train() and with gradients on. If it is compiled, its first call must come after the hooks are "
-                "set: build this before, or call torch._dynamo.reset() now"
+                "in train() and with gradients on (checkpointing all of it needs use_reentrant=False). If it is "
+                "compiled, its first call must come after the hooks are set: build this before, or call "
+                "torch._dynamo.reset() now"
             )
         taps = self._taps()
         missing = [str(tap) for tap in taps if str(tap) not in forward["seen"]]
@@ -392,6 +407,21 @@ class FeatureExtractor:
             taps = [level.encoder for level in selected] + [level.decoder for level in selected]
             return list(dict.fromkeys([*taps, self._plan.bottleneck]))
         return list(dict.fromkeys(tap for kind in KINDS for tap in self._named[kind]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # hooks do not travel with a copied module, nor do features: only leaves of the graph can be copied
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_finalizer", "_handles")}
+        recording = _Recording(self._recording.training_only)
+        recording.enabled, recording.clone = self._recording.enabled, self._recording.clone
+        return {**state, "_recording": recording, "_attached": self.attached}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("_attached")
+        self.__dict__.update(state)
+        self._handles = []
+        self._finalizer = weakref.finalize(self, _detach, self._recording, self._handles)
+        if attached:  # a copy of model and extractor together works like the two
+            self.attach()
 
     def __repr__(self) -> str:
         title = f"{type(self._model).__name__} ({'attached' if self.attached else 'not attached'})"

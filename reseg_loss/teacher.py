@@ -90,11 +90,7 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
     Raises:
         ReSegError: the model is sharded, has lazy parameters, or cannot be copied.
     """
-    if is_sharded(model):
-        raise ReSegError(
-            "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
-            "or pass teacher="
-        )
+    refuse_sharded(model)
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise ReSegError("the model has lazy parameters; run one forward before building the wrapper")
     try:
@@ -128,9 +124,13 @@ def redraw(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if id(p) not in redrawn]
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model or a part of it."""
-    return any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters())
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise a ReSegError if `fully_shard` was applied to the model or a part of it."""
+    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise ReSegError(
+            "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
+            "or pass teacher="
+        )
 
 
 def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:

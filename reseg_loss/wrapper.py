@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -21,7 +21,7 @@ from .losses import CrossAlignmentLoss, ReconLoss, term_names
 from .settings import Settings, settings_of
 from .taps import TapPlan
 from .taps.dryrun import call, dry_run, image_of, preserved_rng, tensors
-from .teacher import Teacher, copy_for_teacher, evaluating, select_output
+from .teacher import Teacher, copy_for_teacher, evaluating, refuse_sharded, select_output
 
 FORMAT = 1  # of the state_dict
 
@@ -209,12 +209,15 @@ class ReSegWrapper:
                 save=save,
                 progress=progress,
             )
-        recon.broadcast(self.teacher)
         self.freeze_teacher()
         return history
 
     def freeze_teacher(self) -> None:
-        """End stage 1 after a loop of your own, or keep an untrained teacher as a control."""
+        """End stage 1 after a loop of your own, or keep an untrained teacher as a control.
+
+        Under torch.distributed every rank gets rank 0's teacher.
+        """
+        recon.broadcast(self.teacher)
         self.teacher.freeze()
 
     def reconstruct(self, label: Any) -> Tensor:
@@ -263,7 +266,7 @@ class ReSegWrapper:
 
     def record(self) -> AbstractContextManager[None]:
         """Mark the forward that the next `alignment_loss` is for, in loops with several forwards a step."""
-        return self.extractor.record()
+        return nullcontext() if self._student is None and self._weight == 0 else self.extractor.record()
 
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: terms, "alignment" (unweighted), "weight"; with `task_loss` also norms.
@@ -344,6 +347,8 @@ class ReSegWrapper:
 
     def _bind(self, example_input: Any) -> None:
         """Find taps and build the teacher from an example, in dry forwards that leave no trace."""
+        if self._own_teacher is None:
+            refuse_sharded(self._model)
         image, s = image_of(example_input), self.settings
         shape, spatial = image.shape, tuple(image.shape[2:])
         if self._own_teacher is None and sum(1 for _ in tensors(example_input)) > 1:

@@ -125,7 +125,20 @@ def dry_run(model: nn.Module) -> Iterator[None]:
         torch.set_autocast_cache_enabled(False)
         for module in model.modules():
             module.training = False  # not eval(): models that override it fuse or switch parts
-        yield
+        try:
+            yield
+        finally:
+            _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Shard what FSDP2 has gathered: its root keeps whole parameters after a forward, and counts on them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            fsdp.FSDPModule.reshard(module)
 
 
 def _uncompiled() -> AbstractContextManager:

@@ -1,0 +1,221 @@
+"""One of two processes: runs every check and writes what it found; test_distributed.py starts both and compares."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import UNet, batch, task_loss
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from reseg_loss import ReSegWrapper
+
+STEPS = 3
+
+
+def model_of_the_test(seed: int = 0) -> UNet:
+    """Without batch statistics, so that half a batch on each rank is the whole batch on one."""
+    torch.manual_seed(seed)
+    return UNet(norm=lambda channels: nn.GroupNorm(1, channels))
+
+
+def part(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    image, label = batch(n=4, seed=step)
+    size = 4 // world
+    return image[rank * size : (rank + 1) * size], label[rank * size : (rank + 1) * size]
+
+
+def wrapped(model: nn.Module, seed: int = 1, **kwargs: Any) -> ReSegWrapper:
+    torch.manual_seed(seed)
+    reseg = ReSegWrapper(model, example_input=batch()[0], **{"weight": 1.0, **kwargs})
+    reseg.freeze_teacher()
+    return reseg
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def train(
+    run: nn.Module, model: nn.Module, reseg: ReSegWrapper, rank: int, world: int, weights: tuple[float, ...] = ()
+) -> dict[str, Any]:
+    """Some steps with momentum; what is left of them."""
+    optimizer = torch.optim.SGD([*model.parameters(), *reseg.parameters()], 0.1, momentum=0.9)
+    losses = []
+    for step in range(STEPS):
+        if weights:
+            reseg.weight = weights[step]
+        image, label = part(step, rank, world)
+        loss = task_loss(run(image), label) + reseg.alignment_loss(label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {
+        "losses": torch.stack(losses),
+        "model": [full(p) for p in model.parameters()],
+        "projection": [full(p) for p in reseg.parameters()],
+        "keys": list(model.state_dict()),
+        "steps": reseg.calls,
+    }
+
+
+def ddp(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    reseg = wrapped(model)
+    run = DistributedDataParallel(model) if world > 1 else model
+    return train(run, model, reseg, rank, world)
+
+
+def ddp_given_to_the_wrapper(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    run = DistributedDataParallel(model) if world > 1 else model
+    reseg = wrapped(run)
+    assert not any(isinstance(m, DistributedDataParallel) for m in reseg.teacher.modules())
+    return train(run, model, reseg, rank, world)
+
+
+def compiled_ddp(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    reseg = wrapped(model)
+    run = DistributedDataParallel(model) if world > 1 else model
+    return train(torch.compile(run, backend="eager"), model, reseg, rank, world)
+
+
+def ddp_over_compiled(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    compiled = torch.compile(model, backend="eager")
+    run = DistributedDataParallel(compiled) if world > 1 else compiled
+    reseg = wrapped(run)
+    return train(run, model, reseg, rank, world)
+
+
+def projection(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    run = DistributedDataParallel(model) if world > 1 else model
+    return train(run, model, wrapped(run, projection="linear"), rank, world)
+
+
+def projection_unused_in_a_step(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    run = DistributedDataParallel(model) if world > 1 else model
+    return train(run, model, wrapped(run, projection="linear"), rank, world, weights=(1.0, 0.0, 1.0))
+
+
+def projection_with_other_seeds(rank: int, world: int) -> Any:
+    model = model_of_the_test(rank)
+    run = DistributedDataParallel(model) if world > 1 else model
+    return train(run, model, wrapped(run, projection="linear", seed=rank), rank, world)["projection"]
+
+
+def stage_1(rank: int, world: int, make: Callable[..., nn.Module] = model_of_the_test, seed: int = 1) -> Any:
+    model = make()
+    run = DistributedDataParallel(model) if world > 1 else model
+    torch.manual_seed(seed)
+    reseg = ReSegWrapper(run, example_input=batch()[0])
+    state = torch.get_rng_state()
+    history = reseg.fit_recon(
+        [part(step, rank, world) for step in range(STEPS)],
+        epochs=2,
+        optimizer=lambda p: torch.optim.SGD(p, 0.1),
+        progress=False,
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    image, label = part(0, 0, 1)
+    model(image)
+    assert reseg.alignment_loss(label) > 0
+    return {
+        "teacher": {name: full(value) for name, value in reseg.teacher.state_dict().items()},
+        "history": torch.tensor(history),
+        "loose": not any(isinstance(m, DistributedDataParallel) for m in reseg.teacher.modules()),
+    }
+
+
+def stage_1_with_other_seeds_and_batch_statistics(rank: int, world: int) -> Any:
+    return stage_1(rank, world, UNet, seed=rank)
+
+
+def sharded(model: nn.Module, world: int) -> nn.Module:
+    if world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        for module in (*model.encoder, model.bottleneck, *model.decoder, model):
+            fully_shard(module, mesh=mesh)
+    return model
+
+
+def fsdp_after_the_wrapper(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    reseg = wrapped(model)
+    return train(sharded(model, world), model, reseg, rank, world)
+
+
+def fsdp_before_the_wrapper(rank: int, world: int) -> Any:
+    model = sharded(model_of_the_test(), world)
+    try:
+        wrapped(model)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "it was not refused"
+
+
+def fsdp_before_the_wrapper_with_a_teacher(rank: int, world: int) -> Any:
+    model = sharded(model_of_the_test(), world)
+    torch.manual_seed(2)
+    own = UNet(classes=1, norm=lambda channels: nn.GroupNorm(1, channels))
+    reseg = wrapped(model, teacher=own)
+    return train(model, model, reseg, rank, world)
+
+
+def stage_1_with_a_distributed_sampler(rank: int, world: int) -> Any:
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(*batch(n=8))
+    sampler = torch.utils.data.DistributedSampler(data, num_replicas=world, rank=rank, shuffle=True)
+    reseg = ReSegWrapper(model_of_the_test())
+    reseg.fit_recon(torch.utils.data.DataLoader(data, 2, sampler=sampler), epochs=2, progress=False)
+    teacher = {name: full(value) for name, value in reseg.teacher.state_dict().items()}
+    return {"teacher": teacher, "epoch": sampler.epoch}
+
+
+CHECKS = [
+    ddp,
+    ddp_given_to_the_wrapper,
+    compiled_ddp,
+    ddp_over_compiled,
+    projection,
+    projection_unused_in_a_step,
+    projection_with_other_seeds,
+    stage_1,
+    stage_1_with_other_seeds_and_batch_statistics,
+    stage_1_with_a_distributed_sampler,
+    fsdp_after_the_wrapper,
+    fsdp_before_the_wrapper,
+    fsdp_before_the_wrapper_with_a_teacher,
+]
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "the teacher's reconstruction loss")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found: dict[str, Any] = {}
+    for check in CHECKS:
+        try:
+            found[check.__name__] = check(rank, world)
+        except Exception:
+            found[check.__name__] = Exception(traceback.format_exc())
+        torch.save(found, folder / f"{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,461 @@
+"""What only a GPU can show: agreement with the CPU, no synchronization, CUDA graphs, low precision, memory."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import UNet, batch, task_loss
+from torch import Tensor, nn
+
+from reseg_loss import CrossAlignmentLoss, Features, ReSegWrapper
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
+DEVICE = torch.device("cuda", 0)
+SETTINGS = [
+    {},
+    {"preset": "standardized"},
+    {"projection": "linear"},
+    {"label_input": "onehot", "ignore_index": 255},
+    {"preset": "standardized", "ignore_index": 255},
+]
+
+
+class Wide(UNet):
+    """A U-Net whose decoder has other widths than its encoder, so that fixed maps are needed."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        blocks = (nn.Sequential(nn.Conv2d(2 * c, c + 3, 3, padding=1), nn.ReLU()) for c in (16, 8, 4))
+        self.decoder = nn.ModuleList(blocks)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, c, 2, 2) for a, c in ((32, 16), (19, 8), (11, 4)))
+        self.head = nn.Conv2d(7, 3, 1)
+
+
+def ready(made: Any = UNet, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Any, ReSegWrapper]:
+    """Model and wrapper with an untrained, frozen teacher on the GPU, always the same; they were made on the CPU."""
+    torch.manual_seed(0)
+    model = made().to(dtype)
+    torch.manual_seed(1)
+    reseg = ReSegWrapper(model, example_input=batch()[0].to(dtype), **{"weight": 1.0, **kwargs})
+    reseg.freeze_teacher()
+    model.to(DEVICE)
+    reseg.to(DEVICE)
+    return model, reseg
+
+
+def on_device(seed: int = 0, dtype: torch.dtype = torch.float32, ignored: bool = False) -> tuple[Tensor, Tensor]:
+    image, label = batch(seed=seed)
+    if ignored:
+        label[:, :5, 3:9] = 255
+    return image.to(DEVICE, dtype), label.to(DEVICE)
+
+
+def loss_of(logits: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), label, ignore_index=255)
+
+
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def vector(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten().double().cpu() for t in tensors])
+
+
+# --- agreement with the CPU
+
+
+def whole_protocol(device: torch.device, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Both stages in double precision from the same weights."""
+    torch.manual_seed(0)
+    model = UNet().double()
+    data = [(image.double(), label) for image, label in (batch(seed=seed) for seed in range(4))]
+    torch.manual_seed(1)
+    reseg = ReSegWrapper(model, example_input=data[0][0], **{"weight": 1.0, **kwargs})
+    model.to(device)
+    reseg.to(device)
+    history = reseg.fit_recon(data, epochs=2, progress=False)
+    optimizer = torch.optim.SGD([*model.parameters(), *reseg.parameters()], 0.1, momentum=0.9)
+    losses = []
+    for image, label in data:
+        image, label = image.to(device), label.to(device)
+        loss = F.cross_entropy(model(image), label) + reseg.alignment_loss(label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss)
+    return [torch.tensor(history), torch.stack(losses), *reseg.teacher.parameters(), *model.parameters()]
+
+
+@pytest.mark.parametrize("kwargs", SETTINGS)
+def test_both_stages_agree_with_the_cpu(kwargs):
+    expected = vector(whole_protocol(torch.device("cpu"), kwargs))
+    actual = vector(whole_protocol(DEVICE, kwargs))
+    assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"projection": "linear"}])
+@pytest.mark.parametrize("made", [UNet, Wide])
+def test_teacher_and_maps_follow_the_features_of_a_model_that_moved_later(made, kwargs):
+    torch.manual_seed(0)
+    image, label = batch()
+    model = made()
+    reseg = ReSegWrapper(model, example_input=image, weight=1.0, **kwargs)
+    reseg.freeze_teacher()
+    parameters = list(reseg.parameters())
+    model(image)
+    expected = reseg.alignment_loss(label)
+    model.cuda()
+    for where in ("cpu", DEVICE):  # labels come from either
+        model(image.to(DEVICE))
+        loss = reseg.alignment_loss(label.to(where))
+        assert loss.device == DEVICE
+        assert torch.allclose(loss.cpu(), expected, rtol=2e-2)
+    loss.backward()
+    assert {p.device for p in reseg.teacher.parameters()} == {DEVICE}
+    assert all(a is b for a, b in zip(parameters, reseg.parameters()))
+    assert all(p.device == DEVICE and p.grad is not None for p in parameters)
+
+
+def test_a_wrapper_without_an_example_is_built_where_the_model_is():
+    model = UNet().to(DEVICE)
+    reseg = ReSegWrapper(model)
+    reseg.fit_recon([batch()], epochs=1, progress=False)
+    assert {t.device for t in reseg.teacher.state_dict().values()} == {DEVICE}
+    image, label = on_device()
+    model(image)
+    assert reseg.alignment_loss(label) > 0
+    assert reseg.reconstruct(label).device == DEVICE
+
+
+# --- speed
+
+
+@pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kwargs", SETTINGS)
+@pytest.mark.parametrize("made", [UNet, Wide])
+def test_no_step_after_the_first_waits_for_the_device(made, kwargs, amp):
+    model, reseg = ready(made, **kwargs)
+    image, label = on_device(ignored="ignore_index" in kwargs)
+    optimizer = torch.optim.SGD([*model.parameters(), *reseg.parameters()], 0.01)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=amp or torch.float16, enabled=amp is not None):
+            logits = model(image)
+        loss = loss_of(logits, label) + reseg.alignment_loss(label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()
+    with no_synchronization():
+        for _ in range(3):
+            step()
+
+
+def test_the_check_for_synchronization_sees_one():
+    value = torch.ones((), device=DEVICE)
+    with no_synchronization(), pytest.raises(RuntimeError, match="synchroniz"):
+        value.item()
+
+
+@pytest.mark.parametrize("kwargs", SETTINGS)
+def test_a_step_in_a_cuda_graph_replays_as_eager(kwargs):
+    ignored = "ignore_index" in kwargs
+    data = [on_device(seed, torch.float64, ignored) for seed in range(4)]
+    results = []
+    for graphed in (False, True):
+        model, reseg = ready(dtype=torch.float64, **kwargs)
+        optimizer = torch.optim.SGD([*model.parameters(), *reseg.parameters()], 0.05, momentum=0.9)
+        image, label = (x.clone() for x in data[0])
+
+        def step(model=model, reseg=reseg, optimizer=optimizer, image=image, label=label) -> Tensor:
+            loss = loss_of(model(image), label) + reseg.alignment_loss(label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        run, static = step, None
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                static = step()
+            run = graph.replay
+        losses = []
+        for new_image, new_label in data[1:]:
+            image.copy_(new_image)
+            label.copy_(new_label)
+            value = run()
+            losses.append((value if static is None else static).clone())
+        results.append(vector([*losses, *model.parameters(), *model.buffers(), *reseg.parameters()]))
+    assert torch.allclose(*results, rtol=1e-7, atol=1e-9)
+
+
+def test_memory_is_flat():
+    model, reseg = ready()
+    image, label = on_device()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    held, peaks = set(), set()
+    for i in range(100):
+        torch.cuda.reset_peak_memory_stats()
+        loss = task_loss(model(image), label) + reseg.alignment_loss(label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        del loss
+        if i >= 5:
+            held.add(torch.cuda.memory_allocated())
+            peaks.add(torch.cuda.max_memory_allocated())
+    assert len(held) == 1, held
+    assert len(peaks) == 1, peaks
+
+
+def test_features_are_freed_after_the_step_and_after_a_failed_forward():
+    model, reseg = ready()
+    image, label = on_device()
+    for _ in range(2):
+        (task_loss(model(image), label) + reseg.alignment_loss(label)).backward()
+    reseg._last.clear()
+    before = torch.cuda.memory_allocated()
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.head.register_forward_pre_hook(fail)
+    try:
+        model(image)
+    except RuntimeError as error:
+        error.__traceback__ = None
+    handle.remove()
+    assert torch.cuda.memory_allocated() == before
+    model(image)
+    assert torch.cuda.memory_allocated() > before
+    reseg.extractor.forget()
+    assert torch.cuda.memory_allocated() == before
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16])
+def test_the_teacher_runs_in_the_students_autocast_and_the_loss_in_fp32(lower):
+    model, reseg = ready()
+    image, label = on_device()
+    found: list[torch.dtype] = []
+    reseg.teacher.body.bottleneck[0].register_forward_hook(lambda module, args, output: found.append(output.dtype))
+    with torch.autocast("cuda", dtype=lower):
+        logits = model(image)
+    loss = task_loss(logits, label) + reseg.alignment_loss(label)
+    assert found == [lower]
+    assert loss.dtype == torch.float32
+
+
+def test_fp16_autocast_with_a_grad_scaler_trains():
+    model, reseg = ready(preset="standardized", projection="linear")
+    optimizer = torch.optim.Adam([*model.parameters(), *reseg.parameters()], 1e-2)
+    scaler = torch.amp.GradScaler("cuda")
+    image, label = on_device()
+    values = []
+    for _ in range(30):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = task_loss(model(image), label) + reseg.alignment_loss(label)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        values.append(loss.item())
+    assert values[-1] < 0.8 * values[0]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16])
+def test_stage_1_in_low_precision(amp):
+    model = UNet().to(DEVICE)
+    reseg = ReSegWrapper(model)
+    history = reseg.fit_recon([batch(seed=seed) for seed in range(4)], epochs=6, amp=amp, progress=False)
+    assert history[-1] < history[0]
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in reseg.teacher.parameters())
+
+
+def features(model: nn.Module, taps: Any, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Encoder, decoder and bottleneck features by hooks of the test's own."""
+    found: dict[str, Tensor] = {}
+    names = [[level.encoder.module for level in taps], [level.decoder.module for level in taps], ["bottleneck"]]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, a, output, name=name: found.__setitem__(name, output))
+        for name in itertools.chain(*names)
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return [found[name] for name in names[0]], [found[name] for name in names[1]], found["bottleneck"]
+
+
+def by_hand(model: nn.Module, teacher: nn.Module, taps: Any, image: Tensor, label: Tensor) -> Tensor:
+    """The paper's loss, written with mse_loss and nothing else."""
+    encoder, decoder, bottleneck = features(model, taps, image)
+    with torch.no_grad():
+        targets = features(teacher, taps, label.unsqueeze(1).to(image.dtype))
+    terms = [F.mse_loss(s, t) for s, t in zip([*decoder, *encoder, bottleneck], [*targets[0], *targets[1], targets[2]])]
+    return torch.stack([term.to(torch.promote_types(term.dtype, torch.float32)) for term in terms]).sum() / 3
+
+
+@pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16])
+def test_the_error_of_low_precision_is_that_of_a_hand_written_loss(lower):
+    model, reseg = ready()
+    image, label = on_device()
+    taps = reseg.extractor.plan.selected
+    exact_model, exact_teacher = (copy.deepcopy(m).double() for m in (model, reseg.teacher.body))
+    by_hand(exact_model, exact_teacher, taps, image.double(), label).backward()
+    parameters = [(p, q) for p, q in zip(model.parameters(), exact_model.parameters()) if q.grad is not None]
+    exact = vector(q.grad for _, q in parameters)
+
+    def error() -> float:
+        found = vector(p.grad for p, _ in parameters)
+        model.zero_grad()
+        return float((found - exact).norm() / exact.norm())
+
+    with torch.autocast("cuda", dtype=lower):
+        model(image)
+    reseg.alignment_loss(label).backward()
+    ours = error()
+    reseg.weight = 0
+    with torch.autocast("cuda", dtype=lower):
+        naive_loss = by_hand(model, reseg.teacher.body, taps, image, label)
+    naive_loss.backward()
+    naive = error()
+    assert 0 < ours <= 2 * naive, (ours, naive)
+
+
+@pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16])
+def test_a_model_in_low_precision_itself_has_a_teacher_in_it_and_a_loss_in_fp32(lower):
+    model, reseg = ready(dtype=lower)
+    image, label = on_device(dtype=lower)
+    model(image)
+    loss = reseg.alignment_loss(label)
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in reseg.teacher.parameters()} == {lower}
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_last_stays_and_gives_the_same_loss(dims):
+    image, label = (x.to(DEVICE) for x in batch(dims=dims, channels=2))
+    torch.manual_seed(0)
+    model = UNet(in_channels=2, dims=dims).to(DEVICE)
+    reseg = ReSegWrapper(model, example_input=image, weight=1.0)
+    reseg.freeze_teacher()
+    model(image)
+    expected = reseg.alignment_loss(label)
+    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+    model.to(memory_format=layout)
+    seen: list[tuple[int, ...]] = []
+    handle = model.bottleneck.register_forward_hook(lambda module, args, output: seen.append(output.stride()))
+    output = model(image.to(memory_format=layout))
+    handle.remove()
+    assert reseg.extractor._recording.done["seen"]["bottleneck"][0].stride() == seen[0]
+    bare = copy.deepcopy(model)
+    assert output.stride() == bare(image.to(memory_format=layout)).stride()
+    loss = reseg.alignment_loss(label)
+    assert torch.allclose(loss, expected, rtol=2e-2)
+    loss.backward()
+
+
+# --- random states and determinism
+
+
+def test_stage_1_and_building_preserve_the_random_state_of_the_device():
+    torch.manual_seed(0)
+    model = UNet(dropout=0.5).to(DEVICE)
+    state = torch.cuda.get_rng_state(), torch.get_rng_state()
+    reseg = ReSegWrapper(model, example_input=on_device()[0])
+    reseg.fit_recon([batch(seed=seed) for seed in range(3)], epochs=2, progress=False)
+    assert torch.equal(torch.cuda.get_rng_state(), state[0])
+    assert torch.equal(torch.get_rng_state(), state[1])
+    model(on_device()[0])
+    assert not torch.equal(torch.cuda.get_rng_state(), state[0]), "dropout draws on the device"
+
+
+def test_alignment_draws_no_random_number_on_the_device():
+    model, reseg = ready(lambda: UNet(dropout=0.5))
+    image, label = on_device()
+    model(image)
+    state = torch.cuda.get_rng_state()
+    reseg.alignment_loss(label).backward()
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+def test_the_loss_has_no_nondeterministic_operator(normalize):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random_features(grad: bool) -> Features:
+        sizes = [(4, 16), (8, 8), (4, 16), (8, 8), (16, 4)]
+        f = [torch.randn(2, c, s, s, s, device=DEVICE, generator=generator, requires_grad=grad) for c, s in sizes]
+        return Features((f[0], f[1]), (f[2], f[3]), f[4])
+
+    student, teacher = random_features(True), random_features(False)
+    valid = (torch.rand(2, 1, 32, 32, 32, device=DEVICE, generator=generator) > 0.3).float()
+    loss = CrossAlignmentLoss(normalize=normalize)
+    leaves = [*student.encoder, *student.decoder, student.bottleneck]
+    runs = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            value = loss(student, teacher, valid)
+            runs.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+# --- compilation
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_trains_as_the_plain_one(mode):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model, reseg = ready(dtype=torch.float64)
+        run = torch.compile(model, mode=mode) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        losses = []
+        for seed in range(6):
+            image, label = on_device(seed, torch.float64)
+            loss = F.cross_entropy(run(image), label) + reseg.alignment_loss(label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach().clone())
+        results.append(vector([*losses, *model.parameters()]))
+    assert torch.allclose(*results, rtol=1e-6, atol=1e-8)

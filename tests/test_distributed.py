@@ -1,0 +1,125 @@
+"""DistributedDataParallel and FSDP2 on two processes, against one process with the concatenated batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import distributed_worker as worker
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed"),
+    pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two processes found."""
+    folder = tmp_path_factory.mktemp("distributed")
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    logs = [open(folder / f"{rank}.log", "wb") for rank in range(2)]  # noqa: SIM115
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker.__file__, str(rank), "2", str(folder)], env=environment, stdout=log, stderr=log
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process, log in zip(processes, logs):
+            process.kill()
+            log.close()
+    assert codes == [0, 0], (folder / "0.log").read_text() + (folder / "1.log").read_text()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def both(found: list[dict[str, Any]], check: Callable[..., Any]) -> list[Any]:
+    results = [each[check.__name__] for each in found]
+    for result in results:
+        if isinstance(result, Exception):
+            pytest.fail(str(result))
+    return results
+
+
+def close(a: Any, b: Any, tolerance: float = 1e-5) -> bool:
+    first, second = tree_leaves(a), tree_leaves(b)
+    return len(first) == len(second) and all(
+        torch.allclose(x, y, rtol=1e-4, atol=tolerance) for x, y in zip(first, second)
+    )
+
+
+def equal(a: Any, b: Any) -> bool:
+    first, second = tree_leaves(a), tree_leaves(b)
+    return len(first) == len(second) and all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        worker.ddp,
+        worker.ddp_given_to_the_wrapper,
+        worker.compiled_ddp,
+        worker.ddp_over_compiled,
+        worker.projection,
+        worker.projection_unused_in_a_step,
+        worker.fsdp_after_the_wrapper,
+        worker.fsdp_before_the_wrapper_with_a_teacher,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_training_on_two_processes_is_training_on_one_with_the_whole_batch(found, check):
+    torch._dynamo.reset()
+    zero, one = both(found, check)
+    alone = check(0, 1)
+    assert close((zero["losses"] + one["losses"]) / 2, alone["losses"])
+    assert not torch.equal(zero["losses"], one["losses"]), "each process has a part of the batch"
+    assert zero["keys"] == alone["keys"]
+    assert zero["steps"] == alone["steps"]
+    for which in ("model", "projection"):
+        assert equal(zero[which], one[which])
+        assert close(zero[which], alone[which])
+    start = worker.model_of_the_test()
+    assert not close(alone["model"], list(start.parameters())), "the steps moved the model"
+
+
+def test_a_projection_that_starts_differently_on_every_process_becomes_and_stays_the_same(found):
+    zero, one = both(found, worker.projection_with_other_seeds)
+    assert zero
+    assert equal(zero, one)
+
+
+def test_stage_1_on_two_processes_is_stage_1_on_one_with_the_whole_batch(found):
+    zero, one = both(found, worker.stage_1)
+    alone = worker.stage_1(0, 1)
+    assert equal(zero["teacher"], one["teacher"])
+    assert close(zero["teacher"], alone["teacher"])
+    assert close((zero["history"] + one["history"]) / 2, alone["history"])
+    assert zero["loose"], "the frozen teacher is in no DistributedDataParallel, which refuses it"
+
+
+def test_teachers_are_the_same_on_every_process_even_from_other_seeds_and_with_batch_statistics(found):
+    zero, one = both(found, worker.stage_1_with_other_seeds_and_batch_statistics)
+    assert any("running_mean" in name for name in zero["teacher"])
+    assert equal(zero["teacher"], one["teacher"])
+
+
+def test_stage_1_advances_the_epoch_of_a_distributed_sampler(found):
+    zero, one = both(found, worker.stage_1_with_a_distributed_sampler)
+    assert zero["epoch"] == one["epoch"] == 1
+    assert equal(zero["teacher"], one["teacher"])
+
+
+def test_a_model_that_is_sharded_already_is_refused_with_the_two_ways_out(found):
+    for message in both(found, worker.fsdp_before_the_wrapper):
+        assert message.startswith("ReSegError")
+        assert "build ReSegWrapper (with example_input=) before fully_shard, or pass teacher=" in message
