@@ -106,9 +106,9 @@ class _RootEnter(_Hook):
             # a checkpointed root runs again inside backward (never the case in a compiled graph)
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
-        first = args[0] if args else None  # the common case needs no search, which older compilers cannot trace
-        simple = isinstance(first, Tensor) and first.ndim in (4, 5) and first.is_floating_point()
-        image = first if simple else image_of((args, kwargs))
+        image = args[0] if args else None
+        if not (isinstance(image, Tensor) and image.ndim in (4, 5) and image.is_floating_point()):
+            image = image_of((args, kwargs))  # a search, which older compilers cannot trace
         device = image.device.type
         recording.open = {
             "image": image,
