@@ -79,14 +79,10 @@ def test_both_runs_are_the_same_without_weight(slices, capsys):
 
 
 def test_deep_supervision_changes_the_second_run_alone(slices):
-    common = ["--data", str(slices), "--steps", "3", "--recon-steps", "1", "--weight", "0", "--models", "basicunet"]
-    results = []
-    for flag in ([], ["--deep-supervision"]):
-        out = slices.parent / f"out{len(flag)}"
-        quickstart.main([*common, *flag, "--out", str(out)])
-        results.append(json.loads((out / "metrics.json").read_text())["models"]["basicunet"])
-    assert results[0]["bare"] == results[1]["bare"]
-    assert results[0]["reseg"]["volumes"] != results[1]["reseg"]["volumes"]
+    without = run_quickstart(slices, "--weight", "0")["models"]["basicunet"]
+    deep = run_quickstart(slices, "--weight", "0", "--deep-supervision")["models"]["basicunet"]
+    assert deep["bare"] == without["bare"]
+    assert deep["reseg"] != without["reseg"]
 
 
 def test_weight_preset_and_patients_reach_the_run(slices):

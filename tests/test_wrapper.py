@@ -383,7 +383,7 @@ def test_after_remove_the_model_is_bare_and_the_wrapper_says_so():
 
 
 def test_levels_that_are_named_are_all_used_full_resolution_included():
-    image, label = batch()
+    image, _ = batch()
     model = UNet()
     reseg = ReSegWrapper(model, UNet.taps, image)
     assert [level.stride for level in reseg.extractor.plan.selected] == [(1, 1), (2, 2), (4, 4)]
