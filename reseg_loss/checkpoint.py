@@ -29,6 +29,16 @@ def plan_from_dict(state: Mapping[str, Any]) -> TapPlan:
     return TapPlan(tuple(levels), _tap_from_dict(state["bottleneck"]))
 
 
+def same_taps(a: TapPlan, b: TapPlan) -> bool:
+    """Whether two plans tap the same tensors, whatever the size of the images that they were found with."""
+    return _sizeless(a) == _sizeless(b)
+
+
+def _sizeless(plan: TapPlan) -> list[Any]:
+    pairs = [(replace(e.encoder, spatial=()), replace(e.decoder, spatial=()), e.selected) for e in plan.levels]
+    return [*pairs, replace(plan.bottleneck, spatial=())]
+
+
 def _tap_to_dict(tap: Tap) -> dict[str, Any]:
     return {
         "tap": str(tap),

@@ -215,7 +215,7 @@ class FeatureExtractor:
         self._select = levels
         self._plan: TapPlan | None = None
         if isinstance(taps, TapPlan):
-            self._know(taps)
+            self._know(taps if levels is None else taps.select(levels))
         elif example_input is not None:
             self._know(find_taps(self._model, example_input, taps=taps, levels=levels, encoder=encoder))
         else:
@@ -339,7 +339,8 @@ class FeatureExtractor:
         if forward is None:
             raise ReSegError(
                 "no training forward was recorded since the last call. Call the model itself (not model.forward) once, "
-                "in train() and with gradients on (checkpointing all of it needs use_reentrant=False). If it is "
+                "in train(), with gradients on (checkpointing all of it needs use_reentrant=False) and at a weight "
+                "other than 0. If it is "
                 "compiled, its first call must come after the hooks are set: build this before, or call "
                 "torch._dynamo.reset() now"
             )
@@ -354,7 +355,8 @@ class FeatureExtractor:
         if without:
             raise TapError(
                 f"taps ran without gradients although they are on for the model: {', '.join(without)}. "
-                "If that is activation checkpointing, pass use_reentrant=False"
+                "If that is activation checkpointing, pass use_reentrant=False; if it is no_grad around a frozen "
+                "encoder, freeze it with requires_grad_(False) instead"
             )
         if self._plan is None:
             self._know(self._first_plan(forward))

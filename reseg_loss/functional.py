@@ -31,7 +31,7 @@ def recon_loss(
         ReSegError: shapes differ, or a tensor is not floating point.
     """
     with _full_precision(prediction, image) as (prediction, image):
-        difference = prediction - image
+        difference = _counting(prediction - image, valid)
         return alpha * _mean(difference.square(), valid) + beta * _mean(difference.abs(), valid)
 
 
@@ -53,6 +53,7 @@ def alignment_term(
         ReSegError: shapes differ, or a tensor is not floating point.
     """
     with _full_precision(student, teacher) as (student, teacher):
+        student, teacher = _counting(student, valid), _counting(teacher, valid)
         if normalize == "batch":
             student, teacher = standardize(student, valid), standardize(teacher, valid)
         return _mean((student - teacher).square(), valid)
@@ -141,6 +142,11 @@ def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
     total = x.shape[1] * weight.sum()
     # the clamp only acts where nothing is valid; then the numerator is an exact 0 that still has its graph
     return (weight * x).sum() / total.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _counting(x: Tensor, valid: Tensor | None) -> Tensor:
+    """0 where nothing counts, so that a NaN there is no NaN in a sum or a gradient."""
+    return x if valid is None else torch.where(_weights(valid, x) > 0, x, 0.0)
 
 
 def _weights(valid: Tensor, x: Tensor) -> Tensor:

@@ -65,6 +65,11 @@ class LabelEncoding:
         if self.ignore_index is not None:
             numbers = numbers[numbers != self.ignore_index]
         per_class = self._per_class(label)
+        if per_class and self.ignore_index in (0, 1):
+            raise ReSegError(
+                f"ignore_index={self.ignore_index} in one-hot or multi-label channels would ignore classes; mark "
+                "ignored pixels there by another value, 255 for instance"
+            )
         classes = 2 if per_class or self.num_classes == 1 else self.num_classes
         wrong = numbers[(numbers != numbers.round()) | ~((numbers >= 0) & (numbers < classes))]
         if wrong.numel():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, overload
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class ReconLoss(nn.Module):
     def __init__(self, alpha: float = 0.6, beta: float = 0.4) -> None:
         super().__init__()
         for name, value in (("alpha", alpha), ("beta", beta)):
-            _check_weight(name, value)
+            check_weight(name, value)
         self.alpha, self.beta = float(alpha), float(beta)
 
     def forward(self, prediction: Tensor, image: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -106,7 +107,7 @@ class CrossAlignmentLoss(nn.Module):
         }
         for name, values in weights.items():
             for value in values:
-                _check_weight(name, value)
+                check_weight(name, value)
         if not any(any(values) for values in weights.values()):
             raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
         self.encoder_to_decoder, self.decoder_to_encoder = encoder_to_decoder, decoder_to_encoder
@@ -136,19 +137,9 @@ class CrossAlignmentLoss(nn.Module):
             if isinstance(weight, Sequence) and len(weight) != levels:
                 raise ReSegError(f"{kind} has {len(weight)} weights, but the features have {levels} levels")
 
-    @overload
-    def forward(
-        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: Literal[True]
-    ) -> dict[str, Tensor]: ...
-
     def forward(
         self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: bool = False
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Any:
         """The loss, or with `components` its terms by name, unweighted.
 
         Args:
@@ -188,6 +179,8 @@ class CrossAlignmentLoss(nn.Module):
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the terms over the divisor (eq. 7)."""
+        if not terms:  # at weight 0 of the wrapper
+            return torch.zeros(())
         return torch.stack([self.term_weight(name) * term for name, term in terms.items()]).sum() / self.divisor
 
     def _match_channels(self, x: Tensor, channels: int) -> Tensor:
@@ -222,6 +215,8 @@ def _as_list(weight: Weight) -> list[float]:
     return list(weight) if isinstance(weight, Sequence) else [weight]
 
 
-def _check_weight(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+def check_weight(name: str, value: Any) -> float:
+    """`value` as a float; a ReSegError unless it is a finite number >= 0."""
+    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise ReSegError(f"{name}={value!r}; weights are finite numbers >= 0")
+    return float(value)

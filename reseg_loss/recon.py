@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from .losses import ReconLoss
 from .teacher import Teacher
 
 READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device
-SAMPLED_BATCHES, SAMPLED_PIXELS = 50, 1024  # for the best constant image
+SAMPLED_BATCHES, SAMPLED_PIXELS = 50, 128  # of each, for the best constant image
+CHECKED_STEPS = 100  # whose label values are looked at
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def fit(
     loader: Iterable[Any],
-    prepare: Callable[[Tensor, Tensor], Teacher],
+    prepare: Callable[[Tensor], Teacher],
     loss: ReconLoss,
     *,
     epochs: int | None,
@@ -57,8 +58,9 @@ def fit(
     if resumed:
         restore_rng(resumed["rng"])
     bar = tqdm(total=steps, initial=step, disable=not progress or rank() > 0, desc="stage 1", unit="step")
-    if steps is None and epochs is not None and hasattr(loader, "__len__"):
-        bar.total = epochs * len(loader)  # pyright: ignore[reportArgumentType]
+    if epochs is not None:
+        with suppress(TypeError):  # loaders of iterable data sets have no length
+            bar.total = epochs * len(loader)  # pyright: ignore[reportArgumentType]
     with bar:
         while (len(history) < epochs) if epochs is not None else (step < (steps or 0)):
             sampler = getattr(loader, "sampler", None)
@@ -68,10 +70,10 @@ def fit(
             for batch in loader:
                 image, label = (plain_label(x) for x in unpack_batch(batch))
                 if run is None:
-                    teacher = prepare(image, label)
+                    teacher = prepare(image)
                     run = _Run(teacher, loss, optimizer, scheduler, amp, resumed)
                 check_image(image, label, run.teacher)
-                if not history:  # the first epoch has shown every label
+                if not history and step < CHECKED_STEPS:
                     run.teacher.encoding.check_values(label)
                 value, valid = run.step(image, label)
                 if len(constants) < SAMPLED_BATCHES:
@@ -119,6 +121,11 @@ class _Run:
             self.optimizer = optimizer
         else:
             self.optimizer = optimizer(teacher.parameters())
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in known for p in teacher.parameters()):
+            raise ReSegError(
+                "the optimizer holds no parameter of the teacher; give a function: optimizer=torch.optim.Adam"
+            )
         self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         if resumed:
@@ -159,6 +166,10 @@ def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
         raise ReSegError(
             f"the image has shape {tuple(image.shape)}; expected (B, C, ...) with {teacher.encoding.dims} spatial axes"
         )
+    if image.shape[1] != teacher.image_channels:
+        raise ReSegError(
+            f"the image has shape {tuple(image.shape)}; the model was shown {teacher.image_channels} image channels"
+        )
     teacher.encoding.check_shape(label, image.shape)
 
 
@@ -172,6 +183,14 @@ def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all."""
+    state = [torch.load(path, map_location="cpu", weights_only=True) if rank() == 0 and os.path.exists(path) else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(state, 0)
+    return state[0]
 
 
 def rng_state() -> dict[str, Any]:
@@ -220,7 +239,8 @@ def _finite(total: Tensor, seen: int, step: int) -> float:
     if not math.isfinite(mean):
         raise ReSegError(
             f"the reconstruction loss is {mean} by step {step}: check the images for NaN or infinite values, "
-            "scale them to about unit range, or lower the learning rate (optimizer=)"
+            "scale them to about unit range, or lower the learning rate (optimizer=). This teacher is lost: build a "
+            "new wrapper"
         )
     return mean
 
@@ -236,7 +256,7 @@ def _pixels(image: Tensor, valid: Tensor | None) -> Tensor:
 def _compare_with_constant(last: float, pixels: Tensor, loss: ReconLoss) -> None:
     """Warn when the teacher has learnt no more than the best constant image (of quantiles and mean, per channel)."""
     if pixels.shape[1] == 0:
-        return
+        raise ReSegError("every pixel of every label is ignored (ignore_index), so the teacher has learnt nothing")
     candidates = torch.cat([pixels.quantile(torch.linspace(0, 1, 101), 1), pixels.mean(1)[None]])
     errors = pixels[None] - candidates[..., None]
     best = (loss.alpha * errors.square() + loss.beta * errors.abs()).mean(2).min(0).values.mean()

@@ -80,6 +80,9 @@ class Settings:
         return replace(self, **values)
 
 
+# what stage 1 depends on: a stage 1 can only go on under the same
+STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "normalize": (None, "batch"),
     "projection": (None, "linear"),

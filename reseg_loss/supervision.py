@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as RF
-from .checkpoint import plan_from_dict, plan_to_dict
+from .checkpoint import plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
-from .taps import TapPlan
+from .losses import check_weight
+from .taps import TapPlan, find_taps
 from .taps.dryrun import preserved_rng
 
 FORMAT = 1  # of the state_dict
@@ -46,8 +46,8 @@ class DeepSupervision:
         decay_calls: number of calls over which all weights fall linearly to 0; None keeps them.
         soft: give the task loss area-averaged class fractions (B, classes, *spatial) instead of the nearest label;
             it must take probabilities.
-        ignore_index: for `soft` only, a label value left out of the averages; where a cell has no other, all of its
-            fractions are 0. Nearest labels keep it as it is.
+        ignore_index: the label value that your task loss ignores. A level whose label has no other is left out (most
+            losses are NaN there). Soft labels leave it out of the averages; a cell that has no other is all 0.
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
@@ -70,20 +70,21 @@ class DeepSupervision:
     ) -> None:
         if sides not in ("decoder", "all"):
             raise ReSegError(f"sides={sides!r}; it is 'decoder' or 'all'")
-        if any(not math.isfinite(w) or w < 0 for w in weights or ()):
-            raise ReSegError(f"weights={weights}; weights are finite numbers >= 0")
+        if taps is not None and not isinstance(taps, Mapping):
+            raise ReSegError(f"taps is a mapping, got {type(taps).__name__}; pass an image as example_input=")
         if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
             raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
         self._model = unwrap(model)
         self.num_classes, self.sides, self.decay_calls = num_classes, sides, decay_calls
-        self.level_weights = None if weights is None else [float(w) for w in weights]
+        self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
         self.soft, self.ignore_index = soft, ignore_index
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
-        self._weight, self._calls, self._removed = 1.0, 0, False
+        self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
-            self._build(FeatureExtractor(self._model, taps, example_input, levels=levels).plan)
+            plan = find_taps(self._model, example_input, taps=taps, levels=levels)
+            self._extractor, self._heads = self._make(plan, sides, self.level_weights)
 
     @property
     def extractor(self) -> FeatureExtractor:
@@ -106,9 +107,7 @@ class DeepSupervision:
 
     @weight.setter
     def weight(self, value: float) -> None:
-        if not math.isfinite(value) or value < 0:
-            raise ReSegError(f"weight={value!r}; it is a finite number >= 0")
-        self._weight = float(value)
+        self._weight = check_weight("weight", value)
         self._arm()
 
     @property
@@ -197,32 +196,37 @@ class DeepSupervision:
             raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
         if state["num_classes"] != self.num_classes:
             raise ReSegError(f"this state is for {state['num_classes']} classes, not {self.num_classes}")
-        same = self._extractor is not None and plan_to_dict(self._extractor.plan) == state["taps"]
-        same = same and self.sides == state["sides"]
-        self.sides, self.level_weights, self.decay_calls = state["sides"], state["weights"], state["decay_calls"]
+        plan = plan_from_dict(state["taps"])
+        weights = state["weights"]
+        extractor, heads = self._extractor, self._heads
+        # rebuilt only where it differs: optimizers hold the heads, compiled models their hooks
+        if extractor is None or self.sides != state["sides"] or not same_taps(extractor.plan, plan):
+            extractor, heads = self._make(plan, state["sides"], weights)
+        assert heads is not None
+        try:
+            undistributed(heads).heads.load_state_dict(state["heads"])  # pyright: ignore
+        except RuntimeError as error:
+            raise ReSegError(f"this state is of another model: {error}") from error
+        if self._extractor is not None and self._extractor is not extractor:
+            self._extractor.remove()
+        self._extractor, self._heads = extractor, heads
+        self.sides, self.level_weights, self.decay_calls = state["sides"], weights, state["decay_calls"]
         self.soft, self.ignore_index = state["soft"], state["ignore_index"]
-        if not same:  # rebuilt only where it differs: optimizers hold the heads, compiled models their hooks
-            if self._extractor is not None:
-                self._extractor.remove()
-            self._build(plan_from_dict(state["taps"]))
-        self.heads.load_state_dict(state["heads"])
         self._weight, self._calls = state["weight"], state["calls"]
         self._arm()
 
-    def _build(self, plan: TapPlan) -> None:
+    def _make(self, plan: TapPlan, sides: str, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
+        """Heads and hooks for known taps."""
         channels = {f"decoder_{i + 1}": level.decoder.channels for i, level in enumerate(plan.selected)}
-        if self.level_weights is not None and len(self.level_weights) != len(channels):
-            raise ReSegError(f"{len(self.level_weights)} weights for {len(channels)} levels:\n{plan.draw()}")
-        if self.sides == "all":
+        if weights is not None and len(weights) != len(channels):
+            raise ReSegError(f"{len(weights)} weights for {len(channels)} levels:\n{plan.draw()}")
+        if sides == "all":
             channels |= {f"encoder_{i + 1}": level.encoder.channels for i, level in enumerate(plan.selected)}
             channels["bottleneck"] = plan.bottleneck.channels
-        dims = len(plan.bottleneck.spatial)
         with preserved_rng():
-            heads = _Heads(channels, self.num_classes, dims)
+            heads = _Heads(channels, self.num_classes, len(plan.bottleneck.spatial))
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self._heads = heads.to(like.device, like.dtype)
-        self._extractor = FeatureExtractor(self._model, plan).attach()
-        self._arm()
+        return FeatureExtractor(self._model, plan).attach(), heads.to(like.device, like.dtype)
 
     def _need_bound(self) -> None:
         if self._extractor is None:
@@ -247,6 +251,9 @@ class DeepSupervision:
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
         encoding.check_shape(label, image)
+        if self.soft and not self._labels_checked:  # else they are the task loss's affair
+            encoding.check_values(label)
+            self._labels_checked = True
         sides = {"decoder": features.decoder, "encoder": features.encoder if self.sides == "all" else ()}
         inputs = {f"{side}_{i + 1}": x for side, xs in sides.items() for i, x in enumerate(xs)}
         if self.sides == "all":
@@ -261,7 +268,12 @@ class DeepSupervision:
         for name, x in logits.items():
             size = x.shape[2:]
             target = _nearest(label, size) if encoded is None else _fractions(encoded, valid, size)
-            total = total + self.weight_of(name) * task_loss(x, target)
+            counts = None
+            if self.ignore_index is not None and encoded is None:
+                counts = (target != self.ignore_index).any()
+                target = torch.where(counts, target, torch.zeros_like(target))
+            value = task_loss(x, target)
+            total = total + self.weight_of(name) * (value if counts is None else value * counts)
         self._calls += 1
         if self.decay_calls is not None:
             self._arm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ class Teacher(nn.Module):
         conv = nn.Conv2d if encoding.dims == 2 else nn.Conv3d
         like = next((p for p in body.parameters() if p.is_floating_point()), torch.zeros(()))
         kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-        self.encoding, self.out_channels, self.output, self.frozen = encoding, out_channels, output, False
+        self.encoding, self.output, self.frozen = encoding, output, False
+        self.in_channels, self.out_channels, self.image_channels = in_channels, out_channels, image_channels
         same_in, same_out = in_channels == encoding.channels, out_channels == image_channels
         self.before = nn.Identity() if same_in else conv(encoding.channels, in_channels, 1, **kwargs)
         self.body = body
@@ -55,6 +57,8 @@ class Teacher(nn.Module):
     def forward(self, label: Any) -> Tensor:
         """(B, image channels, *spatial) from a label in any form that `LabelEncoding` takes."""
         label = plain_label(label)
+        if label.ndim not in (self.encoding.dims + 1, self.encoding.dims + 2):
+            raise ReSegError(f"a label of shape {tuple(label.shape)} has no batch of {self.encoding.dims}D label maps")
         like = self.reference
         return self.decode(self.encoding.encode(label.to(like.device, non_blocking=True))[0])
 
@@ -91,8 +95,12 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
         ReSegError: the model is sharded, has lazy parameters, or cannot be copied.
     """
     refuse_sharded(model)
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
-        raise ReSegError("the model has lazy parameters; run one forward before building the wrapper")
+    patched = [name or "the model" for name, module in model.named_modules() if "forward" in vars(module)]
+    if patched:
+        raise ReSegError(
+            f"the forward of {', '.join(patched)} was replaced on the object (model.forward = ...), and a copy would "
+            "run the original's; use torch.compile(model) or model.compile(), patch afterwards, or pass teacher="
+        )
     try:
         body = copy.deepcopy(model)
     except Exception as error:
@@ -114,14 +122,19 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
 
 def redraw(model: nn.Module) -> list[str]:
     """Draw new weights where modules know how to; the names of the parameters that keep their values."""
-    redrawn: set[int] = set()
+    versions = {name: p._version for name, p in model.named_parameters()}
     with preserved_rng(), torch.no_grad():
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
+            if callable(reset) and not inspect.signature(reset).parameters:
                 reset()
-                redrawn.update(id(p) for p in module.parameters(recurse=False))
-    return [name for name, p in model.named_parameters() if id(p) not in redrawn]
+    return [name for name, p in model.named_parameters() if p._version == versions[name]]
+
+
+def input_channels(module: nn.Module, default: int) -> int:
+    """The channels that a module takes in, going by its first convolution."""
+    convolutions = (m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+    return next((m.in_channels for m in convolutions), default)
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -141,9 +154,11 @@ def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Seque
     Raises:
         ReSegError: there is none.
     """
-    if path is not None:
-        for key in path:
+    for key in path or ():
+        try:
             output = output[key] if not isinstance(key, str) or hasattr(output, "keys") else getattr(output, key)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ReSegError(f"output={path}: there is no {key!r} in a {type(output).__name__}") from error
     found = list(tensors(output))
     for _, tensor in found:
         if tensor.is_floating_point() and tensor.shape[0] == batch:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, overload
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import recon
-from .checkpoint import plan_from_dict, plan_to_dict
+from .checkpoint import plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, Features, Recorded, unwrap
 from .labels import LabelEncoding, plain_label
-from .losses import CrossAlignmentLoss, ReconLoss, term_names
-from .settings import Settings, settings_of
-from .taps import TapPlan
-from .taps.dryrun import call, dry_run, image_of, preserved_rng, tensors
-from .teacher import Teacher, copy_for_teacher, evaluating, refuse_sharded, select_output
+from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
+from .settings import STAGE_1, Settings, settings_of
+from .taps import TapPlan, find_taps
+from .taps.dryrun import call, dry_run, image_of, preserved_rng
+from .taps.named import module_of, parse_taps
+from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refuse_sharded, select_output
 
 FORMAT = 1  # of the state_dict
+
+
+@dataclass
+class _Parts:
+    """What there is once the taps are known."""
+
+    student: FeatureExtractor
+    teacher: Teacher
+    teacher_features: FeatureExtractor
+    loss: CrossAlignmentLoss
+    image_channels: int
 
 
 class ReSegWrapper:
@@ -60,14 +72,16 @@ class ReSegWrapper:
     ) -> None:
         self._model = unwrap(model)
         self.settings = settings_of(preset, overrides)
+        for module, named in ((self._model, taps), (teacher or self._model, teacher_taps)):
+            if named is not None and not isinstance(named, Mapping):
+                raise ReSegError(f"taps is a mapping, got {type(named).__name__}; pass an image as example_input=")
+            for entries in parse_taps(named or {}).values():
+                for tap in entries:
+                    module_of(module, tap)
+        if teacher is self._model:
+            raise ReSegError("the model cannot be its own teacher, which is frozen; leave teacher= out for a copy")
         self._taps, self._own_teacher, self._teacher_taps = taps, teacher, teacher_taps
-        self.recon_loss = ReconLoss(self.settings.alpha, self.settings.beta)
-        self._weight = _checked_weight(self.settings.weight)
-        self._student: FeatureExtractor | None = None
-        self._teacher: Teacher | None = None
-        self._teacher_features: FeatureExtractor | None = None
-        self._loss: CrossAlignmentLoss | None = None
-        self._image_channels = 0
+        self._parts: _Parts | None = None
         self._removed = False
         self._calls = 0
         self._labels_checked = False
@@ -75,31 +89,28 @@ class ReSegWrapper:
         self._unmoved = UnmovedWarning(
             "the projection", "add reseg.parameters() to your optimizer, or use projection=None"
         )
+        self.weight = self.settings.weight
+        self.recon_loss = ReconLoss(self.settings.alpha, self.settings.beta)
+        _alignment(replace(self.settings, projection=None), {})  # refuses bad weights now, not later
         if example_input is not None:
-            self._bind(example_input)
+            self._parts = self._build(example_input)
 
     # --- what the user reads
 
     @property
     def teacher(self) -> Teacher:
         """The teacher, a plain module: label in, image out. Train it with `fit_recon`, or yourself with `ReconLoss`."""
-        self._need_bound()
-        assert self._teacher is not None
-        return self._teacher
+        return self._known().teacher
 
     @property
     def extractor(self) -> FeatureExtractor:
         """The student's taps; `print` it to see the U."""
-        self._need_bound()
-        assert self._student is not None
-        return self._student
+        return self._known().student
 
     @property
     def loss(self) -> CrossAlignmentLoss:
         """The alignment loss, without the weight."""
-        self._need_bound()
-        assert self._loss is not None
-        return self._loss
+        return self._known().loss
 
     @property
     def weight(self) -> float:
@@ -108,9 +119,9 @@ class ReSegWrapper:
 
     @weight.setter
     def weight(self, value: float) -> None:
-        self._weight = _checked_weight(value)
-        if self._student is not None:
-            self._student.enabled = self._weight != 0
+        self._weight = check_weight("weight", value)
+        if self._parts is not None:
+            self._parts.student.enabled = self._weight != 0
 
     @property
     def calls(self) -> int:
@@ -125,9 +136,9 @@ class ReSegWrapper:
         """
         if self.settings.projection is None:
             return iter(())
-        if self._loss is None:
+        if self._parts is None:
             raise ReSegError("the projection's channels are not known yet; pass example_input= to ReSegWrapper")
-        return iter(self._projection().parameters())
+        return self.loss.parameters()
 
     def to(self, *args: Any, **kwargs: Any) -> ReSegWrapper:
         """Move the teacher and the projection, as `nn.Module.to`. Returns self."""
@@ -177,18 +188,19 @@ class ReSegWrapper:
             raise ReSegError("say how long to train: epochs= or steps=, one of them")
         if (epochs if epochs is not None else steps or 0) < 1:
             raise ReSegError(f"epochs={epochs}, steps={steps}; it must be at least 1")
-        if self._teacher is not None and self._teacher.frozen:
+        if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
+            raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
+        if self._parts is not None and self.teacher.frozen:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
-        resumed = None
-        if checkpoint is not None and os.path.exists(checkpoint):
-            resumed = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            self.load_state_dict(resumed["wrapper"])
+        resumed = recon.read_checkpoint(checkpoint) if checkpoint is not None else None
+        if resumed is not None:
+            self._continue(resumed["wrapper"], str(checkpoint))
 
-        def prepare(image: Tensor, label: Tensor) -> Teacher:
-            if self._teacher is None:
-                device = next((p.device for p in self._model.parameters()), image.device)
-                self._bind(image.to(device))
-            self._check_channels(image)
+        def prepare(image: Tensor) -> Teacher:
+            device = next((p.device for p in self._model.parameters()), image.device)
+            if self._parts is None:
+                self._parts = self._build(image.to(device))
+            self.teacher.to(device)  # the model may have moved since
             return self.teacher.train()
 
         def save(state: dict[str, Any]) -> None:
@@ -227,19 +239,7 @@ class ReSegWrapper:
 
     # --- stage 2
 
-    @overload
-    def alignment_loss(
-        self, label: Any, *, components: Literal[False] = False, task_loss: Tensor | None = None
-    ) -> Tensor: ...
-
-    @overload
-    def alignment_loss(
-        self, label: Any, *, components: Literal[True], task_loss: Tensor | None = None
-    ) -> dict[str, Tensor]: ...
-
-    def alignment_loss(
-        self, label: Any, *, components: bool = False, task_loss: Tensor | None = None
-    ) -> Tensor | dict[str, Tensor]:
+    def alignment_loss(self, label: Any, *, components: bool = False, task_loss: Tensor | None = None) -> Any:
         """Stage 2: weight times L_align (eqs. 4-8) of the one training forward since the last call.
 
         Args:
@@ -260,13 +260,13 @@ class ReSegWrapper:
         try:
             return self._aligned(label, components, task_loss)
         except BaseException:
-            if self._student is not None:
-                self._student.forget()
+            if self._parts is not None:
+                self._parts.student.forget()
             raise
 
     def record(self) -> AbstractContextManager[None]:
         """Mark the forward that the next `alignment_loss` is for, in loops with several forwards a step."""
-        return nullcontext() if self._student is None and self._weight == 0 else self.extractor.record()
+        return nullcontext() if self._parts is None and self._weight == 0 else self.extractor.record()
 
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: terms, "alignment" (unweighted), "weight"; with `task_loss` also norms.
@@ -278,9 +278,9 @@ class ReSegWrapper:
 
     def remove(self) -> None:
         """Take all hooks off. The model is as it was; the wrapper cannot align any more."""
-        for extractor in (self._student, self._teacher_features):
-            if extractor is not None:
-                extractor.remove()
+        if self._parts is not None:
+            self._parts.student.remove()
+            self._parts.teacher_features.remove()
         self._removed = True
 
     # --- checkpoints
@@ -291,120 +291,131 @@ class ReSegWrapper:
             "format": FORMAT,
             "settings": {**self.settings.to_dict(), "weight": self._weight},
             "calls": self._calls,
-            "bound": self._teacher is not None,
+            "parts": None,
         }
-        if self._teacher is not None and self._student is not None and self._teacher_features is not None:
-            projection = self._projection().state_dict() if self.settings.projection else {}
-            state |= {
-                "taps": plan_to_dict(self._student.plan),
-                "teacher_taps": plan_to_dict(self._teacher_features.plan),
+        if self._parts is not None:
+            parts, teacher = self._parts, self._parts.teacher
+            state["parts"] = {
+                "taps": plan_to_dict(parts.student.plan),
+                "teacher_taps": plan_to_dict(parts.teacher_features.plan),
                 "own_teacher": self._own_teacher is not None,
-                "image_channels": self._image_channels,
-                "out_channels": self._teacher.out_channels,
-                "num_classes": self._teacher.encoding.num_classes,
-                "dims": self._teacher.encoding.dims,
-                "teacher": dict(self._teacher.state_dict()),
-                "frozen": self._teacher.frozen,
-                "projection": dict(projection),
+                "image_channels": parts.image_channels,
+                "in_channels": teacher.in_channels,
+                "out_channels": teacher.out_channels,
+                "num_classes": teacher.encoding.num_classes,
+                "dims": teacher.encoding.dims,
+                "teacher": dict(teacher.state_dict()),
+                "projection": {} if parts.loss.projection is None else dict(_projection(parts).state_dict()),
             }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, settings included; needs neither an example nor `fit_recon`.
+        """Restore what `state_dict` gave, its settings included, and freeze the teacher.
+
+        It needs neither an example nor `fit_recon`. To go on with a stage 1 of your own, load `teacher` instead.
 
         Raises:
-            ReSegError: the state is of another format, or of a wrapper with a teacher of its own that is not here.
+            ReSegError: the state is of another format or model, or of a wrapper with a teacher of its own that is not
+                here. The wrapper is then as it was.
             TapError: the model has not the taps of the state.
         """
         if state.get("format") != FORMAT:
             raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
-        settings = Settings(**state["settings"])
-        same = {**settings.to_dict(), "weight": 0} == {**self.settings.to_dict(), "weight": 0}
-        self.settings = settings
-        self.recon_loss = ReconLoss(settings.alpha, settings.beta)
-        if state["bound"]:
-            if state["own_teacher"] and self._own_teacher is None:
-                raise ReSegError("this state is of a wrapper with a teacher of its own; pass the same module, teacher=")
-            plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
-            if not same or self._student is None or plan_to_dict(self._student.plan) != state["taps"]:
-                # rebuilt only where it differs: optimizers hold the projection, compiled models their hooks
-                if self._student is not None:
-                    self._student.remove()
-                self._image_channels = state["image_channels"]
-                encoding = LabelEncoding(
-                    settings.label_input, state["num_classes"], state["dims"], settings.ignore_index
-                )
-                teacher = self._make_teacher(encoding, state["out_channels"])
-                self._assemble(plan, teacher, teacher_plan)
-            self.teacher.load_state_dict(state["teacher"])
-            self.teacher.freeze() if state["frozen"] else self.teacher.train()
-            if settings.projection:
-                self._projection().load_state_dict(state["projection"])
-        self.weight = settings.weight
-        self._calls = state["calls"]
+        self._restore(state["parts"], Settings(**state["settings"]))
+        self.weight, self._calls = self.settings.weight, state["calls"]
+        if self._parts is not None:
+            self.teacher.freeze()
 
     # --- inside
 
-    def _bind(self, example_input: Any) -> None:
-        """Find taps and build the teacher from an example, in dry forwards that leave no trace."""
-        if self._own_teacher is None:
-            refuse_sharded(self._model)
-        image, s = image_of(example_input), self.settings
+    def _continue(self, state: Mapping[str, Any], file: str) -> None:
+        """The teacher of an unfinished stage 1, under the settings of this wrapper."""
+        saved, mine = state["settings"], self.settings.to_dict()
+        other = [f"{name}={saved[name]!r}, here {mine[name]!r}" for name in STAGE_1 if saved[name] != mine[name]]
+        if other:
+            raise ReSegError(f"{file} is of a stage 1 with {'; '.join(other)}. Name another file, or remove it")
+        self._restore(state["parts"], self.settings)
+
+    def _restore(self, state: Mapping[str, Any] | None, settings: Settings) -> None:
+        parts = None
+        if state is not None:
+            if state["own_teacher"] != (self._own_teacher is not None):
+                raise ReSegError(
+                    "a state with a teacher of your own needs the same module, teacher=, and no other does"
+                )
+            plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
+            parts = self._parts
+            # rebuilt only where it differs: optimizers hold the projection, compiled models their hooks
+            if parts is None or settings != self.settings or not same_taps(parts.student.plan, plan):
+                encoding = LabelEncoding(
+                    settings.label_input, state["num_classes"], state["dims"], settings.ignore_index
+                )
+                channels = state["in_channels"], state["out_channels"], state["image_channels"]
+                parts = self._assemble(plan, self._make_teacher(encoding, settings, *channels), teacher_plan, settings)
+            try:
+                parts.teacher.load_state_dict(state["teacher"])
+                if parts.loss.projection is not None:
+                    _projection(parts).load_state_dict(state["projection"])
+            except RuntimeError as error:
+                raise ReSegError(f"this state is of another model: {error}") from error
+        if self._parts is not None and self._parts is not parts:
+            self._parts.student.remove()
+            self._parts.teacher_features.remove()
+        self._parts, self.settings = parts, settings
+        self.recon_loss = ReconLoss(settings.alpha, settings.beta)
+
+    def _build(self, example_input: Any) -> _Parts:
+        """Find taps and make the teacher from an example, in dry forwards that leave no trace."""
+        image, s, own = image_of(example_input), self.settings, self._own_teacher
         shape, spatial = image.shape, tuple(image.shape[2:])
-        if self._own_teacher is None and sum(1 for _ in tensors(example_input)) > 1:
-            raise ReSegError(
-                "the model takes more tensors than the image, which its copy would need beside the label; pass a "
-                "teacher= that takes the label alone"
-            )
-        plan = FeatureExtractor(self._model, self._taps, example_input, levels=s.levels, encoder=s.encoder).plan
+        if own is None:
+            refuse_sharded(self._model)
+            if isinstance(example_input, (tuple, list, Mapping)) and len(example_input) > 1:
+                raise ReSegError(
+                    "the model takes more than the image, which its copy would need beside the label; pass a teacher= "
+                    "that takes the label alone"
+                )
+        plan = find_taps(self._model, example_input, taps=self._taps, levels=s.levels, encoder=s.encoder)
         with dry_run(self._model):
             output = call(self._model, example_input)
         classes = select_output(output, shape[0], spatial, s.output_path).shape[1]
-        self._image_channels = shape[1]
         encoding = LabelEncoding(s.label_input, classes, len(spatial), s.ignore_index)
-        if self._own_teacher is None:
-            self._assemble(plan, self._make_teacher(encoding, classes), plan)
-            return
-        label = torch.zeros(shape[0], encoding.channels, *spatial, device=image.device, dtype=image.dtype)
-        with dry_run(self._own_teacher):
-            output = self._own_teacher(label)
+        if own is None:
+            return self._assemble(plan, self._make_teacher(encoding, s, shape[1], classes, shape[1]), plan, s)
+        channels = input_channels(own, default=encoding.channels)
+        label = torch.zeros(shape[0], channels, *spatial, device=image.device, dtype=image.dtype)
+        with dry_run(own):
+            output = own(label)
         out_channels = select_output(output, shape[0], spatial).shape[1]
-        theirs = FeatureExtractor(self._own_teacher, self._teacher_taps, label, encoder=s.encoder).plan
+        theirs = find_taps(own, label, taps=self._teacher_taps, encoder=s.encoder)
         if not self._teacher_taps:
             theirs = theirs.select([level.stride for level in plan.selected])
-        self._assemble(plan, self._make_teacher(encoding, out_channels), theirs)
+        return self._assemble(plan, self._make_teacher(encoding, s, channels, out_channels, shape[1]), theirs, s)
 
-    def _make_teacher(self, encoding: LabelEncoding, out_channels: int) -> Teacher:
+    def _make_teacher(
+        self, encoding: LabelEncoding, settings: Settings, in_channels: int, out_channels: int, image_channels: int
+    ) -> Teacher:
         """A teacher around a copy of the model, or around the user's module."""
-        own, channels = self._own_teacher, self._image_channels
+        own = self._own_teacher
         with preserved_rng():
             return Teacher(
-                copy_for_teacher(self._model, self.settings.teacher_init) if own is None else own,
+                copy_for_teacher(self._model, settings.teacher_init) if own is None else own,
                 encoding,
-                in_channels=channels if own is None else encoding.channels,
+                in_channels=in_channels,
                 out_channels=out_channels,
-                image_channels=channels,
-                output=self.settings.output_path if own is None else None,
+                image_channels=image_channels,
+                output=settings.output_path if own is None else None,
             )
 
-    def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan) -> None:
-        """Loss and hooks, once taps and teacher are known."""
-        s = self.settings
-        self._loss = CrossAlignmentLoss(
-            s.encoder_to_decoder,
-            s.decoder_to_encoder,
-            s.bottleneck,
-            divisor=s.divisor,
-            normalize=s.normalize,
-            projection=s.projection,
-            channels=_term_channels(plan, teacher_plan),
-            seed=s.seed,
-        ).to(teacher.reference.device)
-        self._teacher = teacher
-        self._teacher_features = FeatureExtractor(teacher.body, teacher_plan, when="always").attach()
-        self._teacher_features.enabled = False  # on during alignment_loss only
-        self._student = FeatureExtractor(self._model, plan).attach()
-        self._student.enabled = self._weight != 0
+    def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> _Parts:
+        """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
+        loss = _alignment(settings, _term_channels(plan, teacher_plan)).to(teacher.reference.device)
+        teacher_features = FeatureExtractor(teacher.body, teacher_plan, when="always").attach()
+        teacher_features.enabled = False  # on during alignment_loss only
+        student = FeatureExtractor(self._model, plan).attach()
+        student.enabled = self._weight != 0
+        image_channels = teacher.image_channels
+        return _Parts(student, teacher, teacher_features, loss, image_channels)
 
     def _aligned(self, label: Any, components: bool, task_loss: Tensor | None) -> Tensor | dict[str, Tensor]:
         if self._removed:
@@ -413,21 +424,23 @@ class ReSegWrapper:
             raise ReSegError("the model is in evaluation; alignment_loss is for training steps, call model.train()")
         label = plain_label(label)
         if self._weight == 0:
+            self._last = {}
             return {} if components else torch.zeros((), device=label.device, requires_grad=True)
-        teacher, student, loss = self.teacher, self.extractor, self.loss
+        parts = self._known()
+        teacher, loss = parts.teacher, parts.loss
         if not teacher.frozen:
             raise ReSegError(
                 "the teacher is not ready: call fit_recon(loader, ...), or load_state_dict(state) of an earlier run, "
                 "or freeze_teacher() after training reseg.teacher yourself"
             )
-        recorded = student.take()
+        recorded = parts.student.take()
         device = recorded.features.bottleneck.device
         label = label.to(device, non_blocking=True)
         teacher.encoding.check_shape(label, recorded.image.shape)
         if not self._labels_checked:
             teacher.encoding.check_values(label)
             self._labels_checked = True
-        targets, valid = self._teach(label, recorded, device)
+        targets, valid = _teach(parts, label, recorded)
         if loss.projection is not None:
             loss.projection = distributed(loss.projection, device)
             self._unmoved.check(loss.projection.parameters())
@@ -439,49 +452,61 @@ class ReSegWrapper:
         self._calls += 1
         return terms if components else self._weight * total
 
-    def _teach(self, label: Tensor, recorded: Recorded, device: torch.device) -> tuple[Features, Tensor | None]:
-        """The teacher's features of the label, in the student's autocast dtype, and the valid mask."""
-        teacher, features = self.teacher, self._teacher_features
-        assert features is not None
-        if teacher.reference.device != device:
-            teacher.to(device)
-        encoded, valid = teacher.encoding.encode(label)
-        enabled, dtype = recorded.autocast
-        features.enabled = True
-        try:
-            with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-                teacher.decode(encoded)
-            return features.pop(), valid
-        finally:
-            features.enabled = False
-
     def _gradient_norms(self, terms: Mapping[str, Tensor], task_loss: Tensor) -> dict[str, Tensor]:
         parameters = [p for p in self._model.parameters() if p.requires_grad]
 
         def norm(value: Tensor) -> Tensor:
+            if not value.requires_grad:  # everything that it depends on is frozen
+                return torch.zeros((), device=value.device)
             gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            return torch.stack([g.float().norm() for g in gradients if g is not None]).norm()
+            norms = [g.float().norm() for g in gradients if g is not None]
+            return torch.stack(norms).norm() if norms else torch.zeros((), device=value.device)
 
         task = norm(task_loss)
         shares = {name: norm(self._weight * self.loss.combine({name: term})) for name, term in terms.items()}
         return {"gradient/task": task, **{f"gradient/{name}": share / task for name, share in shares.items()}}
 
-    def _projection(self) -> nn.Module:
-        assert self.loss.projection is not None
-        return undistributed(self.loss.projection)
-
-    def _need_bound(self) -> None:
-        if self._teacher is None:
+    def _known(self) -> _Parts:
+        if self._parts is None:
             raise ReSegError(
                 "taps and teacher are not known yet: pass example_input= (an image batch) to ReSegWrapper, or call "
                 "fit_recon(loader, ...) or load_state_dict(state) first, before the first training forward"
             )
+        return self._parts
 
-    def _check_channels(self, image: Tensor) -> None:
-        if image.shape[1] != self._image_channels:
-            raise ReSegError(
-                f"the image has shape {tuple(image.shape)}; the model was shown {self._image_channels} image channels"
-            )
+
+def _teach(parts: _Parts, label: Tensor, recorded: Recorded) -> tuple[Features, Tensor | None]:
+    """The teacher's features of the label, on the student's device and in its autocast dtype, and the valid mask."""
+    teacher, features, device = parts.teacher, parts.teacher_features, label.device
+    if teacher.reference.device != device:
+        teacher.to(device)
+    encoded, valid = teacher.encoding.encode(label)
+    enabled, dtype = recorded.autocast
+    features.enabled = True
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            teacher.decode(encoded)
+        return features.pop(), valid
+    finally:
+        features.enabled = False
+
+
+def _alignment(settings: Settings, channels: Mapping[str, tuple[int, int]]) -> CrossAlignmentLoss:
+    return CrossAlignmentLoss(
+        settings.encoder_to_decoder,
+        settings.decoder_to_encoder,
+        settings.bottleneck,
+        divisor=settings.divisor,
+        normalize=settings.normalize,
+        projection=settings.projection,
+        channels=channels,
+        seed=settings.seed,
+    )
+
+
+def _projection(parts: _Parts) -> nn.Module:
+    assert parts.loss.projection is not None
+    return undistributed(parts.loss.projection)
 
 
 def _term_channels(student: TapPlan, teacher: TapPlan) -> dict[str, tuple[int, int]]:
@@ -506,9 +531,3 @@ def _term_channels(student: TapPlan, teacher: TapPlan) -> dict[str, tuple[int, i
         (student.bottleneck.channels, teacher.bottleneck.channels),
     ]
     return dict(zip(term_names(len(mine)), pairs))
-
-
-def _checked_weight(value: float) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ReSegError(f"weight={value!r}; it is a finite number >= 0")
-    return float(value)

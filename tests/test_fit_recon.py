@@ -243,3 +243,50 @@ def test_refusals():
 def test_the_progress_bar_shows_the_loss(capsys):
     wrapper().fit_recon(loader(), epochs=1)
     assert "loss=" in capsys.readouterr().err
+
+
+@untrained
+def test_a_checkpoint_of_other_settings_is_refused_and_stage_2_keeps_its_own(tmp_path):
+    path = tmp_path / "stage1.pt"
+    wrapper(weight=0.05).fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
+    with pytest.raises(ReSegError, match=r"ignore_index=None, here 255"):
+        wrapper(ignore_index=255).fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
+    other = wrapper(preset="standardized", weight=0.5)
+    other.fit_recon(loader(), epochs=2, checkpoint=path, progress=False)
+    assert (other.weight, other.settings.weight, other.loss.normalize) == (0.5, 0.5, "batch")
+
+
+def test_an_optimizer_of_something_else_is_refused():
+    model = UNet()
+    with pytest.raises(ReSegError, match="no parameter of the teacher"):
+        wrapper(model).fit_recon(loader(), epochs=1, optimizer=torch.optim.SGD(model.parameters(), 0.1), progress=False)
+    with pytest.raises(ReSegError, match="amp is a dtype"):
+        wrapper().fit_recon(loader(), epochs=1, amp=True)
+
+
+def test_labels_that_are_all_ignored_are_refused():
+    image, label = batch()
+    with pytest.raises(ReSegError, match="every pixel of every label is ignored"):
+        wrapper(ignore_index=255).fit_recon([(image, label * 0 + 255)], epochs=1, progress=False)
+
+
+def test_ignored_pixels_may_be_nan_in_the_image():
+    image, label = batch()
+    label[:, :4] = 255
+    image[:, :, :4] = float("nan")
+    reseg = wrapper(ignore_index=255, example_input=batch()[0])
+    history = reseg.fit_recon(
+        [(image, label)], epochs=12, optimizer=lambda p: torch.optim.Adam(p, 0.02), progress=False
+    )
+    assert np.isfinite(history).all()
+
+
+@untrained
+def test_loaders_without_a_length(capsys):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            image, label = batch(n=4)
+            return iter(zip(image, label))
+
+    wrapper().fit_recon(torch.utils.data.DataLoader(Stream(), batch_size=2), epochs=2)
+    assert "4step" in capsys.readouterr().err.replace(" ", "")

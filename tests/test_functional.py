@@ -193,3 +193,16 @@ def test_project_is_a_1x1_convolution(shape):
     conv = torch.nn.functional.conv2d if len(shape) == 4 else torch.nn.functional.conv3d
     expected = conv(x, matrix.view(6, 3, *[1] * (len(shape) - 2)), bias)
     assert torch.allclose(RF.project(x, matrix, bias), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_ignored_may_be_nan_or_infinite(bad, normalize):
+    s, t = pair((2, 3, 4, 4))
+    valid = mask_of(s.shape, 1)
+    expected = RF.alignment_term(s, t, valid, normalize=normalize), RF.recon_loss(s, t, valid)
+    spoiled = torch.where(valid > 0, s, bad).requires_grad_()
+    actual = RF.alignment_term(spoiled, t, valid, normalize=normalize), RF.recon_loss(spoiled, t, valid)
+    for a, b in zip(actual, expected):
+        assert torch.equal(a, b)
+        assert torch.autograd.grad(a, spoiled)[0].isfinite().all()

@@ -51,7 +51,7 @@ def test_the_diff_for_deep_supervision_runs_and_saves_the_bare_models_keys(tmp_p
     monkeypatch.chdir(tmp_path)
     model = UNet()
     keys, data = list(model.state_dict()), loader()
-    scope = {"model": model, "train_loader": data, "image": next(iter(data))[0], "task_loss": task_loss, "torch": torch}
+    scope = {"model": model, "train_loader": data, "task_loss": task_loss, "torch": torch}
     exec(after_the_diff(fences("diff")[1]), scope)
     assert list(torch.load("model.pt", weights_only=True)) == keys
     assert scope["ds"].calls == 4

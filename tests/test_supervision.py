@@ -254,3 +254,29 @@ def test_bad_choices_are_refused(kwargs, message):
         ready(**kwargs)
     with pytest.raises(ReSegError, match="example_input="):
         DeepSupervision(UNet(), 3).parameters()
+
+
+def test_a_level_that_is_all_ignored_is_left_out():
+    image, label = batch()
+    label[:] = 255
+    label[0, 5, 5] = 1  # no nearest neighbour of a coarser grid
+    model, ds = ready(ignore_index=255)
+    task = lambda x, y: F.cross_entropy(x, y, ignore_index=255)  # noqa: E731
+    loss = task(model(image), label) + ds.loss(label, task)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert not any(p.grad.any() for p in ds.parameters())
+    label[0, 4, 4] = 2
+    model(image)
+    assert ds.loss(label, task).item() > 0
+
+
+def test_label_values_are_checked_before_they_are_averaged():
+    model, ds = ready(soft=True)
+    image, label = batch()
+    model(image)
+    with pytest.raises(ReSegError, match="ignore_index="):
+        ds.loss(label + 255, task_loss)
+    with pytest.raises(ReSegError, match="example_input="):
+        DeepSupervision(model, 3, image)

@@ -6,13 +6,14 @@ import io
 import logging
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import PRESETS, ReSegError, ReSegWrapper, TapError
-from reseg_loss.teacher import select_output
+from reseg_loss.teacher import redraw, select_output
 
 
 def ready(model: nn.Module | None = None, image: Tensor | None = None, **kwargs) -> tuple[nn.Module, ReSegWrapper]:
@@ -154,7 +155,7 @@ def test_a_state_before_the_teacher_exists_and_one_of_a_trainable_teacher():
     assert fresh.weight == 0.5
     training = ReSegWrapper(UNet(), example_input=image)
     fresh.load_state_dict(saved(training))
-    assert not fresh.teacher.frozen
+    assert fresh.teacher.frozen  # loading ends stage 1
     with pytest.raises(ReSegError, match="format None"):
         fresh.load_state_dict({})
 
@@ -393,3 +394,102 @@ def test_levels_that_are_named_are_all_used_full_resolution_included():
     only = ReSegWrapper(model, {k: v for k, v in UNet.taps.items() if k != "bottleneck"}, image, levels=[2])
     assert [level.stride for level in only.extractor.plan.selected] == [(2, 2)]
     assert str(only.extractor.bottleneck) == "bottleneck"
+
+
+def test_a_state_that_does_not_fit_leaves_the_wrapper_as_it_was():
+    model, reseg = ready()
+    image, label = batch()
+    teacher, settings = reseg.teacher, reseg.settings
+    other = saved(ready(UNet(width=6), preset="standardized")[1])
+    more = saved(ready(UNet(classes=5), preset="standardized")[1])
+    missing = saved(reseg) | {"settings": PRESETS["standardized"].to_dict()}
+    missing["parts"]["taps"]["bottleneck"]["tap"] = "bottom"
+    for state in (other, more, missing):
+        with pytest.raises(ReSegError, match=r"another model|no module 'bottom'"):
+            reseg.load_state_dict(state)
+        assert reseg.teacher is teacher
+        assert reseg.settings is settings
+        model(image)
+        assert reseg.alignment_loss(label) > 0
+
+
+def test_a_state_found_with_images_of_another_size_keeps_hooks_and_parameters():
+    _, reseg = ready(projection="linear")
+    _, other = ready(image=batch(size=32)[0], projection="linear")
+    parameters = [*other.parameters(), *other.teacher.parameters()]
+    other.load_state_dict(saved(reseg))
+    assert all(a is b for a, b in zip(parameters, [*other.parameters(), *other.teacher.parameters()]))
+
+
+def test_a_model_whose_forward_was_replaced_is_refused():
+    model = UNet()
+    inner = model.forward
+    model.forward = lambda x: inner(x)
+    with pytest.raises(ReSegError, match=r"model\.forward = "):
+        ReSegWrapper(model, example_input=batch()[0])
+
+
+def test_one_hot_labels_cannot_ignore_a_class():
+    image, label = batch()
+    one_hot = torch.nn.functional.one_hot(label, 3).movedim(-1, 1)
+    model, reseg = ready(ignore_index=0, label_input="onehot")
+    model(image)
+    with pytest.raises(ReSegError, match="would ignore classes"):
+        reseg.alignment_loss(one_hot)
+
+
+def test_gradient_norms_of_a_frozen_encoder_are_zero_where_nothing_trains():
+    model, reseg = ready(weight=1.0)
+    for part in (model.encoder, model.bottleneck):
+        part.requires_grad_(False)
+    image, label = batch()
+    loss = task_loss(model(image), label)
+    reseg.alignment_loss(label, task_loss=loss)
+    stats = reseg.stats()
+    assert stats["gradient/bottleneck"] == stats["gradient/decoder_to_encoder_1"] == 0
+    assert stats["gradient/encoder_to_decoder_1"] > 0
+    reseg.weight = 0
+    model(image)
+    assert reseg.loss.combine(reseg.alignment_loss(label, components=True)) == 0
+    assert reseg.stats() == {"weight": 0.0}
+
+
+def test_what_cannot_work_is_refused_at_once():
+    image, _ = batch()
+    model = UNet()
+    for kwargs, message in (
+        ({"taps": image}, "example_input="),
+        ({"taps": {"encoder": ["nope"]}}, "no module 'nope'"),
+        ({"divisor": -1}, "divisor"),
+        ({"weight": "a"}, "weight='a'"),
+        ({"teacher": model}, "its own teacher"),
+        ({"example_input": (image, 1.0)}, "more than the image"),
+        ({"example_input": image, "output": "mask"}, "'mask'"),
+    ):
+        with pytest.raises(ReSegError, match=message):
+            ReSegWrapper(model, **kwargs)
+    _, reseg = ready()
+    with pytest.raises(ReSegError, match="no batch of 2D label maps"):
+        reseg.reconstruct(torch.zeros(16, 16, dtype=torch.long))
+    reseg.weight = np.float32(0.5)
+    assert reseg.weight == 0.5
+
+
+def test_a_teacher_of_the_users_with_other_input_channels_gets_a_convolution_before_it():
+    image, label = batch()
+    model, reseg = ready(teacher=Narrow(3))  # index input has one channel
+    assert reseg.teacher.before.weight.shape == (3, 1, 1, 1)
+    model(image)
+    assert reseg.alignment_loss(label) > 0
+
+
+def test_parameters_that_reset_parameters_does_not_reach_are_named():
+    class Odd(nn.Linear):
+        def reset_parameters(self, std=None):
+            super().reset_parameters()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it, models still have it
+        normed = nn.utils.weight_norm(nn.Conv2d(1, 1, 1))
+    assert redraw(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(1, 1, 1))) == []
+    assert set(redraw(nn.Sequential(normed, Odd(2, 2)))) >= {"0.weight_g", "0.weight_v", "1.weight"}

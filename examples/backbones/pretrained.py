@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,17 +53,18 @@ def load_transunet(model: TransUNet, path: str | Path) -> Loaded:
     """Fill ResNet and ViT from `R50+ViT-B_16.npz` (ViT, ImageNet-21k); the decoder is not in it.
 
     Raises:
-        ValueError: nothing in the file fits the model.
+        ValueError: the file holds no arrays, or nothing in it fits the model.
     """
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    tokens = model.transformer.embeddings.position_embeddings.shape[1]
     entries: dict[str, tuple[Tensor, list[str]]] = {}
     with np.load(path) as file:
         for name in file.files:
+            if not isinstance(file[name], np.ndarray):  # another zip archive, such as a torch checkpoint
+                raise ValueError(f"{path} is no npz file of arrays: its entry {name!r} is none")
             array = torch.from_numpy(np.asarray(file[name], dtype=np.float32))
             key, convert = _vit_key(name)
-            if key == _POSITIONS:
-                array = _positions(array, shapes[key][1])
-            entries[name] = (convert(array), [key] if key else [])
+            array = _positions(array, tokens) if key == _POSITIONS else convert(array)
+            entries[name] = (array, [key] if key else [])
     return _fill(model, path, entries)
 
 
@@ -112,9 +113,15 @@ def _size(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def _by_part(keys: Mapping[str, str] | tuple[str, ...]) -> dict[str, int]:
-    """Number of keys by their names up to the first number, and that number."""
-    return dict(Counter(re.match(r"(?:[^.\d]+\.)*?(?:[^.\d]+\.\d+|[^.]+\.[^.]+(?=\.[^.]+$)|[^.]+(?=\.[^.]+$)|[^.]+$)", k)[0] for k in keys))
+def _by_part(keys: Iterable[str]) -> Counter[str]:
+    """How many keys each part of the model has, a part being a path up to its first number: `layers.0`."""
+    return Counter(_part(key) for key in keys)
+
+
+def _part(key: str) -> str:
+    names = key.split(".")[:-1]
+    numbered = (depth for depth, name in enumerate(names, 1) if name[-1].isdigit())
+    return ".".join(names[: next(numbered, len(names))]) or key
 
 
 # Swin-UNet and VM-UNet
@@ -186,7 +193,11 @@ _VIT: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
         r"transformer.encoder.layer.\1.attn.\2.weight",
         _linear,
     ),
-    (rf"{_LAYER}/MultiHeadDotProductAttention_1/out/kernel", r"transformer.encoder.layer.\1.attn.out.weight", _linear_out),
+    (
+        rf"{_LAYER}/MultiHeadDotProductAttention_1/out/kernel",
+        r"transformer.encoder.layer.\1.attn.out.weight",
+        _linear_out,
+    ),
     (
         rf"{_LAYER}/MultiHeadDotProductAttention_1/(query|key|value|out)/bias",
         r"transformer.encoder.layer.\1.attn.\2.bias",

@@ -152,7 +152,8 @@ class SS2D(nn.Module):
     def __init__(self, dim: int, state: int = 16, scan: Backend | None = None) -> None:
         super().__init__()
         inner, rank = 2 * dim, math.ceil(dim / 16)
-        self.sizes, self.scan = [rank, state, state], scan
+        self.sizes = [rank, state, state]
+        self.scan: Backend | None = scan
         bound = inner**-0.5  # as nn.Linear begins
         self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * state, inner).uniform_(-bound, bound))
         self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))

@@ -24,13 +24,23 @@ def module_of(model: nn.Module, tap: Tap) -> nn.Module:
     Raises:
         TapError: the model has no such module; close matches are named.
     """
+    return named_modules(model)[name_of(model, tap)]
+
+
+def name_of(model: nn.Module, tap: Tap) -> str:
+    """The name of a tap's module, without the `module.` of DistributedDataParallel unless it is a part of the name.
+
+    Raises:
+        TapError: the model has no such module; close matches are named.
+    """
     modules = named_modules(model)
-    if tap.module not in modules:
-        raise TapError(
-            f"the model has no module {tap.module!r}.{did_you_mean(tap.module, modules)} "
-            "Paths are those of model.named_modules()"
-        )
-    return modules[tap.module]
+    for name in (tap.module, tap.module.removeprefix("module.")):
+        if name in modules:
+            return name
+    raise TapError(
+        f"the model has no module {tap.module!r}.{did_you_mean(tap.module, modules)} "
+        "Paths are those of model.named_modules()"
+    )
 
 
 def parse_taps(taps: Mapping[str, Any]) -> dict[str, list[Tap]]:
@@ -127,7 +137,7 @@ def resolve(graph: Graph, model: nn.Module, tap: Tap) -> Tap:
     if graph.grid(node) is None:
         shape = graph.nodes[node].shape
         raise TapError(f"tap {tap}: a tensor of shape {shape} is no feature map of an image of size {graph.image}")
-    return replace(tap_of(graph, call, keys, node, tap.is_input), module=tap.module)
+    return replace(tap_of(graph, call, keys, node, tap.is_input), module=name_of(model, tap))
 
 
 def replaced(plan: TapPlan, side: Literal["encoder", "decoder"], taps: Sequence[Tap]) -> TapPlan:
@@ -156,8 +166,7 @@ def _as_tap(entry: str | Tap) -> Tap:
 
 
 def _bare(module: str) -> str:
-    parts = [part for part in module.split(".") if part != "_orig_mod"]
-    return ".".join(parts[1:] if parts and parts[0] == "module" else parts)
+    return ".".join(part for part in module.split(".") if part != "_orig_mod")
 
 
 def _matches(wanted: Keys, keys: Keys, slots: list[tuple[Keys, int]]) -> bool:
