@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=commit(), help="what was measured, where there is no git to tell")
     parser.add_argument("--batch", type=int, default=24 if cuda else 2)
     parser.add_argument("--size", type=int, default=224 if cuda else 64)
     parser.add_argument("--width", type=int, default=64 if cuda else 16)
@@ -186,7 +187,6 @@ def main() -> None:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "reseg_loss": reseg_loss.__version__,
-        "commit": commit(),
         **{k: v for k, v in vars(args).items() if k != "out"},
     }
     results = []
