@@ -17,8 +17,6 @@ from .taps import Level, Tap, TapPlan, find_taps
 from .taps.dryrun import image_of
 from .taps.named import KINDS, module_of, pair_up, parse_taps, seen
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
-
 
 class Features(NamedTuple):
     """Features of the selected levels, the finest first, each (B, C, *spatial) at the current input's size."""
@@ -98,7 +96,8 @@ class _RootEnter(_Hook):
         if getattr(module, "_is_replica", False):
             raise ReSegError("nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel")
         recording.open = None
-        if not recording.enabled or recording.held or _is_exporting():
+        # torch.compiler.is_exporting() itself is True in every compiled graph of torch 2.11
+        if not recording.enabled or recording.held or getattr(torch.compiler, "_is_exporting_flag", False):
             return
         if recording.training_only:
             if not (module.training and torch.is_grad_enabled()):

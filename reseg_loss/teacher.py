@@ -95,7 +95,11 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
         ReSegError: the model is sharded, has lazy parameters, or cannot be copied.
     """
     refuse_sharded(model)
-    patched = [name or "the model" for name, module in model.named_modules() if "forward" in vars(module)]
+    patched = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if "forward" in vars(module) and not hasattr(module, "_orig_mod")  # compiled modules copy well
+    ]
     if patched:
         raise ReSegError(
             f"the forward of {', '.join(patched)} was replaced on the object (model.forward = ...), and a copy would "
