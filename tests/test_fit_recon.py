@@ -270,6 +270,7 @@ def test_labels_that_are_all_ignored_are_refused():
         wrapper(ignore_index=255).fit_recon([(image, label * 0 + 255)], epochs=1, progress=False)
 
 
+@untrained
 def test_ignored_pixels_may_be_nan_in_the_image():
     image, label = batch()
     label[:, :4] = 255
