@@ -312,6 +312,7 @@ def test_after_remove_the_model_exports_like_one_that_was_never_hooked(strict):
     assert torch.equal(exported[0].module()(image), never(image))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="nothing tells a hook that it is being exported")
 @pytest.mark.parametrize("training", [False, True])
 def test_an_export_of_a_hooked_model_leaves_nothing_behind(training):
     image, label = batch()
@@ -337,6 +338,7 @@ def test_a_compiled_function_around_the_model_is_one_graph_with_all_hooks():
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="every hooked model counts towards the recompile limit")
 def test_many_models_in_one_process_do_not_reach_the_recompile_limit():
     image, label = batch()
     counter = CompileCounterWithBackend("eager")
