@@ -55,6 +55,7 @@ def fit(
     history: list[float] = list(resumed["history"]) if resumed else []
     step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
     run: _Run | None = None
+    generator = torch.Generator().manual_seed(0)  # of the pixels that `_compare_with_constant` sees
     if resumed:
         restore_rng(resumed["rng"])
     bar = tqdm(total=steps, initial=step, disable=not progress or rank() > 0, desc="stage 1", unit="step")
@@ -77,7 +78,7 @@ def fit(
                     run.teacher.encoding.check_values(label)
                 value, valid = run.step(image, label)
                 if len(constants) < SAMPLED_BATCHES:
-                    constants.append(_pixels(image, valid))
+                    constants.append(_pixels(image, valid, generator))
                 total = value if total is None else total + value
                 seen, step = seen + 1, step + 1
                 bar.update()
@@ -245,12 +246,14 @@ def _finite(total: Tensor, seen: int, step: int) -> float:
     return mean
 
 
-def _pixels(image: Tensor, valid: Tensor | None) -> Tensor:
-    """Some valid pixels of every channel, evenly over the batch."""
+def _pixels(image: Tensor, valid: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Some valid pixels of every channel, at random: at even distances they might all be in a margin."""
     flat = image.movedim(1, 0).flatten(1)
     if valid is not None:
         flat = flat[:, (valid > 0).flatten().to(flat.device)]
-    return flat[:, :: max(1, flat.shape[1] // SAMPLED_PIXELS)].float().cpu()
+    if flat.shape[1] > SAMPLED_PIXELS:
+        flat = flat[:, torch.randint(flat.shape[1], (SAMPLED_PIXELS,), generator=generator).to(flat.device)]
+    return flat.float().cpu()
 
 
 def _compare_with_constant(last: float, pixels: Tensor, loss: ReconLoss) -> None:

@@ -291,3 +291,14 @@ def test_loaders_without_a_length(capsys):
 
     wrapper().fit_recon(torch.utils.data.DataLoader(Stream(), batch_size=2), epochs=2)
     assert "4step" in capsys.readouterr().err.replace(" ", "")
+
+
+def test_the_best_constant_is_not_that_of_the_margin():
+    """Images of a size that even distances divide, empty but for a square."""
+    torch.manual_seed(0)
+    label = torch.zeros(4, 64, 64, dtype=torch.long)
+    label[:, 16:48, 16:48] = 1
+    image = label.unsqueeze(1).float()
+    adam = lambda p: torch.optim.Adam(p, 0.02)  # noqa: E731
+    history = wrapper(UNet(classes=2)).fit_recon([(image, label)], epochs=12, optimizer=adam, progress=False)
+    assert history[-1] < 0.1  # and no warning, which would be an error

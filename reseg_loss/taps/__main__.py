@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from ..errors import ReSegError
+from ..errors import ReSegError, did_you_mean
 from . import find_taps
 
 
@@ -25,7 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not factory:
         parser.error(f"{options.factory!r} is not of the form MODULE:FACTORY")
     sys.path.insert(0, os.getcwd())
-    model = getattr(importlib.import_module(module), factory)()
+    imported = importlib.import_module(module)
+    if not hasattr(imported, factory):
+        parser.error(f"{module} has no {factory!r}.{did_you_mean(factory, vars(imported))}")
+    model = getattr(imported, factory)()
     levels = [int(stride) for stride in options.levels.split(",")] if options.levels else None
     example = torch.zeros(*map(int, options.shape.split(",")))
     try:
