@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from reseg_loss import ReSegWrapper
+from reseg_loss import DeepSupervision, ReSegWrapper
 
 STEPS = 3
 
@@ -97,6 +97,28 @@ def ddp_over_compiled(rank: int, world: int) -> Any:
     run = DistributedDataParallel(compiled) if world > 1 else compiled
     reseg = wrapped(run)
     return train(run, model, reseg, rank, world)
+
+
+class _HeadsAsWrapper:
+    """DeepSupervision with the names that `train` uses."""
+
+    def __init__(self, ds: DeepSupervision) -> None:
+        self.ds, self.parameters = ds, ds.parameters
+
+    def alignment_loss(self, label: Tensor) -> Tensor:
+        return self.ds.loss(label, task_loss)
+
+    @property
+    def calls(self) -> int:
+        return self.ds.calls
+
+
+def deep_supervision(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    run = DistributedDataParallel(model) if world > 1 else model
+    torch.manual_seed(rank)  # their DDP gives all ranks rank 0's heads
+    ds = DeepSupervision(run, 3, example_input=batch()[0])
+    return train(run, model, _HeadsAsWrapper(ds), rank, world)  # pyright: ignore[reportArgumentType]
 
 
 def projection(rank: int, world: int) -> Any:
@@ -190,6 +212,7 @@ CHECKS = [
     ddp_given_to_the_wrapper,
     compiled_ddp,
     ddp_over_compiled,
+    deep_supervision,
     projection,
     projection_unused_in_a_step,
     projection_with_other_seeds,

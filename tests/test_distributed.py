@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed"),
     pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor"),  # the compiler's
 ]
 
 
@@ -70,6 +71,7 @@ def equal(a: Any, b: Any) -> bool:
         worker.ddp_given_to_the_wrapper,
         worker.compiled_ddp,
         worker.ddp_over_compiled,
+        worker.deep_supervision,
         worker.projection,
         worker.projection_unused_in_a_step,
         worker.fsdp_after_the_wrapper,
