@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -80,3 +81,14 @@ def test_the_first_code_comes_early_and_commands_are_those_of_the_ci():
 def test_every_linked_file_exists():
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_cost_table_is_that_of_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "overhead_h200.json").read_text())["results"]
+    for row in {result["row"] for result in results}:
+        mine = [result for result in results if result["row"] == row]
+        values = [f"{r['ms']:.1f} ms" if row == "bare" else f"{r['ratio']:.2f}" for r in mine]
+        assert any(
+            line.replace("`", "").startswith(f"| {row} |") and line.endswith(f"| {' | '.join(values)} |")
+            for line in README.splitlines()
+        ), row
