@@ -218,7 +218,7 @@ class FeatureExtractor:
         elif example_input is not None:
             self._know(find_taps(self._model, example_input, taps=taps, levels=levels, encoder=encoder))
         else:
-            self._named = parse_taps(taps or {})
+            self._named = parse_taps(taps)
             unnamed = [kind for kind in KINDS if kind not in self._named]
             if unnamed:
                 raise ReSegError(

@@ -18,6 +18,7 @@ from .labels import LabelEncoding, plain_label
 from .losses import check_weight
 from .taps import TapPlan, find_taps
 from .taps.dryrun import preserved_rng
+from .taps.named import parse_taps
 
 FORMAT = 1  # of the state_dict
 SIDE_WEIGHT = 0.1  # of a head on an encoder feature or the bottleneck (sides="all")
@@ -70,8 +71,7 @@ class DeepSupervision:
     ) -> None:
         if sides not in ("decoder", "all"):
             raise ReSegError(f"sides={sides!r}; it is 'decoder' or 'all'")
-        if taps is not None and not isinstance(taps, Mapping):
-            raise ReSegError(f"taps is a mapping, got {type(taps).__name__}; pass an image as example_input=")
+        parse_taps(taps)  # refuses what is no tap now, not later
         if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
             raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
         self._model = unwrap(model)

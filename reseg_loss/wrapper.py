@@ -35,7 +35,6 @@ class _Parts:
     teacher: Teacher
     teacher_features: FeatureExtractor
     loss: CrossAlignmentLoss
-    image_channels: int
 
 
 class ReSegWrapper:
@@ -73,9 +72,7 @@ class ReSegWrapper:
         self._model = unwrap(model)
         self.settings = settings_of(preset, overrides)
         for module, named in ((self._model, taps), (teacher or self._model, teacher_taps)):
-            if named is not None and not isinstance(named, Mapping):
-                raise ReSegError(f"taps is a mapping, got {type(named).__name__}; pass an image as example_input=")
-            for entries in parse_taps(named or {}).values():
+            for entries in parse_taps(named).values():
                 for tap in entries:
                     module_of(module, tap)
         if teacher is self._model:
@@ -299,7 +296,7 @@ class ReSegWrapper:
                 "taps": plan_to_dict(parts.student.plan),
                 "teacher_taps": plan_to_dict(parts.teacher_features.plan),
                 "own_teacher": self._own_teacher is not None,
-                "image_channels": parts.image_channels,
+                "image_channels": teacher.image_channels,
                 "in_channels": teacher.in_channels,
                 "out_channels": teacher.out_channels,
                 "num_classes": teacher.encoding.num_classes,
@@ -337,16 +334,17 @@ class ReSegWrapper:
         self._restore(state["parts"], self.settings)
 
     def _restore(self, state: Mapping[str, Any] | None, settings: Settings) -> None:
-        parts = None
+        # the weight is no part of what was built, and a checkpoint has lists where the user may have written tuples
+        same = {**settings.to_dict(), "weight": 0} == {**self.settings.to_dict(), "weight": 0}
+        parts = self._parts if same else None
         if state is not None:
             if state["own_teacher"] != (self._own_teacher is not None):
                 raise ReSegError(
                     "a state with a teacher of your own needs the same module, teacher=, and no other does"
                 )
             plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
-            parts = self._parts
             # rebuilt only where it differs: optimizers hold the projection, compiled models their hooks
-            if parts is None or settings != self.settings or not same_taps(parts.student.plan, plan):
+            if parts is None or not same_taps(parts.student.plan, plan):
                 encoding = LabelEncoding(
                     settings.label_input, state["num_classes"], state["dims"], settings.ignore_index
                 )
@@ -414,8 +412,7 @@ class ReSegWrapper:
         teacher_features.enabled = False  # on during alignment_loss only
         student = FeatureExtractor(self._model, plan).attach()
         student.enabled = self._weight != 0
-        image_channels = teacher.image_channels
-        return _Parts(student, teacher, teacher_features, loss, image_channels)
+        return _Parts(student, teacher, teacher_features, loss)
 
     def _aligned(self, label: Any, components: bool, task_loss: Tensor | None) -> Tensor | dict[str, Tensor]:
         if self._removed:

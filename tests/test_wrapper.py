@@ -421,6 +421,20 @@ def test_a_state_found_with_images_of_another_size_keeps_hooks_and_parameters():
     assert all(a is b for a, b in zip(parameters, [*other.parameters(), *other.teacher.parameters()]))
 
 
+def test_a_state_of_another_weight_or_with_lists_for_tuples_keeps_hooks_and_parameters():
+    _, reseg = ready(projection="linear", levels=(2, 4), encoder_to_decoder=(1.0, 0.5))
+    reseg.weight = 0.2
+    _, other = ready(projection="linear", levels=(2, 4), encoder_to_decoder=(1.0, 0.5))
+    parameters, extractor, teacher = list(other.parameters()), other.extractor, other.teacher
+    other.load_state_dict(saved(reseg))
+    assert all(a is b for a, b in zip(parameters, other.parameters()))
+    assert (other.extractor, other.teacher, other.weight) == (extractor, teacher, 0.2)
+    other.load_state_dict(
+        ReSegWrapper(UNet(), projection="linear", levels=[2, 4], encoder_to_decoder=[1.0, 0.5]).state_dict()
+    )
+    assert other.teacher is teacher  # a state from before there was a teacher takes none away
+
+
 def test_a_model_whose_forward_was_replaced_is_refused():
     model = UNet()
     inner = model.forward

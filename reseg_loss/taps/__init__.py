@@ -52,7 +52,7 @@ def find_taps(
     """
     if encoder not in ("skip", "stage"):
         raise TapError(f"encoder={encoder!r}: it is 'skip' or 'stage'")
-    named = parse_taps(taps or {})
+    named = parse_taps(taps)
     graph = Graph(record(model, example_input))
     seen = {kind: [resolve(graph, model, tap) for tap in entries] for kind, entries in named.items()}
     if len(seen) == len(KINDS):

@@ -43,14 +43,16 @@ def name_of(model: nn.Module, tap: Tap) -> str:
     )
 
 
-def parse_taps(taps: Mapping[str, Any]) -> dict[str, list[Tap]]:
+def parse_taps(taps: Mapping[str, Any] | None) -> dict[str, list[Tap]]:
     """{"encoder": [...], "decoder": [...], "bottleneck": [one]} as Taps, from strings or Taps; absent ones left out.
 
     Raises:
-        TapError: an unknown kind, or a string that is no tap.
+        TapError: no mapping, an unknown kind, or a string that is no tap.
     """
+    if taps is not None and not isinstance(taps, Mapping):
+        raise TapError(f"taps is a mapping, got {type(taps).__name__}; pass an image as example_input=")
     parsed: dict[str, list[Tap]] = {}
-    for kind, named in taps.items():
+    for kind, named in (taps or {}).items():
         if kind not in KINDS:
             raise TapError(f"taps has no kind {kind!r}; the kinds are 'encoder', 'decoder' and 'bottleneck'")
         entries = [named] if isinstance(named, (str, Tap)) else list(named)
