@@ -107,6 +107,21 @@ def test_a_relu_in_place_after_a_tap_is_compiled_with_the_values_before_it():
     assert close(*results, 1e-6)
 
 
+def test_a_tap_that_ends_in_a_relu_in_place_is_compiled():
+    results = []
+    for run_compiled in (False, True):
+        torch.manual_seed(0)
+        model = UNet()
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = True
+        reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0)
+        reseg.freeze_teacher()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if run_compiled else model
+        results.append(steps(run, model, reseg))
+    assert close(*results, 1e-5)
+
+
 def test_another_image_size_is_one_more_graph_and_further_sizes_are_none():
     plain, reseg = made()
     sizes = (16, 24, 32, 40, 16)
