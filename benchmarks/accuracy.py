@@ -31,6 +31,7 @@ from benchmarks.evidence.data import Slices, Split, load, rows, split
 from benchmarks.evidence.harness import Machine, Stage1, Stage2
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.plan import Plan, read_plan, smaller
+from benchmarks.evidence.results import append, finished, read_lines
 from benchmarks.evidence.variants import CATALOGUE, Variant
 
 FILES = {"acdc": ("acdc.npz",), "sunnybrook": ("sunnybrook.npz", "sunnybrook_128.npz")}
@@ -120,14 +121,16 @@ class Session:
         truth = self.truth[chosen]
         prediction = step.predict(self.images[chosen], truth.shape[-1])
         volume = torch.from_numpy(self.data.volume).to(self.machine.device)[chosen]
-        return score(prediction, truth, volume, [(i, i) for i in range(1, self.classes)])
+        names = list(self.data.class_names)
+        return {"classes": names, **score(prediction, truth, volume, [(i, i) for i in range(1, self.classes)])}
 
     def score_other(self, step: Stage2, other: Slices, classes: list[tuple[int, int]]) -> dict[str, Any]:
         device = self.machine.device
         images, _ = to_size(other, self.plan.settings.size)
         truth, volume = (torch.from_numpy(array).to(device) for array in (other.labels, other.volume))
         prediction = step.predict(images.to(device), truth.shape[-1])
-        return score(prediction, truth, volume, classes)
+        names = [self.data.class_names[ours - 1] for ours, _ in classes]
+        return {"classes": names, **score(prediction, truth, volume, classes)}
 
     def line(self, seed: int, variant: Variant) -> dict[str, Any]:
         """What is said of a run before it begins."""
@@ -136,12 +139,12 @@ class Session:
             "key": plan.key(seed, variant, self.data.images.shape[-1]),
             "plan": plan.name,
             "data": plan.data,
+            "stored": self.data.images.shape[-1],
             "patients": plan.patients,
             "seed": seed,
             "variant": variant.name,
             "options": variant.options(),
             "settings": asdict(plan.settings),
-            "classes": self.data.class_names,
             **self.about,
         }
 
@@ -167,27 +170,6 @@ def to_size(data: Slices, size: int) -> tuple[Tensor, Tensor]:
     return torch.cat(resized), nearest[:, 0].byte()
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The lines that are there; one that a kill has cut short is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text().splitlines():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            print(f"{path.name}: a broken line is left out", flush=True)
-    return found
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"\n", b"")
-    with path.open("a") as file:
-        file.write(("" if whole else "\n") + json.dumps(line) + "\n")
-        file.flush()
-
-
 def run_plan(
     plan: Plan,
     folder: Path,
@@ -199,7 +181,7 @@ def run_plan(
 ) -> bool:
     """Run what is missing; False if the time did not suffice."""
     session = Session(plan, folder, machine, about)
-    done = {line["key"] for line in lines_of(out) if "error" not in line}
+    done = set(finished(read_lines(out)))
     failed: set[str] = set()
     longest: dict[str, float] = {}
     for seed, variant in plan.runs():
@@ -222,19 +204,19 @@ def run_plan(
         line["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         append(out, line)
         done.add(line["key"])
-        print(summary(line, plan.decide_on), flush=True)
+        print(summary(line), flush=True)
     return True
 
 
-def summary(line: dict[str, Any], part: str) -> str:
+def summary(line: dict[str, Any]) -> str:
     head = f"{line['plan']} seed {line['seed']} {line['variant']:<40}"
     if "error" in line:
         return f"{head} ERROR {line['error'].splitlines()[0][:300]}\n    " + "\n    ".join(line["traceback"])
-    scores, seconds = line["scores"][part], line["seconds"]
-    dsc = "   -" if scores["mean_dsc"] is None else f"{100 * scores['mean_dsc']:5.2f}"
-    hd95 = "  -" if scores["mean_hd95"] is None else f"{scores['mean_hd95']:5.1f}"
-    spent = " ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return f"{head} {part} DSC {dsc} HD95 {hd95} | {line['ms_per_step']:6.2f} ms/step | s: {spent}"
+    scores = " ".join(
+        f"{part} {100 * (s['mean_dsc'] or 0):5.2f} / {s['mean_hd95'] or 0:5.1f}" for part, s in line["scores"].items()
+    )
+    spent = " ".join(f"{name} {value:.1f}" for name, value in line["seconds"].items())
+    return f"{head} {scores} | {line['ms_per_step']:6.2f} ms/step | s: {spent}"
 
 
 def about(machine: Machine, commit: str | None) -> dict[str, Any]:
@@ -284,7 +266,7 @@ def main() -> None:
 def trial(plan: Plan, everything: bool) -> Plan:
     """One seed of a few steps."""
     variants = tuple(CATALOGUE.values()) if everything else plan.variants
-    plan = replace(plan, seeds=plan.seeds[:1], variants=variants, parts=(plan.decide_on,))
+    plan = replace(plan, seeds=plan.seeds[:1], variants=variants, parts=plan.parts[:1])
     return smaller(plan, steps=30, stage1_steps=10)
 
 

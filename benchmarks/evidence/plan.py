@@ -24,10 +24,10 @@ class Plan:
         data: "acdc" or "sunnybrook".
         patients: labelled ones.
         seeds: of split, weights and batches.
-        decide_on: the part that the rule reads, "validation" or "test".
+        decide_on: the scores that the rule reads: one of `parts`, or the other data set's name.
         variants: all run for a seed before the next seed begins.
         settings: shared by all.
-        parts: which parts are scored, among them `decide_on`.
+        parts: which parts are scored.
         also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
     """
 
@@ -84,8 +84,9 @@ def read_plan(path: Path) -> Plan:
     names = [variant.name for variant in plan.variants]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a variant is named twice")
-    if plan.decide_on not in plan.parts:
-        raise ValueError(f"{path.name}: decided on {plan.decide_on!r}, which is not scored: {plan.parts}")
+    scored = (*plan.parts, *([plan.also_test["data"]] if plan.also_test else []))
+    if plan.decide_on not in scored:
+        raise ValueError(f"{path.name}: decided on {plan.decide_on!r}, and only {', '.join(scored)} are scored")
     return plan
 
 
