@@ -17,7 +17,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy_report import figure, paired, report, select
 from benchmarks.evidence.batches import augment, draw, inside
 from benchmarks.evidence.data import Slices, load, rows, split
-from benchmarks.evidence.harness import Machine, Settings, Stage2, initial_weights, schedule
+from benchmarks.evidence.harness import COMPILER, Machine, Settings, Stage2, initial_weights, schedule
 from benchmarks.evidence.losses import entropy, pseudo_label, segmentation_loss
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.pack import pack
@@ -70,9 +70,9 @@ def plan_of(**changes: object) -> Plan:
     return replace(base, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def run(plan: Plan, folder: Path, out: Path, seconds: float = 1e6) -> bool:
+def run(plan: Plan, folder: Path, out: Path, seconds: float = 1e6, machine: Machine | None = None) -> bool:
     deadline = accuracy.time.monotonic() + seconds
-    return accuracy.run_plan(plan, folder, out, Machine.make(), {}, deadline)
+    return accuracy.run_plan(plan, folder, out, machine or Machine.make(), {}, deadline)
 
 
 # --- data
@@ -289,6 +289,24 @@ def test_a_run_is_the_same_whatever_ran_before(folder, tmp_path):
     for key, line in first.items():
         assert second[key]["task_loss"] == line["task_loss"]
         assert second[key]["scores"] == line["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_compiled_variants_in_one_process_give_the_same_numbers(folder, tmp_path):
+    """They share compiled code where they can, and must not where their hooks differ."""
+    names = ("bare", "standardized", "ds x2", "ds x2 + cutmix + standardized", "standardized, uncrossed", "ds x2 soft")
+    plan = plan_of(seeds=(0,), variants=tuple(CATALOGUE[name] for name in names))
+    torch._dynamo.reset()
+    compiled = Machine(torch.device("cpu"), "all", backend="aot_eager")
+    values = []
+    for name, machine in (("eager", None), ("compiled", compiled)):
+        with torch._dynamo.config.patch(COMPILER):
+            run(plan, folder, tmp_path / name, machine=machine)
+        values.append([line["task_loss"] for line in finished(read_lines(tmp_path / name)).values()])
+    torch._dynamo.reset()
+    assert len(values[1]) == len(names)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_a_step_is_that_of_a_plain_loop(acdc):

@@ -50,6 +50,9 @@ class Settings:
 
 Compiled = Literal["all", "losses", "none"]
 
+# every kind of variant compiles the same classes once more, and only the hooks differ
+COMPILER = {"recompile_limit": 128, "accumulated_recompile_limit": 1024, "skip_nnmodule_hook_guards": False}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -58,28 +61,36 @@ class Machine:
     device: torch.device
     compile: Compiled = "none"
     """"all" compiles networks and losses, "losses" the losses alone."""
+    backend: str = "inductor"
     pool: Any = None
     """The memory that all graphs share: they never run at the same time, and none reads what another has left."""
 
     @classmethod
     def make(cls, compiled: Compiled = "all") -> Machine:
-        # every kind of variant compiles the same classes once more, with other hooks
-        torch._dynamo.config.recompile_limit = 128
-        torch._dynamo.config.accumulated_recompile_limit = 1024
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
         if not torch.cuda.is_available():
             return cls(torch.device("cpu"))
+        for name, value in COMPILER.items():
+            setattr(torch._dynamo.config, name, value)
         torch.backends.cudnn.benchmark = True
-        return cls(torch.device("cuda"), compiled, torch.cuda.graph_pool_handle())
+        return cls(torch.device("cuda"), compiled, pool=torch.cuda.graph_pool_handle())
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def network(self, module: Any) -> Any:
-        return torch.compile(module, dynamic=False) if self.compile == "all" else module
+        """Compiled, or as it is."""
+        return torch.compile(module, dynamic=False, backend=self.backend) if self.compile == "all" else module
 
     def loss(self, function: Any) -> Any:
-        return torch.compile(function, dynamic=False) if self.compile != "none" else function
+        """Compiled, or as it is."""
+        return torch.compile(function, dynamic=False, backend=self.backend) if self.compile != "none" else function
+
+    def compile_inside(self, reseg: ReSegWrapper) -> None:
+        """Compile what the wrapper calls by itself."""
+        if self.compile != "none":
+            reseg.loss.compile(dynamic=False, backend=self.backend)
+        if self.compile == "all":
+            reseg.teacher.body.compile(dynamic=False, backend=self.backend)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -265,10 +276,7 @@ class Stage2:
             self.reseg.freeze_teacher()
             self.projection = copy.deepcopy(self.reseg.loss.state_dict())
             parameters += self.reseg.parameters()
-            if machine.compile != "none":
-                self.reseg.loss.compile(dynamic=False)
-            if machine.compile == "all":
-                self.reseg.teacher.body.compile(dynamic=False)
+            machine.compile_inside(self.reseg)
             if variant.fed == "image" or not variant.crossed:
                 plan = self.reseg.extractor.plan
                 self.taught = FeatureExtractor(self.reseg.teacher.body, plan, when="always").attach()
