@@ -350,7 +350,9 @@ class FeatureExtractor:
         if missing:
             raise TapError(
                 f"taps did not fire in this forward: {', '.join(missing)}. Their modules were not called (or not "
-                "through __call__, or not as often as @call says), or were compiled and run before the hooks were set"
+                "through __call__, or not as often as @call says), or were compiled and run before the hooks were set. "
+                "If another model of this class was compiled before, without hooks, its code is used for this one, "
+                "too: call torch._dynamo.reset() once the hooks are set"
             )
         without = [str(tap) for tap in taps if forward["grad"] and not forward["seen"][str(tap)][3]]
         if without:

@@ -143,6 +143,9 @@ class Loop:
             self.optimizer = torch.optim.AdamW(
                 parameters, self.rate if fused else lr, weight_decay=decay, fused=fused, capturable=fused
             )
+        if fused:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate  # this very tensor, which every step sets
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, loss_of: Callable[[], tuple[Tensor, Tensor]], after: Callable[[], None] | None = None) -> None:
@@ -353,7 +356,7 @@ class Stage2:
         with deep.record() if deep is not None else nullcontext(), self.machine.autocast():
             logits = self.student(seen)
         if kind == "forward":
-            return 0 * logits.float().mean()
+            return torch.zeros((), device=logits.device)
         if kind == "entropy":
             return entropy(logits)
         if kind == "reconstruction":
