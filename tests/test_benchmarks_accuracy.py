@@ -12,10 +12,11 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.stats import ttest_rel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import accuracy
 from benchmarks.accuracy_report import figure, paired, report, select
-from benchmarks.evidence.batches import augment, draw, inside
+from benchmarks.evidence.batches import Feed, augment, draw, inside
 from benchmarks.evidence.data import Slices, load, rows, split
 from benchmarks.evidence.harness import COMPILER, Machine, Settings, Stage2, initial_weights, schedule
 from benchmarks.evidence.losses import entropy, pseudo_label, segmentation_loss
@@ -25,6 +26,7 @@ from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import append, finished, read_lines
 from benchmarks.evidence.variants import CATALOGUE, from_plan
 from benchmarks.released_code import task_loss as released_loss
+from examples.backbones.unet import UNet
 from examples.common.metrics import score_volume, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -309,15 +311,55 @@ def test_compiled_variants_in_one_process_give_the_same_numbers(folder, tmp_path
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
+class Watch(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: reading values back, sizes that depend on them, host constants."""
+
+    REFUSED = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "unique",
+        "masked_select",
+        "lift_fresh",
+        "one_hot",
+        "allclose",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masks or name.startswith(self.REFUSED):
+            raise AssertionError(f"{func} in a step")
+        return func(*args, **(kwargs or {}))
+
+
+def feed_of(data: Slices, steps: int = 3) -> Feed:
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    feed = Feed(images, labels, steps, 2, "published", torch.device("cpu"))
+    where = rows(data, split(data, 5, 0).labelled)
+    feed.load(where, where[:0], 0)
+    return feed
+
+
+def test_the_watch_sees_what_it_is_for():
+    for wait in (lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: torch.tensor(1.0), lambda x: bool(x.any())):
+        with pytest.raises(AssertionError, match="in a step"), Watch():
+            wait(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_no_step_waits_for_the_device(name, acdc):
+    step = Stage2(CATALOGUE[name].step, SETTINGS, 4, feed_of(acdc), Machine.make())
+    with Watch():
+        loss, _ = step._losses()
+        loss.backward()
+
+
 def test_a_step_is_that_of_a_plain_loop(acdc):
     """The harness against the same training written out: plain SGD, the schedule, the batches of the tables."""
-    from benchmarks.evidence.batches import Feed
-    from examples.backbones.unet import UNet
-
     images, labels = torch.from_numpy(acdc.images), torch.from_numpy(acdc.labels)
-    feed = Feed(images, labels, 3, 2, "published", torch.device("cpu"))
     where = rows(acdc, split(acdc, 5, 0).labelled)
-    feed.load(where, where[:0], 0)
+    feed = feed_of(acdc)
     step = Stage2(CATALOGUE["bare"].step, SETTINGS, 4, feed, Machine.make())
     step.train(CATALOGUE["bare"], 0, None)
 
