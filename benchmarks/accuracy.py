@@ -87,7 +87,7 @@ class Session:
         """Train and score one variant; the line for the results."""
         self.begin(seed)
         assert self.parts is not None
-        if variant.unlabelled is not None and not self.parts.unlabelled:
+        if variant.unlabelled is not None and variant.images == "others" and not self.parts.unlabelled:
             raise ValueError(f"{variant.name} needs unlabelled patients, and all are labelled")
         began = time.perf_counter()
         step = self.step_of(variant)
@@ -207,6 +207,8 @@ def run_plan(
         append(out, line)
         done.add(line["key"])
         print(summary(line), flush=True)
+    del session
+    gc.collect()  # steps and closures hold each other, and the next plan needs the memory
     return True
 
 

@@ -474,6 +474,8 @@ def test_plans_with_mistakes_are_refused(tmp_path):
     for change, message in (
         ({"variants": ["bear"]}, "unknown variant 'bear'"),
         ({"variants": [{"name": "x", "depe": {}}]}, r"unknown options \['depe'\]"),
+        ({"variants": [{"name": "x", "unlabelled": "cutmx"}]}, "unlabelled='cutmx'; it is one of"),
+        ({"variants": [{"name": "x", "unlabelled_deep": True}]}, "needs deep supervision"),
         ({"variants": ["bare", "bare"]}, "named twice"),
         ({"decide_on": "training"}, "only validation, test are scored"),
         ({"sedes": [1]}, r"unknown entries \['sedes'\]"),

@@ -125,13 +125,16 @@ class Feed:
     ) -> None:
         self.images, self.labels = images.to(device), labels.to(device)
         self.steps, self.batch, self.augmentation = steps, batch, augmentation
-        self.labelled, self.unlabelled = (Tables.empty(steps, batch, device) for _ in range(2))
+        # the supervised batch; the second batch, from other patients or from the same
+        self.labelled, self.others, self.again = (Tables.empty(steps, batch, device) for _ in range(3))
 
     def load(self, labelled: np.ndarray, unlabelled: np.ndarray, seed: int) -> None:
-        """Draw the batches of a seed from some slices; without unlabelled ones their table repeats the labelled."""
-        for stream, (tables, rows) in enumerate([(self.labelled, labelled), (self.unlabelled, unlabelled)]):
-            rows = rows if len(rows) else labelled
-            tables.fill(draw(rows, self.steps, self.batch, seed, stream, self.augmentation))
+        """Draw the batches of a seed from the slices of each kind; without unlabelled ones `others` stays as it is."""
+        for stream, (tables, rows) in enumerate(
+            [(self.labelled, labelled), (self.others, unlabelled), (self.again, labelled)]
+        ):
+            if len(rows):
+                tables.fill(draw(rows, self.steps, self.batch, seed, stream, self.augmentation))
 
     def batch_of(self, tables: Tables, clock: Tensor) -> tuple[Tensor, Tensor, Tables]:
         """Image, label and the row of the tables."""

@@ -341,7 +341,8 @@ class Stage2:
 
     def _unlabelled(self) -> Tensor:
         kind, clock = self.variant.unlabelled, self.loop.clock
-        image, _, row = self.feed.batch_of(self.feed.unlabelled, clock)
+        tables = self.feed.others if self.variant.images == "others" else self.feed.again
+        image, _, row = self.feed.batch_of(tables, clock)
         seen, target = image, torch.empty(0)
         if self.mean_teacher is not None:
             with torch.no_grad(), self.machine.autocast():

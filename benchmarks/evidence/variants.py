@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 STANDARDIZED = {"preset": "standardized"}
 ONEHOT_TEACHER = {"label_input": "onehot", "weight": 0.0}  # a teacher without alignment
 DS_X2 = {"weights": [1.0, 0.5, 0.25]}
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "teacher": ("image", "untrained", "label", "autoencoder"),
+    "fed": ("label", "other label", "image"),
+    "unlabelled": (None, "forward", "entropy", "reconstruction", "pseudo-label", "mean teacher", "cutmix"),
+    "images": ("others", "labelled"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,10 @@ class Variant:
         crossed: False aligns encoder with encoder and decoder with decoder.
         until: the share of the run after which the alignment is off.
         deep: keywords of `DeepSupervision`; None builds none.
-        unlabelled: the loss on a batch without labels; see `unlabelled.LOSSES`.
+        unlabelled: the loss on a second batch, whose labels are not used: "forward" (none; only batch normalisation
+            sees it), "entropy", "reconstruction" (by the frozen teacher, of the image from the prediction),
+            "pseudo-label", "mean teacher" or "cutmix" (the mean teacher's pseudo-label on mixed images).
+        images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones.
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
         long: train for the steps of stage 1 and 2 together.
@@ -33,15 +43,23 @@ class Variant:
 
     name: str
     reseg: Mapping[str, Any] | None = None
-    teacher: Literal["image", "untrained", "label", "autoencoder"] = "image"
-    fed: Literal["label", "other label", "image"] = "label"
+    teacher: str = "image"
+    fed: str = "label"
     crossed: bool = True
     until: float = 1.0
     deep: Mapping[str, Any] | None = None
     unlabelled: str | None = None
+    images: str = "others"
     unlabelled_weight: float = 1.0
     unlabelled_deep: bool = False
     long: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"variant {self.name!r}: {name}={getattr(self, name)!r}; it is one of {allowed}")
+        if self.deep is None and self.unlabelled_deep:
+            raise ValueError(f"variant {self.name!r}: unlabelled_deep needs deep supervision")
 
     def options(self) -> dict[str, Any]:
         """What differs from the bare run, as plain values; the name is no option."""
@@ -73,7 +91,9 @@ def from_plan(entry: str | Mapping[str, Any]) -> Variant:
     return Variant(**entry)
 
 
-_BOTH = {"reseg": STANDARDIZED, "deep": DS_X2}
+_BOTH: dict[str, Any] = {"reseg": STANDARDIZED, "deep": DS_X2}
+_ENTROPY: dict[str, Any] = {"deep": DS_X2, "unlabelled": "entropy", "unlabelled_weight": 0.1}
+_DEEP_CUTMIX: dict[str, Any] = {"deep": DS_X2, "unlabelled": "cutmix", "unlabelled_deep": True}
 
 CATALOGUE: dict[str, Variant] = {
     variant.name: variant
@@ -113,7 +133,7 @@ CATALOGUE: dict[str, Variant] = {
         Variant("mean teacher", unlabelled="mean teacher"),
         Variant("cutmix", unlabelled="cutmix"),
         Variant("ds x2 + unlabelled forward", deep=DS_X2, unlabelled="forward"),
-        Variant("ds x2 + entropy", deep=DS_X2, unlabelled="entropy", unlabelled_weight=0.1),
+        Variant("ds x2 + entropy", **_ENTROPY),
         Variant("ds x2 + entropy 1", deep=DS_X2, unlabelled="entropy"),
         Variant("ds x2 + reconstruction", deep=DS_X2, reseg=ONEHOT_TEACHER, unlabelled="reconstruction"),
         Variant(
@@ -127,7 +147,10 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x2 + deep pseudo-label", deep=DS_X2, unlabelled="pseudo-label", unlabelled_deep=True),
         Variant("ds x2 + mean teacher", deep=DS_X2, unlabelled="mean teacher"),
         Variant("ds x2 + cutmix", deep=DS_X2, unlabelled="cutmix"),
-        Variant("ds x2 + deep cutmix", deep=DS_X2, unlabelled="cutmix", unlabelled_deep=True),
+        Variant("ds x2 + deep cutmix", **_DEEP_CUTMIX),
+        # the same without further images: what is the method's doing, and what the data's
+        Variant("ds x2 + deep cutmix, labelled images", **_DEEP_CUTMIX, images="labelled"),
+        Variant("ds x2 + entropy, labelled images", **_ENTROPY, images="labelled"),
         Variant("ds x2 + cutmix + standardized", **_BOTH, unlabelled="cutmix"),
     )
 }
