@@ -177,9 +177,8 @@ def run_plan(
     machine: Machine,
     about: dict[str, Any],
     deadline: float,
-    limit: int | None = None,
 ) -> bool:
-    """Run what is missing; False if the time did not suffice."""
+    """Run what is missing; False if the time, up to `deadline` of the monotonic clock, did not suffice."""
     session = Session(plan, folder, machine, about)
     done = set(finished(read_lines(out)))
     failed: set[str] = set()

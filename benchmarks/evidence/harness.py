@@ -56,14 +56,19 @@ COMPILER = {"recompile_limit": 128, "accumulated_recompile_limit": 1024, "skip_n
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how it runs."""
+    """Where and how it runs.
+
+    Attributes:
+        device: a GPU, or the CPU for trials.
+        compile: "all" compiles networks and losses, "losses" the losses alone.
+        backend: of torch.compile.
+        pool: the memory that all graphs share: they never run at the same time, and none reads what another has left.
+    """
 
     device: torch.device
     compile: Compiled = "none"
-    """"all" compiles networks and losses, "losses" the losses alone."""
     backend: str = "inductor"
     pool: Any = None
-    """The memory that all graphs share: they never run at the same time, and none reads what another has left."""
 
     @classmethod
     def make(cls, compiled: Compiled = "all") -> Machine:
