@@ -161,7 +161,9 @@ class _TapHook(_Hook):
                 tensor = _element(value, keys, name)
                 copy = recording.clone is None or name in recording.clone
                 kept = tensor.clone() if copy else tensor
-                recording.open["seen"][name] = (kept, tensor, tensor._version, torch.is_grad_enabled())
+                # a compiled graph gives out other tensors than it traced, so their versions cannot be compared
+                version = None if torch.compiler.is_compiling() else tensor._version
+                recording.open["seen"][name] = (kept, tensor, version, torch.is_grad_enabled())
 
 
 class _OutputHook(_TapHook):
@@ -348,7 +350,9 @@ class FeatureExtractor:
         if missing:
             raise TapError(
                 f"taps did not fire in this forward: {', '.join(missing)}. Their modules were not called (or not "
-                "through __call__, or not as often as @call says), or were compiled and run before the hooks were set"
+                "through __call__, or not as often as @call says), or were compiled and run before the hooks were set. "
+                "If another model of this class was compiled before, without hooks, its code is used for this one, "
+                "too: call torch._dynamo.reset() once the hooks are set"
             )
         without = [str(tap) for tap in taps if forward["grad"] and not forward["seen"][str(tap)][3]]
         if without:
@@ -372,7 +376,7 @@ class FeatureExtractor:
         for kind, taps in self._named.items():
             entries = [(tap, *forward["seen"][str(tap)][1:3]) for tap in taps]
             found[kind] = [
-                seen(tap, tensor.shape, batch, image, mutated=tensor._version != version)
+                seen(tap, tensor.shape, batch, image, mutated=version is not None and tensor._version != version)
                 for tap, tensor, version in entries
             ]
         plan = pair_up(found["encoder"], found["decoder"], found["bottleneck"][0])
@@ -383,7 +387,7 @@ class FeatureExtractor:
 
         def feature(tap: Tap) -> Tensor:
             kept, tensor, version, _ = forward["seen"][str(tap)]
-            if kept is tensor and tensor._version != version:
+            if kept is tensor and version is not None and tensor._version != version:
                 raise TapError(
                     f"{tap} was overwritten in place after it was recorded (by an in-place activation?), which it was "
                     "not in the example's forward; tap the module that overwrites it"

@@ -107,6 +107,34 @@ def test_a_relu_in_place_after_a_tap_is_compiled_with_the_values_before_it():
     assert close(*results, 1e-6)
 
 
+def test_a_tap_that_ends_in_a_relu_in_place_is_compiled():
+    results = []
+    for run_compiled in (False, True):
+        torch.manual_seed(0)
+        model = UNet()
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = True
+        reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0)
+        reseg.freeze_teacher()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if run_compiled else model
+        results.append(steps(run, model, reseg))
+    assert close(*results, 1e-5)
+
+
+def test_code_compiled_for_another_model_of_the_class_is_told_of():
+    image, label = batch()
+    torch.compile(UNet(), backend="eager")(image)
+    model, reseg = made()
+    run = torch.compile(model, backend="eager")
+    run(image)
+    with pytest.raises(TapError, match=r"another model of this class .* call torch._dynamo.reset\(\)"):
+        reseg.alignment_loss(label)
+    torch._dynamo.reset()
+    run(image)
+    assert reseg.alignment_loss(label) > 0
+
+
 def test_another_image_size_is_one_more_graph_and_further_sizes_are_none():
     plain, reseg = made()
     sizes = (16, 24, 32, 40, 16)

@@ -1,0 +1,277 @@
+"""Train the variants of a plan with equal seeds, batches, steps and augmentation, and score them.
+
+    python benchmarks/accuracy.py --plan benchmarks/plans/choose_5.json --data folder --out results.jsonl --minutes 9.5
+
+`folder` holds acdc.npz and sunnybrook.npz (see `evidence/pack.py`). A line is appended per run; runs that have one are
+skipped, so the same command goes on where it stopped. `accuracy_report.py` makes tables and figures of the lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import reseg_loss
+from benchmarks.evidence.batches import Feed
+from benchmarks.evidence.data import Slices, Split, load, rows, split
+from benchmarks.evidence.harness import Machine, Stage1, Stage2
+from benchmarks.evidence.metrics import score
+from benchmarks.evidence.plan import Plan, read_plan, smaller
+from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.variants import CATALOGUE, Variant
+
+FILES = {"acdc": ("acdc.npz",), "sunnybrook": ("sunnybrook.npz", "sunnybrook_128.npz")}
+
+
+class Session:
+    """What the runs of a plan share: data on the device, captured steps, and the seed's teachers."""
+
+    def __init__(self, plan: Plan, folder: Path, machine: Machine, about: dict[str, Any]) -> None:
+        self.plan, self.machine, self.about = plan, machine, about
+        self.data = find(folder, plan.data)
+        self.other = find(folder, plan.also_test["data"]) if plan.also_test else None
+        settings = plan.settings
+        self.classes = len(self.data.class_names) + 1
+        self.images, labels = to_size(self.data, settings.size)
+        self.truth = torch.from_numpy(self.data.labels).to(machine.device)
+        steps = settings.steps + settings.stage1_steps * any(variant.long for variant in plan.variants)
+        steps = max(steps, settings.stage1_steps)
+        self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
+        self.images = self.feed.images
+        self.steps: dict[str, Stage2] = {}
+        self.stage_1: dict[tuple[str, str], Stage1] = {}
+        self.teachers: dict[tuple[str, str], tuple[dict[str, Tensor], float]] = {}
+        self.seed: int | None = None
+        self.parts: Split | None = None
+
+    def begin(self, seed: int) -> None:
+        """The seed's patients and batches; its teachers are trained when a variant asks for one."""
+        if self.seed == seed:
+            return
+        self.parts = split(self.data, self.plan.patients, seed)
+        self.feed.load(rows(self.data, self.parts.labelled), rows(self.data, self.parts.unlabelled), seed)
+        self.teachers.clear()
+        self.seed = seed
+
+    def step_of(self, variant: Variant) -> Stage2:
+        key = json.dumps(variant.step.options(), sort_keys=True)
+        if key not in self.steps:
+            self.steps[key] = Stage2(variant.step, self.plan.settings, self.classes, self.feed, self.machine)
+        return self.steps[key]
+
+    def teacher_of(self, variant: Variant, seed: int) -> tuple[dict[str, Tensor] | None, float | None]:
+        kind = variant.stage_1
+        if kind is None:
+            return None, None
+        if kind not in self.stage_1:
+            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feed, self.machine)
+        if kind not in self.teachers:
+            self.teachers[kind] = self.stage_1[kind].fit(seed)
+        return self.teachers[kind]
+
+    def run(self, seed: int, variant: Variant) -> dict[str, Any]:
+        """Train and score one variant; the line for the results."""
+        self.begin(seed)
+        assert self.parts is not None
+        if variant.unlabelled is not None and variant.images == "others" and not self.parts.unlabelled:
+            raise ValueError(f"{variant.name} needs unlabelled patients, and all are labelled")
+        began = time.perf_counter()
+        step = self.step_of(variant)
+        built = time.perf_counter()
+        teacher, recon = self.teacher_of(variant, seed)
+        self.machine.synchronize()
+        start = time.perf_counter()
+        loss = step.train(variant, seed, teacher)
+        self.machine.synchronize()
+        trained = time.perf_counter()
+        scores = {part: self.score(step, self.parts.part(part)) for part in self.plan.parts}
+        if self.other is not None and self.plan.also_test is not None:
+            scores[self.other.name] = self.score_other(step, self.other, self.plan.also_test["classes"])
+        steps = self.plan.settings.steps + self.plan.settings.stage1_steps * variant.long
+        done = time.perf_counter()
+        return {
+            "scores": scores,
+            "task_loss": loss,
+            "stage_1_loss": recon,
+            "ms_per_step": 1e3 * (trained - start) / steps,
+            "seconds": {
+                "build": built - began,
+                "stage_1": start - built,
+                "train": trained - start,
+                "score": done - trained,
+            },
+        }
+
+    def score(self, step: Stage2, patients: tuple[int, ...]) -> dict[str, Any]:
+        chosen = torch.from_numpy(rows(self.data, patients)).to(self.machine.device)
+        truth = self.truth[chosen]
+        prediction = step.predict(self.images[chosen], truth.shape[-1])
+        volume = torch.from_numpy(self.data.volume).to(self.machine.device)[chosen]
+        names = list(self.data.class_names)
+        return {"classes": names, **score(prediction, truth, volume, [(i, i) for i in range(1, self.classes)])}
+
+    def score_other(self, step: Stage2, other: Slices, classes: list[tuple[int, int]]) -> dict[str, Any]:
+        device = self.machine.device
+        images, _ = to_size(other, self.plan.settings.size)
+        truth, volume = (torch.from_numpy(array).to(device) for array in (other.labels, other.volume))
+        prediction = step.predict(images.to(device), truth.shape[-1])
+        names = [self.data.class_names[ours - 1] for ours, _ in classes]
+        return {"classes": names, **score(prediction, truth, volume, classes)}
+
+    def line(self, seed: int, variant: Variant) -> dict[str, Any]:
+        """What is said of a run before it begins."""
+        plan = self.plan
+        return {
+            "key": plan.key(seed, variant, self.data.images.shape[-1]),
+            "plan": plan.name,
+            "data": plan.data,
+            "stored": self.data.images.shape[-1],
+            "patients": plan.patients,
+            "seed": seed,
+            "variant": variant.name,
+            "options": variant.options(),
+            "settings": asdict(plan.settings),
+            **self.about,
+        }
+
+
+def find(folder: Path, name: str) -> Slices:
+    paths = [folder / file for file in FILES[name]]
+    for path in paths:
+        if path.exists():
+            return load(path)
+    raise FileNotFoundError(f"none of {', '.join(map(str, paths))} is there")
+
+
+def to_size(data: Slices, size: int) -> tuple[Tensor, Tensor]:
+    """Images and labels (N, size, size), uint8; the images by area where they shrink."""
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    if images.shape[1:] == (size, size):
+        return images, labels
+    resized = []
+    for part in images.split(256):
+        image = F.interpolate(part[:, None].float(), (size, size), mode="bilinear", antialias=True)
+        resized.append(image[:, 0].round().clamp(0, 255).byte())
+    nearest = F.interpolate(labels[:, None].float(), (size, size), mode="nearest-exact")
+    return torch.cat(resized), nearest[:, 0].byte()
+
+
+def run_plan(
+    plan: Plan,
+    folder: Path,
+    out: Path,
+    machine: Machine,
+    about: dict[str, Any],
+    deadline: float,
+) -> bool:
+    """Run what is missing; False if the time, up to `deadline` of the monotonic clock, did not suffice."""
+    session = Session(plan, folder, machine, about)
+    done = set(finished(read_lines(out)))
+    failed: set[str] = set()
+    longest: dict[str, float] = {}
+    slowest = 0.0  # with all that is built for a variant's first run
+    for seed, variant in plan.runs():
+        line = session.line(seed, variant)
+        if line["key"] in done or variant.name in failed:
+            continue
+        if time.monotonic() + longest.get(variant.name, slowest) > deadline:
+            print(f"{plan.name}: stopped before seed {seed}, {variant.name}; the time is up", flush=True)
+            return False
+        begin = time.monotonic()
+        try:
+            line |= session.run(seed, variant)
+        except Exception as error:  # the others go on, and the line says what happened
+            failed.add(variant.name)
+            line["error"] = f"{type(error).__name__}: {error}"[:2000]
+            line["traceback"] = traceback.format_exc().splitlines()[-8:]
+            gc.collect()
+        line["seconds_in_all"] = time.monotonic() - begin
+        slowest = max(slowest, line["seconds_in_all"])
+        longest[variant.name] = line["seconds_in_all"] - line.get("seconds", {}).get("build", 0)
+        line["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        append(out, line)
+        done.add(line["key"])
+        print(summary(line), flush=True)
+    del session
+    gc.collect()  # steps and closures hold each other, and the next plan needs the memory
+    return True
+
+
+def summary(line: dict[str, Any]) -> str:
+    head = f"{line['plan']} seed {line['seed']} {line['variant']:<40}"
+    if "error" in line:
+        return f"{head} ERROR {line['error'].splitlines()[0][:300]}\n    " + "\n    ".join(line["traceback"])
+    scores = " ".join(
+        f"{part} {100 * (s['mean_dsc'] or 0):5.2f} / {s['mean_hd95'] or 0:5.1f}" for part, s in line["scores"].items()
+    )
+    spent = " ".join(f"{name} {value:.1f}" for name, value in line["seconds"].items())
+    return f"{head} {scores} | {line['ms_per_step']:6.2f} ms/step | s: {spent}"
+
+
+def about(machine: Machine, commit: str | None) -> dict[str, Any]:
+    cuda = machine.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "reseg_loss": reseg_loss.__version__,
+        "compiled": machine.compile,
+        "commit": commit,
+    }
+
+
+def head_commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, nargs="+", required=True, help="one or more, run in this order")
+    parser.add_argument("--data", type=Path, required=True, help="folder with acdc.npz and sunnybrook.npz")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would end later")
+    parser.add_argument("--compile", choices=["all", "losses", "none"], default="all", help="before the capture")
+    parser.add_argument("--commit", default=head_commit(), help="what is measured, where there is no git to tell")
+    parser.add_argument("--smoke", action="store_true", help="30 steps of each variant of one seed, for the timing")
+    parser.add_argument("--all", action="store_true", help="with --smoke: every variant of the catalogue")
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    machine = Machine.make(args.compile)
+    said = about(machine, args.commit)
+    print(json.dumps(said), flush=True)
+    for path in args.plan:
+        plan = read_plan(path)
+        if args.smoke:
+            plan = trial(plan, everything=args.all)
+        if not run_plan(plan, args.data, args.out, machine, said, deadline):
+            break
+    if machine.device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB", flush=True)
+
+
+def trial(plan: Plan, everything: bool) -> Plan:
+    """One seed of a few steps."""
+    variants = tuple(CATALOGUE.values()) if everything else plan.variants
+    plan = replace(plan, seeds=plan.seeds[:1], variants=variants, parts=plan.parts[:1])
+    return smaller(plan, steps=30, stage1_steps=10)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Tables and a figure of what `accuracy.py` has measured.
+
+    python benchmarks/accuracy_report.py results.jsonl --plan benchmarks/plans/confirm_acdc_5.json --figure out.png
+
+Scores in percent (DSC) and pixels (HD95), over the seeds that a variant was run with; differences are paired, over
+the seeds that both have, with Student's 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evidence.plan import Plan, read_plan
+from benchmarks.evidence.results import finished, read_lines
+
+REFERENCES = ("bare", "ds x2")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference: its mean and the half width of its 95 % interval (None with one pair)."""
+
+    mean: float
+    half_width: float | None
+    pairs: int
+
+    def __str__(self) -> str:
+        spread = "" if self.half_width is None else f" ± {self.half_width:.1f}"
+        return f"{self.mean:+.1f}{spread}"
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
+    """a - b over the seeds that both have; None without one."""
+    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    count = len(differences)
+    if not count:
+        return None
+    if count == 1:
+        return Difference(differences[0], None, 1)
+    mean = fmean(differences)
+    return Difference(mean, float(t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count), count)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured of one plan on one part: {variant: {seed: ...}}, in the plan's order of variants."""
+
+    plan: Plan
+    part: str
+    classes: tuple[str, ...]
+    lines: dict[str, dict[int, dict[str, Any]]]
+
+    def values(self, variant: str, metric: str) -> dict[int, float]:
+        """{seed: value} of "mean_dsc" (in percent) or "mean_hd95"; seeds without any such volume are left out."""
+        scale = 100 if metric == "mean_dsc" else 1
+        return {seed: scale * s[metric] for seed, s in self.lines[variant].items() if s[metric] is not None}
+
+    def per_class(self, variant: str, metric: str) -> list[float | None]:
+        """Means over seeds of "dsc" (in percent) or "hd95" per class."""
+        columns = zip(*(s[metric] for s in self.lines[variant].values()))
+        known = [[value for value in column if value is not None] for column in columns]
+        scale = 100 if metric == "dsc" else 1
+        return [scale * fmean(values) if values else None for values in known]
+
+
+def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
+    """The runs of a plan, by what was run and not by the plan's name, so that plans share runs."""
+    sizes = {line["stored"] for line in lines}
+    wanted = {plan.key(seed, variant, size): (seed, variant.name) for seed, variant in plan.runs() for size in sizes}
+    found: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in plan.variants}
+    classes: tuple[str, ...] = ()
+    for line in lines:
+        if line["key"] in wanted and part in line["scores"]:
+            seed, name = wanted[line["key"]]
+            if seed in found[name]:
+                raise ValueError(f"{plan.name}: seed {seed} of {name!r} was run on slices of two sizes; report one")
+            found[name][seed] = line["scores"][part]
+            classes = tuple(line["scores"][part]["classes"])
+    return Scores(plan, part, classes, {name: seeds for name, seeds in found.items() if seeds})
+
+
+def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
+    """A Markdown table: DSC and HD95, and their differences to the references."""
+    references = [name for name in references if name in scores.lines]
+    head = ["variant", "seeds", "DSC ± sd", *(f"to {name}" for name in references)]
+    head += ["HD95 ± sd", *(f"to {name}" for name in references), *scores.classes]
+    rows = [head, ["---"] * len(head)]
+    for name in scores.lines:
+        row = [name, str(len(scores.lines[name]))]
+        for metric in ("mean_dsc", "mean_hd95"):
+            values = scores.values(name, metric)
+            spread = f" ± {stdev(values.values()):.1f}" if len(values) > 1 else ""
+            row.append(f"{fmean(values.values()):.1f}{spread}")
+            for reference in references:
+                difference = paired(values, scores.values(reference, metric))
+                row.append("" if reference == name or difference is None else str(difference))
+        pairs = zip(scores.per_class(name, "dsc"), scores.per_class(name, "hd95"))
+        row += ["-" if dsc is None or hd is None else f"{dsc:.1f} / {hd:.1f}" for dsc, hd in pairs]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") -> None:
+    """Paired differences in DSC to the reference, a panel per plan, seeds as dots."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most = max(len(scores.lines) for scores in all_scores)
+    drawn = Figure(figsize=(5.2 * len(all_scores) + 1.5, 0.32 * most + 1.3), layout="constrained")
+    FigureCanvasAgg(drawn)
+    for axes, scores in zip(drawn.subplots(1, len(all_scores), squeeze=False)[0], all_scores):
+        base = scores.values(reference, "mean_dsc")
+        names = [name for name in scores.lines if name != reference]
+        for row, name in enumerate(names):
+            values = scores.values(name, "mean_dsc")
+            difference = paired(values, base)
+            if difference is None:
+                continue
+            dots = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+            axes.plot(dots, [row] * len(dots), "o", color="#999999", markersize=3, alpha=0.7)
+            axes.errorbar(difference.mean, row, xerr=difference.half_width, fmt="s", color="#0072B2", capsize=3)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"DSC on {scores.part}, paired difference to {reference} (95 % interval)", fontsize=8)
+        axes.set_title(
+            f"{scores.plan.data}, {scores.plan.patients} patients ({reference}: {fmean(base.values()):.1f})", fontsize=9
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn.savefig(path, dpi=110)
+
+
+def report(scores: Scores) -> str:
+    """Question, rule and table of a plan."""
+    plan = scores.plan
+    planned = len(plan.seeds) * len(plan.variants)
+    there = sum(map(len, scores.lines.values()))
+    parts = [
+        f"## {plan.name}: {plan.data}, {plan.patients} labelled patients, {scores.part}",
+        plan.question,
+        f"Rule, written before: {plan.rule}",
+        f"{there} of {planned} runs are there. A class's column is DSC / HD95 (pixels).",
+        table(scores) if scores.lines else "Nothing was run.",
+    ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON lines of accuracy.py")
+    parser.add_argument("--plan", type=Path, nargs="+", required=True)
+    parser.add_argument("--part", help="which part's scores; default: the one that the plan decides on")
+    parser.add_argument("--table", type=Path, help="Markdown file; default: print it")
+    parser.add_argument("--figure", type=Path, help="picture of the paired differences to the bare run")
+    args = parser.parse_args()
+    lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
+    plans = [read_plan(path) for path in args.plan]
+    scores = [select(plan, lines, args.part or plan.decide_on) for plan in plans]
+    text = "\n\n".join(map(report, scores)) + "\n"
+    if args.table:
+        args.table.write_text(text)
+    else:
+        print(text)
+    if args.figure:
+        figure([s for s in scores if "bare" in s.lines], args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""Training: one captured step per kind of variant, reused for every seed.
+
+All that a step reads lies in tensors that stay where they are: weights, optimizer state, tables of batches, a clock.
+So a run resets them in place and replays the step; on a GPU that is one CUDA graph with nothing to copy or wait for.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.backbones.unet import UNet
+from reseg_loss import DeepSupervision, FeatureExtractor, Features, ReconLoss, ReSegWrapper
+
+from .batches import Augmentation, Feed, inside, toned
+from .losses import IGNORED, consistency, entropy, pseudo_label, segmentation_loss
+from .variants import Variant
+
+WARM_UP = 3  # eager steps before the capture: they compile, choose algorithms and make the optimizer's state
+EVALUATED = 64  # slices predicted at once
+RAMP = 0.4  # share of the run over which the loss on unlabelled images grows
+EMA = 0.99  # of the mean teacher's weights
+NOISE = 0.1  # standard deviation of what the mean teacher's student sees on top of the image
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all variants of a plan share."""
+
+    steps: int = 1200
+    stage1_steps: int = 600
+    batch: int = 24
+    size: int = 224
+    width: int = 32
+    model: Literal["unet", "transunet", "swin_unet", "vm_unet"] = "unet"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01
+    weight_decay: float = 1e-4
+    augmentation: Augmentation = "published"
+
+
+Compiled = Literal["all", "losses", "none"]
+
+# every kind of variant compiles the same classes once more, and only the hooks differ
+COMPILER = {"recompile_limit": 128, "accumulated_recompile_limit": 1024, "skip_nnmodule_hook_guards": False}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how it runs.
+
+    Attributes:
+        device: a GPU, or the CPU for trials.
+        compile: "all" compiles networks and losses, "losses" the losses alone.
+        backend: of torch.compile.
+        pool: the memory that all graphs share: they never run at the same time, and none reads what another has left.
+    """
+
+    device: torch.device
+    compile: Compiled = "none"
+    backend: str = "inductor"
+    pool: Any = None
+
+    @classmethod
+    def make(cls, compiled: Compiled = "all") -> Machine:
+        if not torch.cuda.is_available():
+            return cls(torch.device("cpu"))
+        for name, value in COMPILER.items():
+            setattr(torch._dynamo.config, name, value)
+        torch.backends.cudnn.benchmark = True
+        return cls(torch.device("cuda"), compiled, pool=torch.cuda.graph_pool_handle())
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def network(self, module: Any) -> Any:
+        """Compiled, or as it is."""
+        return torch.compile(module, dynamic=False, backend=self.backend) if self.compile == "all" else module
+
+    def loss(self, function: Any) -> Any:
+        """Compiled, or as it is."""
+        return torch.compile(function, dynamic=False, backend=self.backend) if self.compile != "none" else function
+
+    def compile_inside(self, reseg: ReSegWrapper) -> None:
+        """Compile what the wrapper calls by itself."""
+        if self.compile != "none":
+            reseg.loss.compile(dynamic=False, backend=self.backend)
+        if self.compile == "all":
+            reseg.teacher.body.compile(dynamic=False, backend=self.backend)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_model(settings: Settings, classes: int) -> nn.Module:
+    """A new network for one image channel."""
+    if settings.model == "unet":
+        return UNet(classes, 1, settings.width)
+    if settings.model == "transunet":
+        from examples.backbones.transunet import TransUNet
+
+        return TransUNet(classes, 1, settings.size)
+    if settings.model == "swin_unet":
+        from examples.backbones.swin_unet import SwinUNet
+
+        return SwinUNet(classes, 1, settings.size)
+    from examples.backbones.vm_unet import VMUNet
+
+    return VMUNet(classes, 1)
+
+
+@lru_cache(maxsize=4)
+def initial_weights(settings: Settings, classes: int, seed: int) -> dict[str, Tensor]:
+    """The weights that every variant of a seed starts from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make_model(settings, classes).state_dict()
+
+
+class Loop:
+    """A step that is captured once and then replayed, with a clock and a learning rate in tensors."""
+
+    def __init__(
+        self, machine: Machine, parameters: list[nn.Parameter], name: str, lr: float, decay: float, steps: int
+    ) -> None:
+        device = machine.device
+        self.machine = machine
+        self.clock = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rate = torch.tensor(lr, device=device)
+        self.rates = torch.full((steps,), lr, device=device)
+        self.losses = torch.zeros(steps, device=device)
+        fused = device.type == "cuda"
+        if name == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                parameters, self.rate if fused else lr, momentum=0.9, weight_decay=decay, fused=fused
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(
+                parameters, self.rate if fused else lr, weight_decay=decay, fused=fused, capturable=fused
+            )
+        if fused:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate  # this very tensor, which every step sets
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def capture(self, loss_of: Callable[[], tuple[Tensor, Tensor]], after: Callable[[], None] | None = None) -> None:
+        """Capture (or on CPU keep) a step of `loss_of`, which gives the loss to minimise and the one to log."""
+
+        def step() -> None:
+            self.rate.copy_(self.rates.index_select(0, self.clock)[0])
+            loss, logged = loss_of()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            if after is not None:
+                after()
+            self.losses.index_copy_(0, self.clock, logged.detach().float().view(1))
+            self.clock.add_(1)
+
+        self.step = step
+        if self.machine.device.type != "cuda":
+            step()  # what the first step alone does (checks, optimizer state) belongs to no run
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.machine.pool):
+            step()
+        self.optimizer.zero_grad(set_to_none=True)  # the memory stays the graph's, and free for the next capture
+        self.graph = graph
+
+    def reset(self, rates: Tensor) -> None:
+        """To the state before the first step."""
+        self.clock.zero_()
+        self.rates[: len(rates)].copy_(rates)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def run(self, steps: int) -> None:
+        if self.graph is not None:
+            for _ in range(steps):
+                self.graph.replay()
+            return
+        for _ in range(steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = float(self.rates[self.clock])
+            self.step()
+
+
+def schedule(settings: Settings, steps: int) -> Tensor:
+    """The learning rate of every step: poly 0.9 for SGD, warm-up and cosine for AdamW."""
+    t = torch.arange(steps) / steps
+    if settings.optimizer == "sgd":
+        return settings.lr * (1 - t) ** 0.9
+    return settings.lr * torch.minimum(t / 0.05 + 1 / steps, torch.ones_like(t)) * 0.5 * (1 + torch.cos(math.pi * t))
+
+
+class Stage1:
+    """Stage 1 of a kind of teacher; a seed's weights are kept for all its variants."""
+
+    def __init__(self, kind: tuple[str, str], settings: Settings, classes: int, feed: Feed, machine: Machine) -> None:
+        self.label_input, self.task = kind
+        self.settings, self.classes = settings, classes
+        model = make_model(settings, classes).to(machine.device, memory_format=torch.channels_last)
+        example = torch.zeros(1, 1, settings.size, settings.size, device=machine.device)
+        self.reseg = ReSegWrapper(model, example_input=example, label_input=self.label_input)
+        self.teacher = self.reseg.teacher.train()
+        recon_loss = ReconLoss()
+        body = machine.network(self.teacher.decode)
+        self.loop = Loop(machine, list(self.teacher.parameters()), "adamw", 1e-3, 0.0, settings.stage1_steps)
+
+        def loss_of() -> tuple[Tensor, Tensor]:
+            image, label, _ = feed.batch_of(feed.labelled, self.loop.clock)
+            encoded = image if self.task == "autoencoder" else self.teacher.encoding.encode(label)[0]
+            target = label[:, None].float() / (classes - 1) if self.task == "label" else image
+            with machine.autocast():
+                prediction = body(encoded)
+            loss = recon_loss(prediction, target)
+            return loss, loss
+
+        self.loop.capture(loss_of)
+
+    def fit(self, seed: int) -> tuple[dict[str, Tensor], float]:
+        """The trained teacher's weights and its last losses' mean."""
+        reset_teacher(self.teacher, self.settings, self.classes, seed)
+        self.teacher.train()
+        steps = self.settings.stage1_steps
+        self.loop.reset(torch.full((steps,), 1e-3))
+        self.loop.run(steps)
+        state = {name: value.detach().clone() for name, value in self.teacher.state_dict().items()}
+        return state, float(self.loop.losses[-50:].mean())
+
+
+def reset_teacher(teacher: nn.Module, settings: Settings, classes: int, seed: int) -> None:
+    """New weights, other than the student's."""
+    teacher.body.load_state_dict(initial_weights(settings, classes, seed + 100_000))
+    _redraw(teacher.before, seed)
+    _redraw(teacher.after, seed)
+
+
+def _redraw(module: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed + 200_000)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.reset_parameters()
+
+
+class Stage2:
+    """The training step of a kind of variant (`Variant.step`), on a model of its own."""
+
+    def __init__(self, variant: Variant, settings: Settings, classes: int, feed: Feed, machine: Machine) -> None:
+        self.variant, self.settings, self.classes, self.feed, self.machine = variant, settings, classes, feed, machine
+        device = machine.device
+        torch.manual_seed(0)
+        self.model = make_model(settings, classes).to(device, memory_format=torch.channels_last)
+        self.average = None
+        if variant.unlabelled in ("mean teacher", "cutmix"):
+            self.average = copy.deepcopy(self.model).requires_grad_(False)
+        example = torch.zeros(1, 1, settings.size, settings.size, device=device)
+        parameters = list(self.model.parameters())
+        self.reseg = self.deep = None
+        # hooks come before the compiled model's first call
+        if variant.reseg is not None:
+            self.reseg = ReSegWrapper(self.model, example_input=example, **variant.reseg)
+            self.reseg.freeze_teacher()
+            self.projection = copy.deepcopy(self.reseg.loss.state_dict())
+            parameters += self.reseg.parameters()
+            machine.compile_inside(self.reseg)
+            if variant.fed == "image" or not variant.crossed:
+                plan = self.reseg.extractor.plan
+                self.taught = FeatureExtractor(self.reseg.teacher.body, plan, when="always").attach()
+        if variant.deep is not None:
+            ignored = IGNORED if variant.unlabelled_deep else None
+            self.deep = DeepSupervision(
+                self.model, classes, example_input=example, ignore_index=ignored, **variant.deep
+            )
+            parameters += self.deep.parameters()
+        self.student = machine.network(self.model)
+        self.mean_teacher = machine.network(self.average) if self.average is not None else None
+        self.recon_loss = ReconLoss()
+        self.task_loss = machine.loss(segmentation_loss)
+        self.loop = Loop(machine, parameters, settings.optimizer, settings.lr, settings.weight_decay, feed.steps)
+        self.aligned, self.ramp = (torch.zeros(feed.steps, device=device) for _ in range(2))
+        self.model.train()
+        self.loop.capture(self._losses, self._follow if self.average is not None else None)
+        self.forget()
+
+    # --- the step
+
+    def _losses(self) -> tuple[Tensor, Tensor]:
+        variant, clock = self.variant, self.loop.clock
+        image, label, _ = self.feed.batch_of(self.feed.labelled, clock)
+        with self._recording(), self.machine.autocast():
+            logits = self.student(image)
+        task = loss = self.task_loss(logits, label)
+        if self.deep is not None:
+            loss = loss + self.deep.loss(label, self.task_loss)
+        if self.reseg is not None and self.reseg.weight:
+            loss = loss + self.aligned.index_select(0, clock)[0] * self._alignment(image, label)
+        if variant.unlabelled is not None:
+            weight = variant.unlabelled_weight * self.ramp.index_select(0, clock)[0]
+            loss = loss + weight * self._unlabelled()
+        return loss, task
+
+    def _recording(self) -> AbstractContextManager[Any]:
+        """Marks the forward that has labels, where there is another one."""
+        if self.variant.unlabelled is None:
+            return nullcontext()
+        marks = [part.record() for part in (self.reseg, self.deep) if part is not None]
+        return _inside_all(marks)
+
+    def _alignment(self, image: Tensor, label: Tensor) -> Tensor:
+        assert self.reseg is not None
+        if self.variant.fed == "other label":
+            label = label.roll(1, 0)
+        if self.variant.fed != "image" and self.variant.crossed:
+            return self.reseg.alignment_loss(label)
+        # what the wrapper does not offer, from its parts
+        student = self.reseg.extractor.pop()
+        encoded = image if self.variant.fed == "image" else self.reseg.teacher.encoding.encode(label)[0]
+        with torch.no_grad(), self.machine.autocast():
+            self.reseg.teacher.decode(encoded)
+        taught = self.taught.pop()
+        if not self.variant.crossed:
+            taught = Features(taught.decoder, taught.encoder, taught.bottleneck)
+        return self.reseg.weight * self.reseg.loss(student, taught)
+
+    def _unlabelled(self) -> Tensor:
+        kind, clock = self.variant.unlabelled, self.loop.clock
+        tables = self.feed.others if self.variant.images == "others" else self.feed.again
+        image, _, row = self.feed.batch_of(tables, clock)
+        seen, target = image, torch.empty(0)
+        if self.mean_teacher is not None:
+            with torch.no_grad(), self.machine.autocast():
+                target = self.mean_teacher(image)
+            if kind == "cutmix":
+                cut = inside(row.box, image.shape[-1])
+                seen = torch.where(cut[:, None], image.roll(1, 0), image)
+                target = torch.where(cut[:, None], target.roll(1, 0), target)
+                seen = toned(seen, row.tone)
+            seen = seen + NOISE * torch.randn_like(seen)
+        deep = self.deep if self.variant.unlabelled_deep else None
+        with deep.record() if deep is not None else nullcontext(), self.machine.autocast():
+            logits = self.student(seen)
+        if kind == "forward":
+            return torch.zeros((), device=logits.device)
+        if kind == "entropy":
+            return entropy(logits)
+        if kind == "reconstruction":
+            assert self.reseg is not None
+            with self.machine.autocast():
+                again = self.reseg.teacher.decode(logits.float().softmax(1))
+            return self.recon_loss(again, image)
+        if kind == "mean teacher":
+            return consistency(logits, target)
+        label = pseudo_label(target if kind == "cutmix" else logits)
+        loss = self.task_loss(logits, label)
+        return loss if deep is None else loss + deep.loss(label, self.task_loss)
+
+    def _follow(self) -> None:
+        assert self.average is not None
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - EMA)
+
+    def forget(self) -> None:
+        """Drop what the captured step has left, so that the next capture can use its memory."""
+        for part in (self.reseg, self.deep):
+            if part is not None:
+                part.extractor.forget()
+
+    # --- a run
+
+    def train(self, variant: Variant, seed: int, teacher: Mapping[str, Tensor] | None) -> float:
+        """Train from the seed's weights on the feed's batches; the mean task loss of the last 50 steps.
+
+        Args:
+            variant: one with this step.
+            seed: of the weights.
+            teacher: weights from stage 1; None leaves the teacher untrained.
+        """
+        settings = self.settings
+        steps = settings.steps + (settings.stage1_steps if variant.long else 0)
+        weights = initial_weights(settings, self.classes, seed)
+        self.model.load_state_dict(weights)
+        if self.average is not None:
+            self.average.load_state_dict(weights)
+        if self.deep is not None:
+            for head in self.deep.heads.values():
+                _redraw(head, seed)
+        if self.reseg is not None:
+            self.reseg.loss.load_state_dict(self.projection)
+            if teacher is None:
+                reset_teacher(self.reseg.teacher, settings, self.classes, seed)
+            else:
+                self.reseg.teacher.load_state_dict(teacher)
+        t = torch.arange(steps) / steps
+        self.aligned[:steps].copy_((t < variant.until).float())
+        self.ramp[:steps].copy_(torch.exp(-5 * (1 - (t / RAMP).clamp(max=1)) ** 2))
+        self.loop.reset(schedule(settings, steps))
+        torch.manual_seed(seed)
+        self.model.train()
+        self.loop.run(steps)
+        return float(self.loop.losses[max(0, steps - 50) : steps].mean())
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, size: int) -> Tensor:
+        """Classes (N, size, size) of images (N, S, S), both uint8."""
+        self.model.eval()
+        # all batches of one size, for which algorithms are chosen once
+        padded = F.pad(images, (0, 0, 0, 0, 0, -len(images) % EVALUATED))
+        classes = []
+        for part in padded.split(EVALUATED):
+            image = part[:, None].float() / 255
+            with self.machine.autocast():
+                logits = self.model(image)
+            if logits.shape[-1] != size:
+                logits = F.interpolate(logits.float(), (size, size), mode="bilinear", antialias=True)
+            classes.append(logits.argmax(1).byte())
+        self.model.train()
+        return torch.cat(classes)[: len(images)]
+
+
+@contextmanager
+def _inside_all(contexts: list[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -1,0 +1,81 @@
+"""DSC and HD95 per volume on the device, to the conventions of `examples/common/metrics.py`.
+
+A class that truth and prediction both lack in a volume is skipped. One that only one of them has is a plain failure:
+DSC 0, and for HD95 the diagonal of the volume. Distances are in pixels, and a slice counts as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 1024  # points whose distances to all others are held at once
+
+
+def score(prediction: Tensor, truth: Tensor, volume: Tensor, classes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Means over volumes per class, and over classes.
+
+    Args:
+        prediction: (N, H, W) class indices; the slices of a volume are neighbours, in order.
+        truth: the same shape.
+        volume: (N), a number per volume.
+        classes: pairs of (class in the prediction, class in the truth).
+    """
+    dsc: list[list[float]] = [[] for _ in classes]
+    hd95: list[list[float]] = [[] for _ in classes]
+    skipped, missed = [0] * len(classes), [0] * len(classes)
+    for number in volume.unique_consecutive().tolist():
+        slices = volume == number
+        for i, (ours, theirs) in enumerate(classes):
+            a, b = prediction[slices] == ours, truth[slices] == theirs
+            common, size_a, size_b = torch.stack([(a & b).sum(), a.sum(), b.sum()]).tolist()
+            if not size_a and not size_b:
+                skipped[i] += 1
+            elif not size_a or not size_b:
+                missed[i] += 1
+                dsc[i].append(0.0)
+                hd95[i].append(math.hypot(*a.shape))
+            else:
+                dsc[i].append(2 * common / (size_a + size_b))
+                hd95[i].append(hausdorff95(a, b))
+    means = {"dsc": [_mean(values) for values in dsc], "hd95": [_mean(values) for values in hd95]}
+    return {
+        **means,
+        "mean_dsc": _mean([value for value in means["dsc"] if value is not None]),
+        "mean_hd95": _mean([value for value in means["hd95"] if value is not None]),
+        "volumes": len(volume.unique_consecutive()),
+        "skipped": skipped,
+        "missed": missed,
+    }
+
+
+def hausdorff95(a: Tensor, b: Tensor) -> float:
+    """The larger of the two 95th percentiles of the distances between surfaces of masks (D, H, W), in pixels."""
+    surfaces = [surface(mask).nonzero().float() for mask in (a, b)]
+    there, back = (_nearest(*pair).quantile(0.95) for pair in (surfaces, surfaces[::-1]))
+    return float(torch.maximum(there, back))
+
+
+def surface(mask: Tensor) -> Tensor:
+    """The voxels of a mask (D, H, W) with a face that touches the outside; beyond the edge is outside."""
+    padded = F.pad(mask, (1,) * 6)
+    inner = mask
+    for axis in range(3):
+        for step in (-1, 1):
+            inner = inner & padded.roll(step, axis)[1:-1, 1:-1, 1:-1]
+    return mask & ~inner
+
+
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """The distance of each point (N, 3) to the nearest other (M, 3); exact, so without a matrix product."""
+    chunks = points.split(CHUNK)
+    return torch.cat([torch.cdist(p, others, compute_mode="donot_use_mm_for_euclid_dist").amin(1) for p in chunks])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,95 @@
+"""What is run, written down before it is: a plan is a JSON file beside this package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .harness import Settings
+from .variants import Variant, from_plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A question, how it is decided, and the runs that answer it.
+
+    Attributes:
+        name: the file's name without suffix.
+        question: what is asked.
+        rule: how the numbers decide it.
+        data: "acdc" or "sunnybrook".
+        patients: labelled ones.
+        seeds: of split, weights and batches.
+        decide_on: the scores that the rule reads: one of `parts`, or the other data set's name.
+        variants: all run for a seed before the next seed begins.
+        settings: shared by all.
+        parts: which parts are scored.
+        also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
+    """
+
+    name: str
+    question: str
+    rule: str
+    data: str
+    patients: int
+    seeds: tuple[int, ...]
+    decide_on: str
+    variants: tuple[Variant, ...]
+    settings: Settings
+    parts: tuple[str, ...] = ("validation", "test")
+    also_test: dict[str, Any] | None = None
+
+    def runs(self) -> Iterator[tuple[int, Variant]]:
+        """Seed by seed, so that whatever was run is paired."""
+        return ((seed, variant) for seed in self.seeds for variant in self.variants)
+
+    def key(self, seed: int, variant: Variant, size: int) -> str:
+        """The same for the same run, whatever plan and name it comes under.
+
+        `size` is that of the slices as they are stored, at which predictions are scored.
+        """
+        what = {
+            "data": self.data,
+            "stored": size,
+            "patients": self.patients,
+            "seed": seed,
+            "settings": asdict(self.settings),
+            "variant": variant.options(),
+            "parts": self.parts,
+            "also_test": self.also_test,
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and check a plan."""
+    raw = json.loads(path.read_text())
+    unknown = raw.keys() - {f.name for f in fields(Plan)}
+    if unknown:
+        raise ValueError(f"{path.name}: unknown entries {sorted(unknown)}")
+    plan = Plan(
+        **{
+            "name": path.stem,
+            **raw,
+            "seeds": tuple(raw["seeds"]),
+            "variants": tuple(from_plan(entry) for entry in raw["variants"]),
+            "settings": Settings(**raw.get("settings", {})),
+            "parts": tuple(raw.get("parts", ("validation", "test"))),
+        }
+    )
+    names = [variant.name for variant in plan.variants]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path.name}: a variant is named twice")
+    scored = (*plan.parts, *([plan.also_test["data"]] if plan.also_test else []))
+    if plan.decide_on not in scored:
+        raise ValueError(f"{path.name}: decided on {plan.decide_on!r}, and only {', '.join(scored)} are scored")
+    return plan
+
+
+def smaller(plan: Plan, **settings: Any) -> Plan:
+    """The plan with other settings, for a trial."""
+    return replace(plan, settings=replace(plan.settings, **settings))

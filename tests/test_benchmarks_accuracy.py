@@ -1,0 +1,525 @@
+"""The accuracy benchmark: splits, batches, metrics, resuming, the report, and small runs from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from scipy.stats import ttest_rel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import accuracy
+from benchmarks.accuracy_report import figure, paired, report, select
+from benchmarks.evidence.batches import Feed, augment, draw, inside
+from benchmarks.evidence.data import Slices, load, rows, split
+from benchmarks.evidence.harness import COMPILER, Machine, Settings, Stage2, initial_weights, schedule
+from benchmarks.evidence.losses import entropy, pseudo_label, segmentation_loss
+from benchmarks.evidence.metrics import score
+from benchmarks.evidence.pack import pack
+from benchmarks.evidence.plan import Plan, read_plan
+from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.variants import CATALOGUE, from_plan
+from benchmarks.released_code import task_loss as released_loss
+from examples.backbones.unet import UNet
+from examples.common.metrics import score_volume, summarize
+
+ROOT = Path(__file__).parents[1]
+
+SETTINGS = Settings(steps=3, stage1_steps=2, batch=2, size=32, width=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets in the form of the two real ones: discs whose brightness is that of their class."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+
+    def stack(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+        centre = rng.integers(12, 20, (2, count, 1, 1))
+        radius = np.hypot(y - centre[0], x - centre[1])
+        labels = sum((radius < 12 - 4 * c).astype(np.uint8) for c in range(classes))
+        return (60 * labels + rng.integers(0, 20, labels.shape)).astype(np.uint8), labels
+
+    patient, phase, position = (a.ravel() for a in np.meshgrid(range(1, 101), [0, 1], [0, 1], indexing="ij"))
+    images, labels = stack(len(patient), 3)
+    np.savez(folder / "acdc.npz", images=images, labels=labels, patient=patient, phase=phase, slice=position)
+    patient, position = (a.ravel() for a in np.meshgrid(range(45), [7, 18, 27, 38], indexing="ij"))
+    images, labels = stack(len(patient), 1)
+    names = np.array([f"SC-{'HYP' if p % 3 else 'N'}-{p:02}" for p in range(45)])
+    part = (patient % 3) + 1
+    np.savez(
+        folder / "sunnybrook.npz",
+        **{"images": images, "labels": labels, "patient": patient, "slice": position},
+        **{"part": part, "patient_name": names},
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def acdc(folder: Path) -> Slices:
+    return load(folder / "acdc.npz")
+
+
+def plan_of(**changes: object) -> Plan:
+    variants = tuple(CATALOGUE[name] for name in ("bare", "ds x2"))
+    base = Plan("trial", "which?", "the higher", "acdc", 5, (0, 1), "test", variants, SETTINGS, ("test",))
+    return replace(base, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def run(plan: Plan, folder: Path, out: Path, seconds: float = 1e6, machine: Machine | None = None) -> bool:
+    deadline = accuracy.time.monotonic() + seconds
+    return accuracy.run_plan(plan, folder, out, machine or Machine.make(), {}, deadline)
+
+
+# --- data
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("patients", [5, 15, 70])
+def test_acdc_splits_every_pathology_group_alike_and_no_patient_is_in_two_parts(acdc, seed, patients):
+    parts = split(acdc, patients, seed)
+    everyone = [*parts.labelled, *parts.unlabelled, *parts.validation, *parts.test]
+    assert sorted(everyone) == list(range(1, 101))
+    for group in range(5):
+        members = range(20 * group + 1, 20 * group + 21)
+        counts = [len(set(members) & set(p)) for p in (parts.test, parts.validation, parts.labelled)]
+        assert counts == [4, 2, patients // 5]
+
+
+def test_fewer_patients_are_a_part_of_more_and_seeds_differ(acdc):
+    few, more, other = split(acdc, 5, 0), split(acdc, 15, 0), split(acdc, 5, 1)
+    assert few.labelled == more.labelled[:5]
+    assert few.test == more.test
+    assert few.test != other.test
+    assert few.labelled != other.labelled
+
+
+def test_sunnybrook_keeps_its_own_test_set_and_separates_the_phases(folder):
+    data = load(folder / "sunnybrook.npz")
+    parts = split(data, 5, 0)
+    assert parts.test == tuple(range(2, 45, 3))
+    assert not set(parts.test) & {*parts.labelled, *parts.unlabelled}
+    assert len(parts.labelled) + len(parts.unlabelled) == 30
+    assert {data.stratum[p] for p in parts.labelled} == {"SC-N", "SC-HYP"}
+    assert len(np.unique(data.volume)) == 90
+
+
+def test_slices_of_a_volume_are_neighbours_in_order(tmp_path, acdc):
+    shuffled = np.random.default_rng(0).permutation(len(acdc.patient))
+    keys = np.arange(len(shuffled))
+    images = np.broadcast_to(keys[:, None, None], (len(keys), 2, 2)).astype(np.uint8)
+    patient, phase, position = (a.ravel() for a in np.meshgrid(range(1, 101), [0, 1], [0, 1], indexing="ij"))
+    arrays = {"images": images, "labels": images, "patient": patient, "phase": phase, "slice": position}
+    np.savez(tmp_path / "acdc.npz", **{name: array[shuffled] for name, array in arrays.items()})
+    data = load(tmp_path / "acdc.npz")
+    assert (data.images == images).all()
+    assert (data.volume == keys // 2).all()
+
+
+def test_too_many_patients_are_refused(acdc):
+    with pytest.raises(ValueError, match="70 patients to train on, not 71"):
+        split(acdc, 71, 0)
+
+
+def test_packing_changes_nothing_but_the_size_of_the_file(folder, tmp_path, acdc):
+    pack(folder / "acdc.npz", tmp_path / "acdc.npz")
+    again = load(tmp_path / "acdc.npz")
+    assert (again.images == acdc.images).all()
+    assert (again.labels == acdc.labels).all()
+    pack(folder / "acdc.npz", tmp_path / "small.npz", size=16, bits=6)
+    small = load(tmp_path / "small.npz")
+    assert small.images.shape == (400, 16, 16)
+    mean = acdc.images.reshape(400, 16, 2, 16, 2).astype(float).mean((2, 4))
+    assert np.abs(small.images - mean).max() <= 2.5
+    assert set(np.unique(small.images % 4)) <= {0, 3}  # 3 is 255
+
+
+# --- batches
+
+
+def test_batches_depend_on_the_seed_alone_and_fewer_steps_are_the_beginning_of_more():
+    where = np.array([3, 5, 8, 13, 21])
+    long, short = (draw(where, steps, 4, 7, 0, "published") for steps in (10, 6))
+    for name in ("index", "theta", "tone", "box"):
+        assert torch.equal(getattr(long, name)[:6], getattr(short, name))
+    assert not torch.equal(long.index, draw(where, 10, 4, 8, 0, "published").index)
+    epochs = long.index.view(-1)[:40].view(8, 5)
+    assert (epochs.sort().values == torch.from_numpy(where)).all()
+
+
+def test_published_augmentation_is_turns_with_a_flip_small_rotations_or_nothing():
+    theta = draw(np.arange(9), 500, 8, 0, 0, "published").theta.view(-1, 2, 3)
+    assert (theta[:, :, 2] == 0).all()
+    square = theta[:, :, :2]
+    determinant = square[:, 0, 0] * square[:, 1, 1] - square[:, 0, 1] * square[:, 1, 0]
+    turned = determinant < 0
+    assert abs(turned.float().mean() - 0.5) < 0.03
+    assert set(square[turned].unique().tolist()) == {-1.0, 0.0, 1.0}
+    angle = torch.rad2deg(torch.atan2(square[~turned][:, 1, 0], square[~turned][:, 0, 0]))
+    assert angle.abs().max() <= 20.001
+    assert abs((angle == 0).float().mean() - 0.5) < 0.05
+
+
+def test_turns_by_90_degrees_move_every_pixel_exactly():
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (64, 16, 16), generator=rng, dtype=torch.uint8)
+    label = torch.randint(0, 4, (64, 16, 16), generator=rng, dtype=torch.uint8)
+    theta = draw(np.arange(9), 8, 64, 0, 0, "published").theta.view(-1, 2, 3)
+    turned = theta[theta[:, :, :2].abs().amax((1, 2)) == 1]
+    turned = turned[(turned[:, 0, 0] != 1) | (turned[:, 1, 1] != 1)][:64]
+    image_out, label_out = augment(image, label, turned)
+    for i in range(64):
+        every = [image[i].rot90(k).flip(0) for k in range(4)]
+        match = [k for k in range(4) if torch.allclose(image_out[i, 0] * 255, every[k].float(), atol=1e-2)]
+        assert len(match) == 1
+        assert torch.equal(label_out[i], label[i].rot90(match[0]).flip(0).long())
+
+
+def test_boxes_cover_a_quarter_to_a_half_of_the_side():
+    cut = inside(draw(np.arange(9), 10, 4, 0, 0, "published").box.view(-1, 4), 100)
+    sides = cut.any(1).sum(1)
+    assert ((sides >= 24) & (sides <= 51)).all()
+    assert torch.equal(cut.sum((1, 2)), sides * cut.any(2).sum(1))
+
+
+# --- losses and metrics
+
+
+def test_the_task_loss_is_the_published_one_and_takes_fractions():
+    torch.manual_seed(0)
+    logits, label = torch.randn(3, 4, 8, 8), torch.randint(0, 4, (3, 8, 8))
+    one_hot = torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float()
+    assert segmentation_loss(logits, label).item() == pytest.approx(released_loss(logits, label).item(), rel=1e-5)
+    assert segmentation_loss(logits, one_hot).item() == pytest.approx(segmentation_loss(logits, label).item())
+
+
+def test_ignored_pixels_do_not_count():
+    torch.manual_seed(0)
+    logits, label = torch.randn(3, 4, 8, 8, requires_grad=True), torch.randint(0, 4, (3, 8, 8))
+    label[:, :4] = 255
+    segmentation_loss(logits, label).backward()
+    assert logits.grad is not None
+    assert (logits.grad[:, :, :4] == 0).all()
+    assert (logits.grad[:, :, 4:] != 0).all()
+    half = segmentation_loss(logits[:, :, 4:], label[:, 4:])
+    cross_entropy = torch.nn.functional.cross_entropy(logits, label, ignore_index=255)
+    # the mean is over all pixels, so that few sure ones weigh little
+    assert segmentation_loss(logits, label).item() == pytest.approx((half - 0.25 * cross_entropy).item(), rel=1e-4)
+
+
+def test_entropy_and_pseudo_labels():
+    logits = torch.tensor([[10.0, 0.0], [0.0, 0.0]]).view(2, 2, 1, 1)
+    assert entropy(logits[1:]).item() == pytest.approx(math.log(2))
+    assert pseudo_label(logits).flatten().tolist() == [0, 255]
+
+
+def volumes(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    noise = np.random.default_rng(seed).normal(size=(2, 3, 12, 20, 17))
+    smooth = np.stack([gaussian_filter(channel, (0, 1, 2, 2)) for channel in noise])
+    truth, prediction = smooth.argmax(1).astype(np.uint8)
+    prediction[:4] = np.where(truth[:4] > 0, truth[:4], prediction[:4])  # nearly right
+    truth[4:8][truth[4:8] == 2] = 0  # a class that the truth lacks,
+    truth[8:][truth[8:] == 1] = prediction[8:][prediction[8:] == 1] = 0  # and one that both lack
+    return prediction, truth
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_of_the_examples_by_monai(seed):
+    prediction, truth = volumes(seed)
+    volume = torch.arange(12) // 4
+    ours = score(torch.from_numpy(prediction), torch.from_numpy(truth), volume, [(1, 1), (2, 2)])
+    parts = [slice(4 * i, 4 * i + 4) for i in range(3)]
+    theirs = summarize([score_volume(str(i), prediction[p], truth[p], 3, None) for i, p in enumerate(parts)])
+    assert ours["dsc"] == pytest.approx(theirs.dsc)
+    assert ours["hd95"] == pytest.approx(theirs.hd95, rel=1e-5)
+    assert ours["mean_dsc"] == pytest.approx(theirs.mean_dsc)
+    assert ours["mean_hd95"] == pytest.approx(theirs.mean_hd95, rel=1e-5)
+    assert tuple(ours["skipped"]) == theirs.skipped
+    assert ours["missed"] == [0, 1]
+    assert ours["volumes"] == 3
+
+
+def test_a_class_may_have_another_number_in_the_truth():
+    prediction, truth = volumes(0)
+    swapped = np.where(truth > 0, 3 - truth, 0)
+    volume = torch.zeros(12)
+    ours = score(torch.from_numpy(prediction), torch.from_numpy(swapped), volume, [(2, 1)])
+    plain = score(torch.from_numpy(prediction), torch.from_numpy(truth), volume, [(2, 2)])
+    assert ours == plain
+
+
+# --- runs
+
+
+def test_variants_that_share_a_step_differ_only_where_a_run_can_be_told():
+    shared = {name for name, v in CATALOGUE.items() if v.step == CATALOGUE["standardized"].step}
+    assert shared == {
+        "standardized",
+        "standardized, untrained teacher",
+        "standardized, label to label",
+        "standardized, first half",
+    }
+    assert CATALOGUE["bare, long"].step == CATALOGUE["bare"].step
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_variant_trains(name, folder, tmp_path):
+    out = tmp_path / "results.jsonl"
+    assert run(plan_of(seeds=(0,), variants=(CATALOGUE[name],)), folder, out)
+    (line,) = read_lines(out)
+    assert "error" not in line, line
+    assert math.isfinite(line["task_loss"])
+    assert line["scores"]["test"]["volumes"] == 40
+    assert (line["stage_1_loss"] is None) == (CATALOGUE[name].stage_1 is None)
+
+
+def test_a_run_is_the_same_whatever_ran_before(folder, tmp_path):
+    names = ("bare", "standardized", "ds x2 + cutmix")
+    alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
+    variants = tuple(CATALOGUE[name] for name in names)
+    for variant in variants[::-1]:
+        run(plan_of(seeds=(1,), variants=(variant,)), folder, alone)
+    run(plan_of(seeds=(0, 1), variants=variants), folder, together)
+    first, second = (finished(read_lines(path)) for path in (alone, together))
+    assert len(first) == 3
+    for key, line in first.items():
+        assert second[key]["task_loss"] == line["task_loss"]
+        assert second[key]["scores"] == line["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_compiled_variants_in_one_process_give_the_same_numbers(folder, tmp_path):
+    """They share compiled code where they can, and must not where their hooks differ."""
+    names = ("bare", "standardized", "ds x2", "ds x2 + cutmix + standardized", "standardized, uncrossed", "ds x2 soft")
+    plan = plan_of(seeds=(0,), variants=tuple(CATALOGUE[name] for name in names))
+    torch._dynamo.reset()
+    compiled = Machine(torch.device("cpu"), "all", backend="aot_eager")
+    values = []
+    for name, machine in (("eager", None), ("compiled", compiled)):
+        with torch._dynamo.config.patch(COMPILER):
+            run(plan, folder, tmp_path / name, machine=machine)
+        values.append([line["task_loss"] for line in finished(read_lines(tmp_path / name)).values()])
+    torch._dynamo.reset()
+    assert len(values[1]) == len(names)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: reading values back, sizes that depend on them, host constants."""
+
+    REFUSED = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "unique",
+        "masked_select",
+        "lift_fresh",
+        "one_hot",
+        "allclose",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masks or name.startswith(self.REFUSED):
+            raise AssertionError(f"{func} in a step")
+        return func(*args, **(kwargs or {}))
+
+
+def feed_of(data: Slices, steps: int = 3) -> Feed:
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    feed = Feed(images, labels, steps, 2, "published", torch.device("cpu"))
+    where = rows(data, split(data, 5, 0).labelled)
+    feed.load(where, where[:0], 0)
+    return feed
+
+
+def test_the_watch_sees_what_it_is_for():
+    for wait in (lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: torch.tensor(1.0), lambda x: bool(x.any())):
+        with pytest.raises(AssertionError, match="in a step"), Watch():
+            wait(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_no_step_waits_for_the_device(name, acdc):
+    step = Stage2(CATALOGUE[name].step, SETTINGS, 4, feed_of(acdc), Machine.make())
+    with Watch():
+        loss, _ = step._losses()
+        loss.backward()
+
+
+def test_a_step_is_that_of_a_plain_loop(acdc):
+    """The harness against the same training written out: plain SGD, the schedule, the batches of the tables."""
+    images, labels = torch.from_numpy(acdc.images), torch.from_numpy(acdc.labels)
+    where = rows(acdc, split(acdc, 5, 0).labelled)
+    feed = feed_of(acdc)
+    step = Stage2(CATALOGUE["bare"].step, SETTINGS, 4, feed, Machine.make())
+    step.train(CATALOGUE["bare"], 0, None)
+
+    model = UNet(4, 1, 2)
+    model.load_state_dict(initial_weights(SETTINGS, 4, 0))
+    tables = draw(where, 3, 2, 0, 0, "published")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    for i in range(3):
+        image, label = augment(images[tables.index[i]], labels[tables.index[i]], tables.theta[i])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (1 - i / 3) ** 0.9
+        optimizer.zero_grad()
+        released_loss(model(image), label).backward()
+        optimizer.step()
+    for ours, plain in zip(step.model.state_dict().values(), model.state_dict().values()):
+        assert torch.allclose(ours.float(), plain.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_learning_rate_ends_near_zero(optimizer):
+    rates = schedule(replace(SETTINGS, optimizer=optimizer, lr=0.5), 100)
+    assert 0.4 < rates.max() <= 0.5
+    assert (rates > 0).all()
+    assert rates[-1] < 0.01
+
+
+def test_runs_that_have_a_line_are_skipped_and_a_stop_leaves_whole_seeds_first(folder, tmp_path):
+    out = tmp_path / "results.jsonl"
+    assert not run(plan_of(), folder, out, seconds=-1)
+    assert not read_lines(out)
+    assert run(plan_of(seeds=(0,)), folder, out)
+    assert run(plan_of(), folder, out)
+    lines = read_lines(out)
+    assert [(line["seed"], line["variant"]) for line in lines] == [(s, n) for s in (0, 1) for n in ("bare", "ds x2")]
+    assert run(plan_of(name="another"), folder, out)
+    assert len(read_lines(out)) == 4
+    assert run(plan_of(settings=replace(SETTINGS, lr=0.1), seeds=(0,)), folder, out)
+    assert len(read_lines(out)) == 6
+
+
+def test_a_variant_that_fails_leaves_a_line_and_the_others_run(folder, tmp_path):
+    out = tmp_path / "results.jsonl"
+    bad = from_plan({"name": "bad", "deep": {"weights": [1.0]}})
+    assert run(plan_of(variants=(bad, CATALOGUE["bare"])), folder, out)
+    lines = read_lines(out)
+    assert [line["variant"] for line in lines] == ["bad", "bare", "bare"]
+    assert "1 weights for 3 levels" in lines[0]["error"]
+    assert len(finished(lines)) == 2
+
+
+def test_a_line_that_was_cut_short_is_run_again(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    append(path, {"key": "a"})
+    with path.open("a") as file:
+        file.write('{"key": "b", "sco')
+    append(path, {"key": "c"})
+    assert [line["key"] for line in read_lines(path)] == ["a", "c"]
+    assert "a broken line is left out" in capsys.readouterr().out
+
+
+def test_another_data_set_is_scored_beside(folder, tmp_path):
+    out = tmp_path / "results.jsonl"
+    other = {"data": "sunnybrook", "classes": [[3, 1]]}
+    assert run(plan_of(seeds=(0,), variants=(CATALOGUE["bare"],), also_test=other), folder, out)
+    scores = read_lines(out)[0]["scores"]["sunnybrook"]
+    assert scores["volumes"] == 90
+    assert scores["classes"] == ["left ventricle"]
+
+
+def test_unlabelled_images_are_asked_for_only_where_there_are_some(folder, tmp_path):
+    out = tmp_path / "results.jsonl"
+    run(plan_of(patients=70, seeds=(0,), variants=(CATALOGUE["entropy"],)), folder, out)
+    assert "all are labelled" in read_lines(out)[0]["error"]
+
+
+def test_slices_may_be_stored_larger_than_they_are_trained_on(folder, tmp_path):
+    out = tmp_path / "results.jsonl"
+    assert run(plan_of(settings=replace(SETTINGS, size=64), seeds=(0,)), folder, out)
+    assert all("error" not in line for line in read_lines(out))
+
+
+# --- plans and report
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "plans").glob("*.json")), ids=lambda path: path.stem)
+def test_the_written_plans_can_be_read_and_hold_together(path):
+    plan = read_plan(path)
+    assert plan.question
+    assert plan.rule
+    assert plan.variants[0].name == "bare" or "bare" in {variant.name for variant in plan.variants}
+    if "confirm" in path.stem or plan.data == "sunnybrook":
+        assert len(plan.seeds) >= 8
+        assert plan.decide_on == "test"
+    if "choose" in path.stem:
+        assert plan.decide_on == "validation"
+
+
+def test_confirmation_does_not_use_the_seeds_of_the_choice():
+    plans = [read_plan(path) for path in (ROOT / "benchmarks" / "plans").glob("*.json")]
+    chosen = {
+        s
+        for p in plans
+        if p.data == "acdc" and p.decide_on == "validation" and "controls" not in p.name
+        for s in p.seeds
+    }
+    confirmed = {s for p in plans if p.data == "acdc" and p.decide_on == "test" for s in p.seeds}
+    assert not chosen & confirmed
+
+
+def test_plans_with_mistakes_are_refused(tmp_path):
+    good = json.loads((ROOT / "benchmarks" / "plans" / "choose_5.json").read_text())
+    for change, message in (
+        ({"variants": ["bear"]}, "unknown variant 'bear'"),
+        ({"variants": [{"name": "x", "depe": {}}]}, r"unknown options \['depe'\]"),
+        ({"variants": [{"name": "x", "unlabelled": "cutmx"}]}, "unlabelled='cutmx'; it is one of"),
+        ({"variants": [{"name": "x", "unlabelled_deep": True}]}, "needs deep supervision"),
+        ({"variants": ["bare", "bare"]}, "named twice"),
+        ({"decide_on": "training"}, "only validation, test are scored"),
+        ({"sedes": [1]}, r"unknown entries \['sedes'\]"),
+    ):
+        path = tmp_path / "plan.json"
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=message):
+            read_plan(path)
+
+
+def test_paired_differences_have_students_interval():
+    rng = np.random.default_rng(0)
+    a, b = ({seed: float(value) for seed, value in enumerate(rng.normal(size=9))} for _ in range(2))
+    del a[0], b[8]
+    difference = paired(a, b)
+    assert difference is not None
+    both = range(1, 8)
+    interval = ttest_rel([a[s] for s in both], [b[s] for s in both]).confidence_interval(0.95)
+    assert difference.pairs == 7
+    assert difference.half_width is not None
+    assert difference.mean - difference.half_width == pytest.approx(interval.low)
+    assert difference.mean + difference.half_width == pytest.approx(interval.high)
+    # by hand: differences 1, 2, 6 have mean 3 and standard deviation sqrt(7); t(0.975, 2) = 4.3027
+    three = paired({0: 1.0, 1: 2.0, 2: 6.0}, dict.fromkeys(range(3), 0.0))
+    assert str(three) == "+3.0 ± 6.6"
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert str(paired({0: 1.5}, {0: 1.0})) == "+0.5"
+
+
+def test_the_report_says_what_the_lines_say(tmp_path):
+    plan = plan_of(seeds=(0, 1, 2))
+    dsc = {"bare": [0.5, 0.6, 0.7], "ds x2": [0.6, 0.8, 0.9]}
+    lines = []
+    for seed, variant in plan.runs():
+        value = dsc[variant.name][seed]
+        scores = {"classes": ["lv"], "dsc": [value], "hd95": [10 * value], "mean_dsc": value, "mean_hd95": 10 * value}
+        line = {"key": plan.key(seed, variant, 16), "stored": 16, "seed": seed, "scores": {"test": scores}}
+        lines.append(line)
+    other = {**lines[0], "key": plan.key(0, CATALOGUE["ds"], 16)}
+    scores = select(plan, [*lines, other], "test")
+    text = report(scores)
+    assert "6 of 6 runs" in text
+    assert "| bare | 3 | 60.0 ± 10.0 |  | -16.7 ± 14.3 | 6.0 ± 1.0 |  | -1.7 ± 1.4 | 60.0 / 6.0 |" in text
+    assert "| ds x2 | 3 | 76.7 ± 15.3 | +16.7 ± 14.3 |  | 7.7 ± 1.5 | +1.7 ± 1.4 |  | 76.7 / 7.7 |" in text
+    figure([scores], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert "Nothing was run." in report(select(plan, [other], "test"))
