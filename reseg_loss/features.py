@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -65,6 +65,7 @@ class _Recording:
         self.training_only = training_only
         self.enabled = True
         self.clone: frozenset[str] | None = None  # taps that are overwritten later; None: not known yet, clone all
+        self.wanted = 0  # the number of taps after which a forward is ended; 0: it goes on
         self.held = False  # a forward of `record()` waits to be read: others are ignored
         self.open: dict[str, Any] | None = None  # the forward that is running
         self.done: dict[str, Any] | None = None  # the forward that waits to be read
@@ -73,6 +74,17 @@ class _Recording:
     def forget(self) -> None:
         self.open = self.done = None
         self.several = self.held = False
+
+    def finish(self) -> None:
+        finished, self.open = self.open, None
+        if self.several or self.done is not None:
+            self.done, self.several = None, True  # keep no features that nobody may read
+        else:
+            self.done = finished
+
+
+class _AllSeen(Exception):  # noqa: N818
+    """Ends a forward of which every tap was recorded."""
 
 
 class _Hook:
@@ -120,14 +132,8 @@ class _RootEnter(_Hook):
 
 class _RootExit(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        recording = self.recording
-        if recording is None or recording.open is None:
-            return
-        finished, recording.open = recording.open, None
-        if recording.several or recording.done is not None:
-            recording.done, recording.several = None, True  # keep no features that nobody may read
-        else:
-            recording.done = finished
+        if self.recording is not None and self.recording.open is not None:
+            self.recording.finish()
 
 
 class _RootFailed(_Hook):
@@ -162,6 +168,10 @@ class _TapHook(_Hook):
                 copy = recording.clone is None or name in recording.clone
                 kept = tensor.clone() if copy else tensor
                 recording.open["seen"][name] = (kept, tensor, tensor._version, torch.is_grad_enabled())
+        # in a compiled graph what comes after the last tap is dead code, which the compiler removes
+        if recording.wanted and len(recording.open["seen"]) == recording.wanted and not torch.compiler.is_compiling():
+            recording.finish()
+            raise _AllSeen
 
 
 class _OutputHook(_TapHook):
@@ -315,6 +325,23 @@ class FeatureExtractor:
             self.forget()
             raise
         self._recording.held = self._recording.done is not None or self._recording.several
+
+    def features_of(self, forward: Callable[[], Any]) -> Features:
+        """The features of one forward, which is ended after its last tap; at other times nothing is recorded.
+
+        Args:
+            forward: calls the model once. Its result is not used.
+
+        Raises:
+            ReSegError, TapError: as `pop`.
+        """
+        self.enabled, self._recording.wanted = True, len(self._modules)
+        try:
+            with suppress(_AllSeen):
+                forward()
+            return self.pop()
+        finally:
+            self.enabled, self._recording.wanted = False, 0
 
     def pop(self) -> Features:
         """The features of the one forward recorded since the last call.

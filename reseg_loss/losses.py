@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional as RF
 from .errors import ReSegError
 from .features import Features
+from .terms import alignment_terms
 
 Weight = float | Sequence[float]
 
@@ -168,13 +169,18 @@ class CrossAlignmentLoss(nn.Module):
             mapped = self.projection({name: s for name, (s, _) in pairs.items()})
         else:
             mapped = {name: self._match_channels(s, t.shape[1]) for name, (s, t) in pairs.items()}
+        matched = {name: (mapped[name], t) for name, (_, t) in pairs.items()}
+        # the compiler fuses plain operations itself
+        if valid is None and not torch.compiler.is_compiling() and not any(t.requires_grad for _, t in pairs.values()):
+            terms = dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
+            return terms if components else self.combine(terms)
         areas: dict[tuple[int, ...], Tensor] = {}
         terms: dict[str, Tensor] = {}
-        for name, (_, t) in pairs.items():
+        for name, (s, t) in matched.items():
             size = tuple(t.shape[2:])
             if valid is not None and size not in areas:
                 areas[size] = RF.valid_fraction(valid, size)
-            terms[name] = RF.alignment_term(mapped[name], t, areas.get(size), normalize=self.normalize)
+            terms[name] = RF.alignment_term(s, t, areas.get(size), normalize=self.normalize)
         return terms if components else self.combine(terms)
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,130 @@
+"""All alignment terms as one differentiable operation that keeps the two features of a pair and nothing else.
+
+Written as plain torch operations (`functional.alignment_term`), autograd keeps several fp32 copies of every feature
+and passes over each many times. Here the value is one pass and the gradient, in closed form, another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional as RF
+
+logger = logging.getLogger("reseg_loss")
+
+# "triton" or "torch" forces one; "auto" takes Triton on a CUDA device where a small example comes out right
+BACKEND = os.environ.get("RESEG_KERNELS", "auto")
+
+
+def alignment_terms(pairs: Sequence[tuple[Tensor, Tensor]], *, normalize: str | None = None) -> tuple[Tensor, ...]:
+    """`functional.alignment_term` of every pair (student, teacher), which has no gradient to the teacher's side.
+
+    Args:
+        pairs: features (B, C, *spatial), any float dtype, both of a pair of the same shape.
+        normalize: as in `functional.alignment_term`.
+
+    Returns:
+        A scalar for every pair, in at least fp32.
+    """
+    students, teachers = zip(*pairs)
+    terms: Tensor = _Terms.apply(normalize, [t.detach() for t in teachers], *students)  # pyright: ignore
+    return terms.unbind()
+
+
+class _Terms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, normalize: str | None, teachers: list[Tensor], *students: Tensor) -> Tensor:
+        ctx.normalize, ctx.triton = normalize, _triton_serves(students, teachers)
+        if ctx.triton:
+            from . import kernels
+
+            pairs = [_in_order(s, t) for s, t in zip(students, teachers)]
+            terms, kept = kernels.values(pairs, normalize == "batch", RF.EPS)
+            ctx.save_for_backward(*students, *(t for _, t in pairs), *kept)
+            return terms
+        ctx.save_for_backward(*students, *teachers)
+        terms = [RF.alignment_term(s, t, normalize=normalize) for s, t in zip(students, teachers)]
+        dtype = max((term.dtype for term in terms), key=lambda d: d.itemsize)
+        return torch.stack([term.to(dtype) for term in terms])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        n, saved, normalize = len(upstream), ctx.saved_tensors, ctx.normalize
+        gradients: list[Tensor | None] = []
+        for i, (s, t) in enumerate(zip(saved[:n], saved[n : 2 * n])):
+            if not ctx.needs_input_grad[2 + i]:
+                gradients.append(None)
+            elif torch.is_grad_enabled():  # create_graph=True
+                term = RF.alignment_term(s, t, normalize=normalize)
+                gradients += torch.autograd.grad(term, s, upstream[i].to(term.dtype), create_graph=True)
+            elif ctx.triton:
+                from . import kernels
+
+                kept = saved[2 * n + i] if normalize else None
+                gradients.append(kernels.gradient(*_in_order(s, t), upstream[i], kept))
+            else:
+                gradients.append(gradient(s, t, upstream[i], normalize=normalize))
+        return (None, None, *gradients)
+
+
+def gradient(s: Tensor, t: Tensor, upstream: Tensor, *, normalize: str | None) -> Tensor:
+    """The gradient of one term to the student's feature, times `upstream`, in the feature's dtype.
+
+    With z = (f - mean) / sqrt(var + eps) on both sides, the term is mean((z_s - z_t)^2) = mean over channels of
+    v_s a^2 + v_t b^2 - 2 cov a b, where a, b = 1 / sqrt(var + eps). Differentiating that through v_s and cov gives
+    2 / n ((eps a^4 + cov a^3 b) (s - mean_s) - a b (t - mean_t)).
+    """
+    dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
+    x, y, factor = s.to(dtype), t.to(dtype), upstream.to(dtype) * (2 / s.numel())
+    if normalize is None:
+        return ((x - y) * factor).to(s.dtype)
+    axes = [0, *range(2, s.ndim)]
+    var_s, mean_s = torch.var_mean(x, axes, correction=0, keepdim=True)
+    var_t, mean_t = torch.var_mean(y, axes, correction=0, keepdim=True)
+    x, y = x - mean_s, y - mean_t
+    cov = (x * y).mean(axes, keepdim=True)
+    a, b = (var_s + RF.EPS).rsqrt(), (var_t + RF.EPS).rsqrt()
+    return (x * (factor * (RF.EPS * a**4 + cov * a**3 * b)) - y * (factor * a * b)).to(s.dtype)
+
+
+def _in_order(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Both contiguous, with their channels either second or last, as the student's are."""
+    if not s.is_contiguous() and not s.movedim(1, -1).is_contiguous():
+        s = s.contiguous()
+    return s, t if t.stride() == s.stride() else torch.empty_like(s, dtype=t.dtype).copy_(t)
+
+
+def _triton_serves(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
+    tensors = [*students, *teachers]
+    known = all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0 for x in tensors)
+    if not known or BACKEND == "torch":
+        return False
+    return BACKEND == "triton" or (tensors[0].is_cuda and kernels_work(tensors[0].device))
+
+
+@cache
+def kernels_work(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device and agree with torch on a small example; asked once a process."""
+    try:
+        from . import kernels
+
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            s, t = torch.randn(2, 2, 5, 9, 3).to(device).unbind()
+            for normalize in (None, "batch"):
+                terms, kept = kernels.values([(s, t)], normalize == "batch", RF.EPS)
+                ours = kernels.gradient(s, t, terms[0], kept[0] if kept else None)
+                expected = RF.alignment_term(s, t, normalize=normalize)
+                torch.testing.assert_close(terms[0], expected)
+                torch.testing.assert_close(ours, gradient(s, t, expected, normalize=normalize))
+    except Exception as error:  # a missing, broken or unfit Triton must not stop a training that torch can do
+        logger.warning("the Triton kernels do not serve on %s, torch does instead (%s)", device, error)
+        return False
+    return True
