@@ -167,7 +167,9 @@ class _TapHook(_Hook):
                 tensor = _element(value, keys, name)
                 copy = recording.clone is None or name in recording.clone
                 kept = tensor.clone() if copy else tensor
-                recording.open["seen"][name] = (kept, tensor, tensor._version, torch.is_grad_enabled())
+                # a compiled graph writes nothing in place, so the version it was traced with tells nothing
+                version = None if torch.compiler.is_compiling() else tensor._version
+                recording.open["seen"][name] = (kept, tensor, version, torch.is_grad_enabled())
         # in a compiled graph what comes after the last tap is dead code, which the compiler removes
         if recording.wanted and len(recording.open["seen"]) == recording.wanted and not torch.compiler.is_compiling():
             recording.finish()
@@ -410,7 +412,7 @@ class FeatureExtractor:
 
         def feature(tap: Tap) -> Tensor:
             kept, tensor, version, _ = forward["seen"][str(tap)]
-            if kept is tensor and tensor._version != version:
+            if kept is tensor and version is not None and tensor._version != version:
                 raise TapError(
                     f"{tap} was overwritten in place after it was recorded (by an in-place activation?), which it was "
                     "not in the example's forward; tap the module that overwrites it"
