@@ -172,6 +172,14 @@ class Bench:
         student = FeatureExtractor(model, taps).attach()
         teacher_model = self.model().eval().requires_grad_(False)
         teacher = FeatureExtractor(teacher_model, taps, when="always").attach()
+        maps: dict[tuple[int, int], Tensor] = {}
+
+        def matched(a: Tensor, b: Tensor) -> Tensor:
+            """Through a fixed 1x1 map where channels differ."""
+            shape = b.shape[1], a.shape[1]
+            if shape[0] != shape[1] and shape not in maps:
+                maps[shape] = F.normalize(torch.randn(*shape, 1, 1, device=DEVICE))
+            return a if shape[0] == shape[1] else F.conv2d(a, maps[shape])
 
         def loss() -> Tensor:
             s = student.pop()
@@ -179,7 +187,7 @@ class Bench:
                 teacher_model(self.label.unsqueeze(1).float().expand(-1, 3, -1, -1))
             t = teacher.pop()
             pairs = [*zip(s.decoder, t.encoder), *zip(s.encoder, t.decoder), (s.bottleneck, t.bottleneck)]
-            return 0.035 / 3 * torch.stack([F.mse_loss(a.float(), b.float()) for a, b in pairs]).sum()
+            return 0.035 / 3 * torch.stack([F.mse_loss(matched(a.float(), b), b.float()) for a, b in pairs]).sum()
 
         return loss
 
