@@ -196,32 +196,34 @@ class Layout(NamedTuple):
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) -> tuple[Tensor, list[Tensor]]:
     """The terms of pairs of the same layout, (terms,) in fp32, and with `normalize` what their gradients need."""
     layouts = [Layout.of(s) for s, _ in pairs]
-    programs = [triton.cdiv(x.grid[0], LOOPS) if normalize else triton.cdiv(s.numel(), BLOCK * LOOPS)
-                for x, (s, _) in zip(layouts, pairs)]  # fmt: skip
-    width = max(x.channels for x in layouts) if normalize else max(programs)
+    if normalize:
+        programs = [triton.cdiv(x.grid[0], LOOPS) for x in layouts]
+        width = max(x.channels for x in layouts)
+    else:
+        programs = [triton.cdiv(s.numel(), BLOCK * LOOPS) for s, _ in pairs]
+        width = max(programs)
     partial = pairs[0][0].new_zeros(len(pairs), width, dtype=torch.float32)
     coefficients = []
-    for (s, t), x, n, out in zip(pairs, layouts, programs, partial):
-        if not normalize:
-            _squares[(n,)](s, t, out, 1 / s.numel(), s.numel(), block=BLOCK, loops=LOOPS)
-            continue
-        moments = out.new_empty(n, 6, x.channels)
-        _moments[(n, x.grid[1])](s, t, moments, *x[:7], rows=x.rows, columns=x.columns, loops=LOOPS)
-        coefficients.append(out.new_empty(4, x.channels))
-        count = s.numel() // x.channels
-        columns = 16
-        _finish[(triton.cdiv(x.channels, columns),)](
-            moments, out, coefficients[-1], n, x.channels, float(count), eps, 1 / x.channels, rows=64, columns=columns
-        )
+    with torch.cuda.device_of(partial):  # where Triton launches
+        for (s, t), x, n, out in zip(pairs, layouts, programs, partial):
+            if not normalize:
+                _squares[(n,)](s, t, out, 1 / s.numel(), s.numel(), block=BLOCK, loops=LOOPS)
+                continue
+            moments, c, columns = out.new_empty(n, 6, x.channels), out.new_empty(4, x.channels), 16
+            coefficients.append(c)
+            _moments[(n, x.grid[1])](s, t, moments, *x[:7], rows=x.rows, columns=x.columns, loops=LOOPS)
+            _finish[(triton.cdiv(x.channels, columns),)](
+                moments, out, c, n, x.channels, s.numel() / x.channels, eps, 1 / x.channels, rows=64, columns=columns
+            )
     return partial.sum(1), coefficients
 
 
 def gradient(s: Tensor, t: Tensor, upstream: Tensor, coefficients: Tensor | None) -> Tensor:
     """The gradient of one term to `s`, in its dtype and layout, times `upstream`, a scalar on the device."""
-    out = torch.empty_like(s)
-    x = Layout.of(s)
-    if coefficients is None:
-        _difference[(triton.cdiv(s.numel(), BLOCK),)](s, t, out, upstream, 2 / s.numel(), s.numel(), block=BLOCK)
-    else:
-        _standardized[x.grid](s, t, out, upstream, coefficients, *x[:7], rows=x.rows, columns=x.columns)
+    out, x, n = torch.empty_like(s), Layout.of(s), s.numel()
+    with torch.cuda.device_of(s):
+        if coefficients is None:
+            _difference[(triton.cdiv(n, BLOCK),)](s, t, out, upstream, 2 / n, n, block=BLOCK)
+        else:
+            _standardized[x.grid](s, t, out, upstream, coefficients, *x[:7], rows=x.rows, columns=x.columns)
     return out
