@@ -42,23 +42,24 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, normalize: str | None, teachers: list[Tensor], *students: Tensor) -> Tensor:
         ctx.normalize, ctx.triton = normalize, _triton_serves(students, teachers)
+        pairs = list(zip(students, teachers))
         if ctx.triton:
             from . import kernels
 
-            pairs = [_in_order(s, t) for s, t in zip(students, teachers)]
+            pairs = [_in_order(s, t) for s, t in pairs]
             terms, kept = kernels.values(pairs, normalize == "batch", RF.EPS)
-            ctx.save_for_backward(*students, *(t for _, t in pairs), *kept)
-            return terms
-        ctx.save_for_backward(*students, *teachers)
-        terms = [RF.alignment_term(s, t, normalize=normalize) for s, t in zip(students, teachers)]
-        dtype = max((term.dtype for term in terms), key=lambda d: d.itemsize)
-        return torch.stack([term.to(dtype) for term in terms])
+        else:
+            with torch.autocast(students[0].device.type, enabled=False):
+                terms, kept = values(pairs, normalize == "batch")
+        ctx.save_for_backward(*students, *(t for _, t in pairs), *kept)
+        return terms
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         n, saved, normalize = len(upstream), ctx.saved_tensors, ctx.normalize
         gradients: list[Tensor | None] = []
         for i, (s, t) in enumerate(zip(saved[:n], saved[n : 2 * n])):
+            kept = saved[2 * n + i] if normalize else None
             if not ctx.needs_input_grad[2 + i]:
                 gradients.append(None)
             elif torch.is_grad_enabled():  # create_graph=True
@@ -67,31 +68,56 @@ class _Terms(torch.autograd.Function):
             elif ctx.triton:
                 from . import kernels
 
-                kept = saved[2 * n + i] if normalize else None
                 gradients.append(kernels.gradient(*_in_order(s, t), upstream[i], kept))
             else:
-                gradients.append(gradient(s, t, upstream[i], normalize=normalize))
+                gradients.append(gradient(s, t, upstream[i], kept))
         return (None, None, *gradients)
 
 
-def gradient(s: Tensor, t: Tensor, upstream: Tensor, *, normalize: str | None) -> Tensor:
+def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool) -> tuple[Tensor, list[Tensor]]:
+    """The terms of pairs, (terms,) in at least fp32, and with `normalize` what the gradients need of each, (4, C).
+
+    With z = (f - mean) / sqrt(v + eps) on both sides a term is the mean over channels of v_s a^2 + v_t b^2 - 2 cov a b,
+    where v and cov are variances and covariance, and a, b = 1 / sqrt(v + eps).
+    """
+    terms, kept = [], []
+    for s, t in pairs:
+        x, y = _raised(s, t)
+        if not normalize:
+            x = x - y
+            terms.append(x.mul_(x).mean())  # in place: on CPU new memory costs more than the arithmetic
+            continue
+        axes = [0, *range(2, s.ndim)]
+        mean_s, mean_t = x.mean(axes, keepdim=True), y.mean(axes, keepdim=True)
+        # not torch.var_mean, which takes twenty times as long on CPU
+        x, y = x - mean_s, y - mean_t
+        off_s, off_t = x.mean(axes), y.mean(axes)  # of the means, which are rounded
+        cov = (x * y).mean(axes) - off_s * off_t
+        var_s, var_t = x.mul_(x).mean(axes) - off_s**2, y.mul_(y).mean(axes) - off_t**2
+        a, b = (var_s + RF.EPS).rsqrt(), (var_t + RF.EPS).rsqrt()
+        terms.append((var_s * a**2 + var_t * b**2 - 2 * cov * a * b).mean())
+        means = mean_s.flatten() + off_s, mean_t.flatten() + off_t
+        p, q = RF.EPS * a**4 + cov * a**3 * b, a * b
+        kept.append(torch.stack([*means, p * (2 / s.numel()), q * (2 / s.numel())]))
+    dtype = max((term.dtype for term in terms), key=lambda d: d.itemsize)
+    return torch.stack([term.to(dtype) for term in terms]), kept
+
+
+def gradient(s: Tensor, t: Tensor, upstream: Tensor, kept: Tensor | None) -> Tensor:
     """The gradient of one term to the student's feature, times `upstream`, in the feature's dtype.
 
-    With z = (f - mean) / sqrt(var + eps) on both sides, the term is mean((z_s - z_t)^2) = mean over channels of
-    v_s a^2 + v_t b^2 - 2 cov a b, where a, b = 1 / sqrt(var + eps). Differentiating that through v_s and cov gives
-    2 / n ((eps a^4 + cov a^3 b) (s - mean_s) - a b (t - mean_t)).
+    Through v_s and cov it is 2 / n (p (s - mean_s) - q (t - mean_t)) with p = eps a^4 + cov a^3 b and q = a b.
     """
+    x, y = _raised(s, t)
+    if kept is None:
+        return (x - y).mul_(upstream * (2 / s.numel())).to(s.dtype)
+    mean_s, mean_t, p, q = (row.view(-1, *[1] * (s.ndim - 2)) for row in kept)
+    return (x - mean_s).mul_(upstream * p).addcmul_(y - mean_t, upstream * -q).to(s.dtype)
+
+
+def _raised(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
-    x, y, factor = s.to(dtype), t.to(dtype), upstream.to(dtype) * (2 / s.numel())
-    if normalize is None:
-        return ((x - y) * factor).to(s.dtype)
-    axes = [0, *range(2, s.ndim)]
-    var_s, mean_s = torch.var_mean(x, axes, correction=0, keepdim=True)
-    var_t, mean_t = torch.var_mean(y, axes, correction=0, keepdim=True)
-    x, y = x - mean_s, y - mean_t
-    cov = (x * y).mean(axes, keepdim=True)
-    a, b = (var_s + RF.EPS).rsqrt(), (var_t + RF.EPS).rsqrt()
-    return (x * (factor * (RF.EPS * a**4 + cov * a**3 * b)) - y * (factor * a * b)).to(s.dtype)
+    return s.to(dtype), t.to(dtype)
 
 
 def _in_order(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,12 +143,12 @@ def kernels_work(device: torch.device) -> bool:
 
         with torch.no_grad():
             s, t = torch.randn(2, 2, 5, 9, 3, generator=torch.Generator().manual_seed(0)).to(device).unbind()
-            for normalize in (None, "batch"):
-                terms, kept = kernels.values([(s, t)], normalize == "batch", RF.EPS)
-                ours = kernels.gradient(s, t, terms[0], kept[0] if kept else None)
-                expected = RF.alignment_term(s, t, normalize=normalize)
-                torch.testing.assert_close(terms[0], expected)
-                torch.testing.assert_close(ours, gradient(s, t, expected, normalize=normalize))
+            for normalize in (False, True):
+                ours, theirs = kernels.values([(s, t)], normalize, RF.EPS), values([(s, t)], normalize)
+                torch.testing.assert_close(ours, theirs)
+                mine, other = (f(s, t, v[0], kept[0] if kept else None)
+                               for f, (v, kept) in ((kernels.gradient, ours), (gradient, theirs)))  # fmt: skip
+                torch.testing.assert_close(mine, other)
     except Exception as error:  # a missing, broken or unfit Triton must not stop a training that torch can do
         logger.warning("the Triton kernels do not serve on %s, torch does instead (%s)", device, error)
         return False
