@@ -49,6 +49,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "standardized": {"preset": "standardized"},
     "paper, compiled teacher": {"compile_teacher": True},
     "standardized, compiled teacher": {"preset": "standardized", "compile_teacher": True},
+    "paper, folded teacher": {"fold_teacher": True},
     "deep supervision": None,
     "paper, every=8": {"every": 8},
     "standardized, every=4, subset=0.5": {"preset": "standardized", "every": 4, "subset": 0.5},

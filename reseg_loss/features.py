@@ -87,20 +87,20 @@ class _AllSeen(Exception):  # noqa: N818
     """Ends a forward of which every tap was recorded."""
 
 
-class _Hook:
-    """A hook that becomes inert when the model is copied or pickled, so that no copy writes into the original's."""
+class Recorder:
+    """A hook of an extractor; inert in a copied or pickled model, so that no copy writes into the original's."""
 
     def __init__(self, recording: _Recording | None = None) -> None:
         self.recording = recording
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         return type(self)()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return type(self), ()
 
 
-class _RootEnter(_Hook):
+class _RootEnter(Recorder):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording = self.recording
         if recording is None:
@@ -130,13 +130,13 @@ class _RootEnter(_Hook):
         }
 
 
-class _RootExit(_Hook):
+class _RootExit(Recorder):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.recording is not None and self.recording.open is not None:
             self.recording.finish()
 
 
-class _RootFailed(_Hook):
+class _RootFailed(Recorder):
     """Always called, after `_RootExit`: a forward that is still open then has raised.
 
     A hook that looked at its output to tell would make torch.compile guard on it.
@@ -147,7 +147,7 @@ class _RootFailed(_Hook):
             self.recording.forget()
 
 
-class _TapHook(_Hook):
+class _TapHook(Recorder):
     """Records the outputs (or inputs) of one module under the taps' names."""
 
     def __init__(self, recording: _Recording | None = None, taps: tuple[Tap, ...] = ()) -> None:
@@ -261,6 +261,11 @@ class FeatureExtractor:
     def bottleneck(self) -> Tap:
         """The tap of the bottleneck; see `plan`."""
         return self.plan.bottleneck
+
+    @property
+    def taps(self) -> list[Tap]:
+        """Every tap once."""
+        return self._taps()
 
     @property
     def enabled(self) -> bool:

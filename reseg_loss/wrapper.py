@@ -17,6 +17,7 @@ from .checkpoint import plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, Features, unwrap
+from .fold import folded
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
@@ -40,6 +41,7 @@ class _Parts:
     loss: CrossAlignmentLoss
     compiled: Callable[[Tensor], None] | None = None  # the teacher's forward, once it is needed
     tried_channels_last: bool = False
+    folded: tuple[Any, nn.Module, FeatureExtractor] | None = None  # what it was made of, the body, its taps
 
 
 class ReSegWrapper:
@@ -509,28 +511,46 @@ def _teach(
         teacher.to(device)
     encoded, valid = teacher.encoding.encode(label)
     enabled, dtype = autocast if settings.lower is None else (True, settings.lower)
-    run = teacher.run
+    dtype = dtype if enabled else teacher.reference.dtype
+    low = dtype.itemsize < 4
+    run, extractor = teacher.run, parts.teacher_features
     if settings.compile_teacher:
         run = parts.compiled = parts.compiled or torch.compile(teacher.run)
 
     def features() -> Features:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            return parts.teacher_features.features_of(lambda: run(encoded))
+            return extractor.features_of(lambda: run(encoded))
 
-    low = (dtype if enabled else teacher.reference.dtype).itemsize < 4
-    if device.type != "cuda" or not low or parts.tried_channels_last:
-        return features(), valid
-    # convolutions in low precision are several times faster so, whatever the student's are
-    parts.tried_channels_last = True
-    teacher.to_channels_last()
-    try:
-        return features(), valid
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a view() that counts on the usual order
-        logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
-        teacher.to_channels_last(False)
-        return features(), valid
+    if device.type == "cuda" and low and not parts.tried_channels_last:
+        # convolutions in low precision are several times faster so, whatever the student's are
+        parts.tried_channels_last = True
+        teacher.to_channels_last()
+        try:
+            return features(), valid
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a view() that counts on the usual order
+            logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
+            teacher.to_channels_last(False)
+    if settings.fold_teacher and low:
+        body, extractor = _folded(parts, encoded, dtype)
+        run = lambda encoded: body(teacher.before(encoded.to(teacher.reference.dtype)))  # noqa: E731
+    return features(), valid
+
+
+def _folded(parts: _Parts, encoded: Tensor, dtype: torch.dtype) -> tuple[nn.Module, FeatureExtractor]:
+    """The teacher's body with its chains folded, and its taps; made anew when the teacher has changed."""
+    teacher, plan = parts.teacher, parts.teacher_features.plan
+    made_of = dtype, [(t.data_ptr(), t._version) for t in teacher.state_dict().values()]
+    if parts.folded is None or parts.folded[0] != made_of:
+        with torch.no_grad():
+            example = teacher.before(encoded[:1].to(teacher.reference.dtype))
+        body, count = folded(teacher.body, example, parts.teacher_features.taps, dtype)
+        logger.info("%d chains of the teacher are folded", count)
+        extractor = FeatureExtractor(body, plan, when="always").attach()
+        extractor.enabled = False
+        parts.folded = made_of, body, extractor
+    return parts.folded[1:]
 
 
 def _alignment(settings: Settings, channels: Mapping[str, tuple[int, int]]) -> CrossAlignmentLoss:
