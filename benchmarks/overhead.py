@@ -54,7 +54,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "paper, every=8": {"every": 8},
     "standardized, every=4, subset=0.5": {"preset": "standardized", "every": 4, "subset": 0.5},
 }
-# what each means saves, on the U-Net only
+# what each means saves or costs, on the U-Net in eager mode
 MEANS: dict[str, dict[str, Any] | None] = {
     "paper, whole teacher": {},
     "paper, loss in torch": {},
@@ -62,10 +62,13 @@ MEANS: dict[str, dict[str, Any] | None] = {
     "paper, narrow teacher": {},
     "paper, every=4": {"every": 4},
     "paper, subset=0.25": {"subset": 0.25},
+}
+MEANS_FP32: dict[str, dict[str, Any] | None] = {
+    "paper, whole teacher": {},
     "paper, bf16 teacher": {"teacher_dtype": torch.bfloat16},
     "paper, teacher in channels_last": {},
 }
-COMPILED = [row for row in ROWS if row != "standardized, every=4, subset=0.5"]
+NOT_COMPILED = ("standardized, compiled teacher", "standardized, every=4, subset=0.5", "paper, folded teacher")
 
 
 class Group(NamedTuple):
@@ -137,8 +140,10 @@ class Bench:
 
     def rows(self) -> dict[str, dict[str, Any] | None]:
         if self.group.compiled:
-            return {row: ROWS[row] for row in COMPILED}
-        return {**ROWS, **MEANS} if self.group.model == "U-Net" and CUDA else ROWS
+            return {row: values for row, values in ROWS.items() if row not in NOT_COMPILED}
+        if self.group.model != "U-Net" or not CUDA or self.group.precision == "bf16":
+            return ROWS
+        return {**ROWS, **(MEANS_FP32 if self.group.precision == "fp32" else MEANS)}
 
     def extra(self, row: str, model: nn.Module) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
         """What a row adds to the loss, and its parameters beside the model's."""
@@ -149,7 +154,7 @@ class Bench:
         if row == "deep supervision":
             ds = DeepSupervision(model, CLASSES, example_input=self.image[:1])
             return lambda: ds.loss(self.label, task_loss), list(ds.parameters())
-        settings = dict({**ROWS, **MEANS}[row] or {})
+        settings = dict(self.rows()[row] or {})
         if row == "paper, narrow teacher":
             settings["teacher"] = UNet(CLASSES, 3, self.width // 2).to(DEVICE)
         reseg = ReSegWrapper(model, example_input=self.image[:1], **settings)
@@ -293,6 +298,20 @@ def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
     return results
 
 
+def profile(bench: Bench, rows: list[str]) -> None:
+    """Print the kernels that take the most time in some rows."""
+    for row in rows:
+        step = bench.step(row)
+        for _ in range(6):
+            step()
+        kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * CUDA]
+        with torch.profiler.profile(activities=kinds) as profiler:
+            step()
+        key = f"self_{'cuda' if CUDA else 'cpu'}_time_total"
+        print(f"{bench.group}: {row}")
+        print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
+
+
 def both_stages(group: Group, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Wall clock of a whole training, stage 1 included, against the bare one's; nothing compiled is timed."""
     bench, results = Bench(group, args.batch, args.size, args.width), []
@@ -410,15 +429,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30 if CUDA else 10)
     parser.add_argument("--warmup", type=int, default=6 if CUDA else 3)
     parser.add_argument(
-        "--stage2-steps", type=int, default=320 if CUDA else 16, help="of the wall clock of both stages"
+        "--stage2-steps", type=int, default=160 if CUDA else 16, help="of the wall clock of both stages"
     )
     parser.add_argument("--minutes", type=float, default=8, help="no group is begun later than that")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--profile", nargs="+", metavar="ROW", help="print the kernels of these rows and stop")
     parser.add_argument("--plot-only", action="store_true", help="draw what --out has")
     args = parser.parse_args()
     begin = time.monotonic()
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64  # rows share the code of a model; by default eager would take over
+    if args.profile:
+        profile(Bench(plan(args.models)[0], args.batch, args.size, args.width), args.profile)
+        return
     triton = importlib.util.find_spec("triton")
     about = {
         "format": FORMAT,

@@ -187,7 +187,8 @@ class CrossAlignmentLoss(nn.Module):
         """The weighted sum of the terms over the divisor (eq. 7)."""
         if not terms:  # at weight 0 of the wrapper
             return torch.zeros(())
-        return torch.stack([self.term_weight(name) * term for name, term in terms.items()]).sum() / self.divisor
+        weighted = [(self.term_weight(name), term) for name, term in terms.items()]
+        return torch.stack([term if weight == 1 else weight * term for weight, term in weighted]).sum() / self.divisor
 
     def _match_channels(self, x: Tensor, channels: int) -> Tensor:
         if x.shape[1] == channels:
