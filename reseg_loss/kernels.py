@@ -6,7 +6,7 @@ torch. Imports triton, so it is imported where it is used only.
 """
 
 # a kernel's body is not Python, and its arguments are converted on the way
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -60,14 +60,15 @@ def _moments(
     c = tl.program_id(1) * columns + tl.arange(0, columns)
     column = c[None, :].to(tl.int64) * s_channel
     inside_c = (c < channels)[None, :]
-    n = tl.zeros((1,), tl.float32)
+    n = 0.0
     shift_s = tl.zeros((columns,), tl.float32)
     shift_t = tl.zeros((columns,), tl.float32)
-    sum_s = tl.zeros((columns,), tl.float32)
-    sum_t = tl.zeros((columns,), tl.float32)
-    sum_ss = tl.zeros((columns,), tl.float32)
-    sum_tt = tl.zeros((columns,), tl.float32)
-    sum_st = tl.zeros((columns,), tl.float32)
+    # summed up over the rows at the end only
+    s1 = tl.zeros((rows, columns), tl.float32)
+    t1 = tl.zeros((rows, columns), tl.float32)
+    s2 = tl.zeros((rows, columns), tl.float32)
+    t2 = tl.zeros((rows, columns), tl.float32)
+    st = tl.zeros((rows, columns), tl.float32)
     for i in range(loops):
         k = program * loops + i
         b = k // tiles
@@ -77,26 +78,27 @@ def _moments(
         at = b.to(tl.int64) * s_batch + r[:, None].to(tl.int64) * s_cell + column
         x = tl.load(s + at, mask=inside, other=0).to(tl.float32)
         y = tl.load(t + at, mask=inside, other=0).to(tl.float32)
-        here = tl.sum(inside_r.to(tl.float32))
+        here = tl.where(b < batch, tl.minimum(size - (k % tiles) * rows, rows), 0).to(tl.float32)
         if i == 0:
             shift_s = tl.sum(x, 0) / here
             shift_t = tl.sum(y, 0) / here
         x = tl.where(inside, x - shift_s[None, :], 0.0)
         y = tl.where(inside, y - shift_t[None, :], 0.0)
         n += here
-        sum_s += tl.sum(x, 0)
-        sum_t += tl.sum(y, 0)
-        sum_ss += tl.sum(x * x, 0)
-        sum_tt += tl.sum(y * y, 0)
-        sum_st += tl.sum(x * y, 0)
+        s1 += x
+        t1 += y
+        s2 += x * x
+        t2 += y * y
+        st += x * y
+    sum_s, sum_t = tl.sum(s1, 0), tl.sum(t1, 0)
     out = partial + program.to(tl.int64) * 6 * channels + c
     keep = c < channels
     tl.store(out, n + tl.zeros((columns,), tl.float32), mask=keep)
     tl.store(out + channels, shift_s + sum_s / n, mask=keep)
     tl.store(out + 2 * channels, shift_t + sum_t / n, mask=keep)
-    tl.store(out + 3 * channels, sum_ss - sum_s * sum_s / n, mask=keep)
-    tl.store(out + 4 * channels, sum_tt - sum_t * sum_t / n, mask=keep)
-    tl.store(out + 5 * channels, sum_st - sum_s * sum_t / n, mask=keep)
+    tl.store(out + 3 * channels, tl.sum(s2, 0) - sum_s * sum_s / n, mask=keep)
+    tl.store(out + 4 * channels, tl.sum(t2, 0) - sum_t * sum_t / n, mask=keep)
+    tl.store(out + 5 * channels, tl.sum(st, 0) - sum_s * sum_t / n, mask=keep)
 
 
 @triton.jit
@@ -211,7 +213,7 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
                 continue
             moments, c, columns = out.new_empty(n, 6, x.channels), out.new_empty(4, x.channels), 16
             coefficients.append(c)
-            _moments[(n, x.grid[1])](s, t, moments, *x[:7], rows=x.rows, columns=x.columns, loops=LOOPS)
+            _moments[(n, x.grid[1])](s, t, moments, *x[:7], rows=x.rows, columns=x.columns, loops=LOOPS, num_warps=8)
             _finish[(triton.cdiv(x.channels, columns),)](
                 moments, out, c, n, x.channels, s.numel() / x.channels, eps, 1 / x.channels, rows=64, columns=columns
             )
