@@ -480,7 +480,7 @@ def main() -> None:
         torch._dynamo.reset()
         try:
             rows = measure(Bench(group, args.batch, args.size, args.width), args.steps, args.warmup)
-        except (RuntimeError, ImportError) as error:  # another model may still run
+        except (RuntimeError, ImportError, ValueError) as error:  # another model may still run
             rows = []
             report["failed"].append({**group._asdict(), "error": f"{type(error).__name__}: {error}"[:500]})
             print(f"{group}: failed, {error}", flush=True)

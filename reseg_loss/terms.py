@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import functional as RF
+from .errors import ReSegError
 
 logger = logging.getLogger("reseg_loss")
 
@@ -128,6 +129,8 @@ def _in_order(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _triton_serves(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
+    if BACKEND not in ("auto", "triton", "torch"):
+        raise ReSegError(f"RESEG_KERNELS={BACKEND!r} in the environment; it is auto, triton or torch")
     tensors = [*students, *teachers]
     known = all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0 for x in tensors)
     if not known or BACKEND == "torch":

@@ -275,6 +275,19 @@ def test_teacher_dtype_lowers_the_teacher_alone(dtype):
     assert {p.dtype for p in reseg.teacher.parameters()} == {torch.float32}
 
 
+def test_a_teacher_with_channels_last_and_back_computes_the_same():
+    _, reseg = ready()
+    label = batch()[1]
+    expected = reseg.reconstruct(label)
+    parameters = list(reseg.teacher.parameters())
+    weight = reseg.teacher.body.encoder[1][0].weight
+    for last in (True, False):
+        reseg.teacher.to_channels_last(last)
+        assert weight.is_contiguous(memory_format=torch.channels_last) is last
+        assert torch.allclose(reseg.reconstruct(label), expected, atol=1e-6)
+    assert all(a is b for a, b in zip(parameters, reseg.teacher.parameters()))
+
+
 def test_settings_are_plain_values_in_a_state():
     values = Settings(teacher_dtype=torch.float16, subset=0.5).to_dict()
     assert values["teacher_dtype"] == "float16"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import reseg_loss
+from reseg_loss import ReSegError, terms
 from reseg_loss import functional as RF
-from reseg_loss import terms
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -167,6 +167,12 @@ def test_the_kernels_are_the_choice_on_cuda_only_and_deterministic(backend):
     assert not terms._triton_serves([s.double()], [t.double()])
     runs = [run(fused("batch"), s, t) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_an_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(terms, "BACKEND", "cuda")
+    with pytest.raises(ReSegError, match="RESEG_KERNELS='cuda'"):
+        fused(None)(*pair((2, 3, 4, 5)))
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
