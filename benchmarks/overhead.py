@@ -160,7 +160,7 @@ class Bench:
         reseg = ReSegWrapper(model, example_input=self.image[:1], **settings)
         reseg.freeze_teacher()
         if row == "paper, whole teacher":
-            reseg._parts.teacher_features.features_of = whole(reseg._parts.teacher_features)  # pyright: ignore
+            reseg._parts.targets.extractor.features_of = whole(reseg._parts.targets.extractor)  # pyright: ignore
         if row == "paper, teacher in channels_last":
             reseg.teacher.to_channels_last()
         if row.endswith("loss in torch"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,17 +15,15 @@ from . import recon, sparse
 from .checkpoint import plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
-from .features import FeatureExtractor, Features, unwrap
-from .fold import folded
+from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
 from .taps import TapPlan, find_taps
 from .taps.dryrun import call, dry_run, image_of, preserved_rng
 from .taps.named import module_of, parse_taps
+from .targets import Targets
 from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refuse_sharded, select_output
-
-logger = logging.getLogger("reseg_loss")
 
 FORMAT = 1  # of the state_dict
 
@@ -37,11 +34,8 @@ class _Parts:
 
     student: FeatureExtractor
     teacher: Teacher
-    teacher_features: FeatureExtractor
+    targets: Targets
     loss: CrossAlignmentLoss
-    compiled: Callable[[Tensor], None] | None = None  # the teacher's forward, once it is needed
-    tried_channels_last: bool = False
-    folded: tuple[Any, nn.Module, FeatureExtractor] | None = None  # what it was made of, the body, its taps
 
 
 class ReSegWrapper:
@@ -285,7 +279,7 @@ class ReSegWrapper:
         """Take all hooks off. The model is as it was; the wrapper cannot align any more."""
         if self._parts is not None:
             self._parts.student.remove()
-            self._parts.teacher_features.remove()
+            self._parts.targets.remove()
         self._removed = True
 
     # --- checkpoints
@@ -302,7 +296,7 @@ class ReSegWrapper:
             parts, teacher = self._parts, self._parts.teacher
             state["parts"] = {
                 "taps": plan_to_dict(parts.student.plan),
-                "teacher_taps": plan_to_dict(parts.teacher_features.plan),
+                "teacher_taps": plan_to_dict(parts.targets.extractor.plan),
                 "own_teacher": self._own_teacher is not None,
                 "image_channels": teacher.image_channels,
                 "in_channels": teacher.in_channels,
@@ -368,7 +362,7 @@ class ReSegWrapper:
                 raise ReSegError(f"this state is of another model: {error}") from error
         if self._parts is not None and self._parts is not parts:
             self._parts.student.remove()
-            self._parts.teacher_features.remove()
+            self._parts.targets.remove()
         self._parts, self.settings = parts, settings
         self.recon_loss = ReconLoss(settings.alpha, settings.beta)
 
@@ -418,11 +412,10 @@ class ReSegWrapper:
     def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> _Parts:
         """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
         loss = _alignment(settings, _term_channels(plan, teacher_plan)).to(teacher.reference.device)
-        teacher_features = FeatureExtractor(teacher.body, teacher_plan, when="always").attach()
-        teacher_features.enabled = False  # on during alignment_loss only
+        targets = Targets(teacher, teacher_plan)
         student = FeatureExtractor(self._model, plan).attach()
         student.enabled = self._aligns
-        return _Parts(student, teacher, teacher_features, loss)
+        return _Parts(student, teacher, targets, loss)
 
     @property
     def _aligns(self) -> bool:
@@ -466,7 +459,7 @@ class ReSegWrapper:
             if chosen is not None:
                 index = torch.tensor(chosen).to(device, non_blocking=True)
                 features, label = sparse.take(features, index), label.index_select(0, index)
-        targets, valid = _teach(parts, label, recorded.autocast, settings)
+        targets, valid = parts.targets(label, recorded.autocast, settings)
         if loss.projection is not None:
             loss.projection = distributed(loss.projection, device)
             self._unmoved.check(loss.projection.parameters())
@@ -500,57 +493,6 @@ class ReSegWrapper:
                 "fit_recon(loader, ...) or load_state_dict(state) first, before the first training forward"
             )
         return self._parts
-
-
-def _teach(
-    parts: _Parts, label: Tensor, autocast: tuple[bool, torch.dtype], settings: Settings
-) -> tuple[Features, Tensor | None]:
-    """The teacher's features of the label, on its device, and the valid mask."""
-    teacher, device = parts.teacher, label.device
-    if teacher.reference.device != device:
-        teacher.to(device)
-    encoded, valid = teacher.encoding.encode(label)
-    enabled, dtype = autocast if settings.lower is None else (True, settings.lower)
-    dtype = dtype if enabled else teacher.reference.dtype
-    low = dtype.itemsize < 4
-    run, extractor = teacher.run, parts.teacher_features
-    if settings.compile_teacher:
-        run = parts.compiled = parts.compiled or torch.compile(teacher.run)
-
-    def features() -> Features:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            return extractor.features_of(lambda: run(encoded))
-
-    if device.type == "cuda" and low and not parts.tried_channels_last:
-        # convolutions in low precision are several times faster so, whatever the student's are
-        parts.tried_channels_last = True
-        teacher.to_channels_last()
-        try:
-            return features(), valid
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a view() that counts on the usual order
-            logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
-            teacher.to_channels_last(False)
-    if settings.fold_teacher and low:
-        body, extractor = _folded(parts, encoded, dtype)
-        run = lambda encoded: body(teacher.before(encoded.to(teacher.reference.dtype)))  # noqa: E731
-    return features(), valid
-
-
-def _folded(parts: _Parts, encoded: Tensor, dtype: torch.dtype) -> tuple[nn.Module, FeatureExtractor]:
-    """The teacher's body with its chains folded, and its taps; made anew when the teacher has changed."""
-    teacher, plan = parts.teacher, parts.teacher_features.plan
-    made_of = dtype, [(t.data_ptr(), t._version) for t in teacher.state_dict().values()]
-    if parts.folded is None or parts.folded[0] != made_of:
-        with torch.no_grad():
-            example = teacher.before(encoded[:1].to(teacher.reference.dtype))
-        body, count = folded(teacher.body, example, parts.teacher_features.taps, dtype)
-        logger.info("%d chains of the teacher are folded", count)
-        extractor = FeatureExtractor(body, plan, when="always").attach()
-        extractor.enabled = False
-        parts.folded = made_of, body, extractor
-    return parts.folded[1:]
 
 
 def _alignment(settings: Settings, channels: Mapping[str, tuple[int, int]]) -> CrossAlignmentLoss:

@@ -398,7 +398,7 @@ def test_a_teacher_that_fails_leaves_no_feature_and_the_next_step_works():
         reseg.alignment_loss(label)
     handle.remove()
     assert not held(reseg.extractor)
-    assert not held(reseg._parts.teacher_features)
+    assert not held(reseg._parts.targets.extractor)
     model(image)
     assert reseg.alignment_loss(label) > 0
 

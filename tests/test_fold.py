@@ -100,7 +100,7 @@ def test_a_folded_teacher_gives_the_loss_of_low_precision_and_follows_a_loaded_s
         for _ in range(2):
             model(image)
             losses.append(reseg.alignment_loss(label).item())
-            made = reseg._parts.folded
+            made = reseg._parts.targets._folded
             assert (made is not None) is fold
             reseg.load_state_dict(state)
         assert list(reseg.teacher.state_dict()) == keys

@@ -214,7 +214,7 @@ def test_the_teacher_ends_after_its_last_tap_with_the_features_of_a_whole_forwar
     ran.clear()
     with reseg.extractor.record():
         model(image)
-    features = reseg._parts.teacher_features
+    features = reseg._parts.targets.extractor
     encoded = reseg.teacher.encoding.encode(label)[0]
     features.enabled = True
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_gradients_autocast_and_recording_are_as_before_after_the_early_end():
         assert torch.is_grad_enabled()
         assert torch.get_autocast_dtype("cpu") is torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
-    recording = reseg._parts.teacher_features._recording
+    recording = reseg._parts.targets.extractor._recording
     assert (recording.open, recording.done, recording.enabled, recording.wanted) == (None, None, False, 0)
 
 
