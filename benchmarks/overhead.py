@@ -438,7 +438,8 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.recompile_limit = 64  # rows share the code of a model; by default eager would take over
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, 64)  # rows share the code of a model; by default eager would take over
     if args.profile:
         profile(Bench(plan(args.models)[0], args.batch, args.size, args.width), args.profile)
         return
