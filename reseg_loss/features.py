@@ -167,7 +167,7 @@ class _TapHook(Recorder):
                 tensor = _element(value, keys, name)
                 copy = recording.clone is None or name in recording.clone
                 kept = tensor.clone() if copy else tensor
-                # a compiled graph writes nothing in place, so the version it was traced with tells nothing
+                # a compiled graph's output has no history: whether it was overwritten there is not known
                 version = None if torch.compiler.is_compiling() else tensor._version
                 recording.open["seen"][name] = (kept, tensor, version, torch.is_grad_enabled())
         # in a compiled graph what comes after the last tap is dead code, which the compiler removes
@@ -342,7 +342,7 @@ class FeatureExtractor:
         Raises:
             ReSegError, TapError: as `pop`.
         """
-        self.enabled, self._recording.wanted = True, len(self._modules)
+        self.enabled, self._recording.wanted = True, len({str(tap) for tap in self._taps()})
         try:
             with suppress(_AllSeen):
                 forward()
