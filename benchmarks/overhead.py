@@ -1,25 +1,26 @@
-"""What a training step costs with each regularizer, next to the bare step.
+"""What a training step costs with each regularizer, next to the bare step; see benchmarks/README.md.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
-Median over interleaved steps after a warm-up, CUDA events on a GPU; peak memory of a step. Rows: bare; naive (the
-teacher under no_grad and seven F.mse_loss, written by hand); ours with each preset; deep supervision. On CPU it runs
-smaller. Stage 1 is not in the step; `stage1_ms` has its step, to add it up for your schedule.
+A group is a model in a precision, eager or compiled. Its rows are interleaved step by step; a number is the median of
+at least 30 steps after a warm-up, by CUDA events on a GPU. Results are written after every group, and a group that
+the file has already is skipped. On CPU it runs smaller.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,136 +28,328 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
+from examples.backbones.swin_unet import SwinUNet
+from examples.backbones.transunet import TransUNet
 from examples.backbones.unet import UNet
-from reseg_loss import DeepSupervision, FeatureExtractor, ReSegWrapper
+from examples.backbones.vm_unet import VMUNet
+from reseg_loss import DeepSupervision, FeatureExtractor, ReSegWrapper, terms
 
+FORMAT = 2
 CLASSES = 9
-Step = Callable[[], Tensor]
+PRECISIONS = ("fp32", "bf16", "bf16 channels_last")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+STAGE_1 = 8  # stage 2 has so many times the steps of stage 1
+
+# {row: settings of the wrapper}; a row of None is made by its own method
+ROWS: dict[str, dict[str, Any] | None] = {
+    "bare": None,
+    "naive": None,
+    "paper": {},
+    "standardized": {"preset": "standardized"},
+    "paper, compiled teacher": {"compile_teacher": True},
+    "standardized, compiled teacher": {"preset": "standardized", "compile_teacher": True},
+    "paper, folded teacher": {"fold_teacher": True},
+    "deep supervision": None,
+    "paper, every=8": {"every": 8},
+    "standardized, every=4, subset=0.5": {"preset": "standardized", "every": 4, "subset": 0.5},
+}
+# what each means saves or costs, on the U-Net in eager mode
+MEANS: dict[str, dict[str, Any] | None] = {
+    "paper, whole teacher": {},
+    "paper, loss in torch": {},
+    "standardized, loss in torch": {"preset": "standardized"},
+    "paper, narrow teacher": {},
+    "paper, every=4": {"every": 4},
+    "paper, subset=0.25": {"subset": 0.25},
+}
+MEANS_FP32: dict[str, dict[str, Any] | None] = {
+    "paper, whole teacher": {},
+    "paper, bf16 teacher": {"teacher_dtype": torch.bfloat16},
+    "paper, teacher in channels_last": {},
+}
+NOT_COMPILED = ("standardized, compiled teacher", "standardized, every=4, subset=0.5", "paper, folded teacher")
+
+
+class Group(NamedTuple):
+    """A model in a precision, eager or compiled."""
+
+    model: str
+    precision: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.precision}, {'compiled' if self.compiled else 'eager'}"
+
+
+def plan(models: list[str]) -> list[Group]:
+    """Every group, what matters most first."""
+    if not CUDA:
+        return [Group(model, "fp32", False) for model in models]
+    order = [("bf16 channels_last", False), ("bf16", False), ("fp32", False), ("bf16 channels_last", True)]
+    groups = [Group("U-Net", *rest) for rest in order]
+    groups += [Group(model, precision, False) for precision in PRECISIONS[::-1] for model in models]
+    groups += [Group(model, precision, True) for precision in PRECISIONS[::-1] for model in models]
+    return [group for group in dict.fromkeys(groups) if group.model in models]
+
+
+def make(name: str, width: int, size: int) -> nn.Module:
+    """A model by its name; with a width under 64 all are small, for CPUs."""
+    small = width < 64
+    if name == "U-Net":
+        return UNet(CLASSES, 3, width)
+    if name == "TransUNet":
+        sizes: dict[str, Any] = {"width": 32, "units": (1, 1, 1), "dim": 24, "depth": 2, "heads": 2, "mlp": 48}
+        return TransUNet(CLASSES, image_size=size, **(sizes if small else {}))
+    if name == "Swin-UNet":
+        sizes = {"width": 12, "heads": (1, 2, 3, 4), "window": 2}
+        return SwinUNet(CLASSES, image_size=size, **(sizes if small else {}))
+    if name == "VM-UNet":
+        sizes = {"width": 8, "depths": (1, 1, 1, 1), "depths_up": (1, 1, 1, 1), "state": 2}
+        return VMUNet(CLASSES, **(sizes if small else {}))
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("resnet34", encoder_weights=None, classes=CLASSES)
+
+
+MODELS = ["U-Net", "TransUNet", "Swin-UNet", "VM-UNet", "smp Unet(resnet34)"]
 
 
 def task_loss(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), label)
 
 
-class Setting:
-    """One precision and memory format: a fresh model, optimizer and batch for every row."""
+class Bench:
+    """One group: a fresh model, optimizer and batch for every row."""
 
-    def __init__(self, name: str, device: torch.device, batch: int, size: int, width: int) -> None:
-        self.name, self.device, self.width = name, device, width
-        self.image = torch.randn(batch, 3, size, size, device=device)
-        self.label = torch.randint(0, CLASSES, (batch, size, size), device=device)
-        self.bf16 = "bf16" in name
-        if "channels_last" in name:
+    def __init__(self, group: Group, batch: int, size: int, width: int) -> None:
+        self.group, self.size, self.width = group, size, width
+        self.image = torch.randn(batch, 3, size, size, device=DEVICE)
+        self.label = torch.randint(0, CLASSES, (batch, size, size), device=DEVICE)
+        self.channels_last = "channels_last" in group.precision
+        if self.channels_last:
             self.image = self.image.to(memory_format=torch.channels_last)
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        model = UNet(CLASSES, 3, self.width).to(self.device)
-        return model.to(memory_format=torch.channels_last) if "channels_last" in self.name else model  # pyright: ignore
+        model = make(self.group.model, self.width, self.size).to(DEVICE)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # pyright: ignore
 
     def autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+        return torch.autocast(DEVICE.type, dtype=torch.bfloat16) if "bf16" in self.group.precision else nullcontext()
 
-    def rows(self) -> dict[str, Callable[[nn.Module], tuple[Callable[[], Tensor], list[nn.Parameter]]]]:
-        """{row: model -> (what is added to the loss, parameters beside the model's)}."""
-        return {
-            "bare": lambda model: (lambda: torch.zeros((), device=self.device), []),
-            "naive": self.naive,
-            "paper": lambda model: self.reseg(model, "paper"),
-            "standardized": lambda model: self.reseg(model, "standardized"),
-            "deep supervision": self.deep,
-        }
+    def rows(self) -> dict[str, dict[str, Any] | None]:
+        if self.group.compiled:
+            return {row: values for row, values in ROWS.items() if row not in NOT_COMPILED}
+        if self.group.model != "U-Net" or not CUDA or self.group.precision == "bf16":
+            return ROWS
+        return {**ROWS, **(MEANS_FP32 if self.group.precision == "fp32" else MEANS)}
 
-    def reseg(self, model: nn.Module, preset: str) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
-        reseg = ReSegWrapper(model, example_input=self.image[:1], preset=preset)
+    def extra(self, row: str, model: nn.Module) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
+        """What a row adds to the loss, and its parameters beside the model's."""
+        if row == "bare":
+            return lambda: torch.zeros((), device=DEVICE), []
+        if row == "naive":
+            return self.naive(model), []
+        if row == "deep supervision":
+            ds = DeepSupervision(model, CLASSES, example_input=self.image[:1])
+            return lambda: ds.loss(self.label, task_loss), list(ds.parameters())
+        settings = dict(self.rows()[row] or {})
+        if row == "paper, narrow teacher":
+            settings["teacher"] = UNet(CLASSES, 3, self.width // 2).to(DEVICE)
+        reseg = ReSegWrapper(model, example_input=self.image[:1], **settings)
         reseg.freeze_teacher()
+        if row == "paper, whole teacher":
+            reseg._parts.targets.extractor.features_of = whole(reseg._parts.targets.extractor)  # pyright: ignore
+        if row == "paper, teacher in channels_last":
+            reseg.teacher.to_channels_last()
+        if row.endswith("loss in torch"):
+
+            def in_torch() -> Tensor:
+                with backend("torch"):
+                    return reseg.alignment_loss(self.label)
+
+            return in_torch, []
         return lambda: reseg.alignment_loss(self.label), []
 
-    def deep(self, model: nn.Module) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
-        ds = DeepSupervision(model, CLASSES, example_input=self.image[:1])
-        return lambda: ds.loss(self.label, task_loss), list(ds.parameters())
-
-    def naive(self, model: nn.Module) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
+    def naive(self, model: nn.Module) -> Callable[[], Tensor]:
         """As one writes it by hand: full teacher forward, one F.mse_loss a term, input index repeated."""
-        plan = FeatureExtractor(model, example_input=self.image[:1]).plan
-        student = FeatureExtractor(model, plan).attach()
+        taps = FeatureExtractor(model, example_input=self.image[:1]).plan
+        student = FeatureExtractor(model, taps).attach()
         teacher_model = self.model().eval().requires_grad_(False)
-        teacher = FeatureExtractor(teacher_model, plan, when="always").attach()
-        held: list[Any] = [student, teacher]
+        teacher = FeatureExtractor(teacher_model, taps, when="always").attach()
+        maps: dict[tuple[int, int], Tensor] = {}
+
+        def matched(a: Tensor, b: Tensor) -> Tensor:
+            """Through a fixed 1x1 map where channels differ."""
+            shape = b.shape[1], a.shape[1]
+            if shape[0] != shape[1] and shape not in maps:
+                maps[shape] = F.normalize(torch.randn(*shape, 1, 1, device=DEVICE))
+            return a if shape[0] == shape[1] else F.conv2d(a, maps[shape])
 
         def loss() -> Tensor:
-            s = held[0].pop()
+            s = student.pop()
             with torch.no_grad(), self.autocast():
                 teacher_model(self.label.unsqueeze(1).float().expand(-1, 3, -1, -1))
-            t = held[1].pop()
+            t = teacher.pop()
             pairs = [*zip(s.decoder, t.encoder), *zip(s.encoder, t.decoder), (s.bottleneck, t.bottleneck)]
-            return 0.035 / 3 * torch.stack([F.mse_loss(a.float(), b.float()) for a, b in pairs]).sum()
+            return 0.035 / 3 * torch.stack([F.mse_loss(matched(a.float(), b), b.float()) for a, b in pairs]).sum()
 
-        return loss, []
+        return loss
 
-    def step(self, row: str) -> Step:
-        model = self.model()
-        extra, parameters = self.rows()[row](model)
+    def step(self, row: str) -> Callable[[], Tensor]:
+        model = self.model().train()
+        extra, parameters = self.extra(row, model)
         optimizer = torch.optim.SGD([*model.parameters(), *parameters], 0.01, momentum=0.9)
+        run = torch.compile(model) if self.group.compiled else model
 
-        def run() -> Tensor:
+        def step() -> Tensor:
             with self.autocast():
-                logits = model(self.image)
+                logits = run(self.image)
             loss = task_loss(logits, self.label) + extra()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             return loss.detach()
 
-        return run
+        return step
 
 
-def timed(step: Step, device: torch.device) -> float:
-    """Milliseconds of one step."""
-    if device.type == "cuda":
+def whole(extractor: FeatureExtractor) -> Callable[[Callable[[], Any]], Any]:
+    """`features_of` without its early end."""
+
+    def features_of(forward: Callable[[], Any]) -> Any:
+        extractor.enabled = True
+        try:
+            forward()
+            return extractor.pop()
+        finally:
+            extractor.enabled = False
+
+    return features_of
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    before, terms.BACKEND = terms.BACKEND, name
+    yield
+    terms.BACKEND = before
+
+
+def timed(step: Callable[[], Any], steps: int = 1) -> float:
+    """Milliseconds of one step, over `steps` of them in a row."""
+    if CUDA:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        step()
+        for _ in range(steps):
+            step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / steps
     begin = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def measure(setting: Setting, steps: int, warmup: int) -> list[dict[str, Any]]:
-    """All rows of a setting, interleaved step by step so that they share the machine's moods."""
-    rows, peak = {}, {}
-    for row in setting.rows():
-        rows[row] = setting.step(row)
-        for _ in range(warmup):
-            rows[row]()
-        if setting.device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            rows[row]()
-            torch.cuda.synchronize()
-            # what this row itself holds (weights, teacher) came before; the step's own peak is above that
-            peak[row] = torch.cuda.max_memory_allocated() - before
-    times: dict[str, list[float]] = {row: [] for row in rows}
     for _ in range(steps):
-        for row, step in rows.items():
-            times[row].append(timed(step, setting.device))
-    bare = median(times["bare"])
+        step()
+    return 1e3 * (time.perf_counter() - begin) / steps
+
+
+def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
+    """All rows of a group, interleaved so that they share the machine's moods."""
+    settings = bench.rows()
+    cycle = {row: (values or {}).get("every", 1) for row, values in settings.items()}
+    run, memory = {}, {}
+    for row in settings:
+        held = torch.cuda.memory_allocated() if CUDA else 0
+        run[row] = bench.step(row)
+        for _ in range(max(warmup, cycle[row] + 1)):
+            run[row]()
+        if CUDA:
+            # what the row holds for good, weights and teacher, and what a step needs on top of it
+            now = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(cycle[row]):
+                run[row]()
+            torch.cuda.synchronize()
+            memory[row] = (now - held) + (torch.cuda.max_memory_allocated() - now)
+    times: dict[str, list[float]] = {row: [] for row in run}
+    for i in range(steps):
+        for row, step in run.items():
+            if cycle[row] == 1 or i < max(6, steps // cycle[row]):
+                times[row].append(timed(step, cycle[row]))
+    base = {row: median(times[row]) for row in ("bare", "naive")}
     results = []
     for row, values in times.items():
         low, _, high = quantiles(values, n=4)
+        ms = median(values)
         results.append(
             {
-                "setting": setting.name,
+                **bench.group._asdict(),
                 "row": row,
-                "ms": median(values),
+                "ms": ms,
                 "ms_quartiles": [low, high],
-                "ratio": median(values) / bare,
-                "step_peak_mib": peak[row] / 2**20 if row in peak else None,
+                "samples": len(values),
+                "steps_per_sample": cycle[row],
+                "ratio": ms / base["bare"],
+                # of what the naive way adds
+                "share": (ms - base["bare"]) / (base["naive"] - base["bare"]) if base["naive"] > base["bare"] else None,
+                "peak_mib": memory[row] / 2**20 if CUDA else None,
+                "peak_ratio": memory[row] / memory["bare"] if CUDA else None,
             }
         )
+    return results
+
+
+def profile(bench: Bench, rows: list[str]) -> None:
+    """Print the kernels that take the most time in some rows."""
+    for row in rows:
+        step = bench.step(row)
+        for _ in range(6):
+            step()
+        kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * CUDA]
+        with torch.profiler.profile(activities=kinds) as profiler:
+            step()
+        key = f"self_{'cuda' if CUDA else 'cpu'}_time_total"
+        print(f"{bench.group}: {row}")
+        print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
+
+
+def both_stages(group: Group, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Wall clock of a whole training, stage 1 included, against the bare one's; nothing compiled is timed."""
+    bench, results = Bench(group, args.batch, args.size, args.width), []
+    amp = torch.bfloat16 if "bf16" in group.precision else None
+    for row, settings in {
+        "bare": None,
+        **{row: ROWS[row] for row in ("paper", "standardized", "paper, every=8")},
+    }.items():
+        model = bench.model().train()
+        reseg = None if row == "bare" else ReSegWrapper(model, example_input=bench.image[:1], **(settings or {}))
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        seconds = []
+        for steps in (2 * STAGE_1, args.stage2_steps):  # the first for warming up
+            if reseg is not None:
+                reseg.remove()
+                reseg = ReSegWrapper(model, example_input=bench.image[:1], **(settings or {}))
+            if CUDA:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            if reseg is not None:
+                batches = [(bench.image, bench.label)] * (steps // STAGE_1)
+                reseg.fit_recon(batches, epochs=1, amp=amp, progress=False)
+            for _ in range(steps):
+                with bench.autocast():
+                    logits = model(bench.image)
+                loss = task_loss(logits, bench.label)
+                if reseg is not None:
+                    loss = loss + reseg.alignment_loss(bench.label)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            if CUDA:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        results.append({**group._asdict(), "row": row, "stage2_steps": args.stage2_steps, "seconds": seconds[-1]})
+        results[-1]["stage1_steps"] = 0 if row == "bare" else args.stage2_steps // STAGE_1
+        results[-1]["ratio"] = seconds[-1] / results[0]["seconds"]
+        print(f"both stages, {group}: {row:<36} {seconds[-1]:8.2f} s  x{results[-1]['ratio']:.3f}", flush=True)
     return results
 
 
@@ -168,36 +361,141 @@ def commit() -> str | None:
         return None
 
 
+def check(report: dict[str, Any]) -> None:
+    """Raise a ValueError unless `report` has the form of this script's results."""
+    keys = {
+        "about": {"format", "gpu", "torch", "cuda", "triton", "python", "reseg_loss", "commit", "batch", "size",
+                  "width", "steps", "warmup", "stage2_steps"},
+        "results": {*Group._fields, "row", "ms", "ms_quartiles", "samples", "steps_per_sample", "ratio", "share",
+                    "peak_mib", "peak_ratio"},
+        "stages": {*Group._fields, "row", "stage1_steps", "stage2_steps", "seconds", "ratio"},
+        "failed": {*Group._fields, "error"},
+    }  # fmt: skip
+    if set(report) != set(keys) or report["about"]["format"] != FORMAT:
+        raise ValueError(f"no results of format {FORMAT}: {sorted(report)}")
+    for part, expected in keys.items():
+        for entry in [report["about"]] if part == "about" else report[part]:
+            if set(entry) != expected:
+                raise ValueError(f"{part}: {sorted(set(entry) ^ expected)} in {entry}")
+    for group in {tuple(r[k] for k in Group._fields) for r in report["results"]}:
+        mine = {r["row"]: r for r in report["results"] if tuple(r[k] for k in Group._fields) == group}
+        bare = mine["bare"]["ms"]
+        for row, r in mine.items():
+            low, high = r["ms_quartiles"]
+            if not (0 < low <= r["ms"] <= high and abs(r["ratio"] - r["ms"] / bare) < 1e-6 and r["samples"] >= 6):
+                raise ValueError(f"{group}: {row} does not add up: {r}")
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Ratios to the bare step, a panel for every model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = list(dict.fromkeys(r["model"] for r in report["results"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 5), sharey=True, squeeze=False)
+    rows = [row for row in ROWS if row != "bare"]
+    for axis, model in zip(axes[0], models):
+        mine = [r for r in report["results"] if r["model"] == model]
+        groups = list(dict.fromkeys((r["precision"], r["compiled"]) for r in mine))
+        for i, (precision, compiled) in enumerate(groups):
+            value = {r["row"]: r["ratio"] for r in mine if (r["precision"], r["compiled"]) == (precision, compiled)}
+            shift = (i - (len(groups) - 1) / 2) / (len(groups) + 1)
+            label = precision + (", compiled student" if compiled else "")
+            here = [j for j, row in enumerate(rows) if row in value]
+            axis.barh(
+                [j + shift for j in here], [value[rows[j]] - 1 for j in here], 0.8 / len(groups), left=1, label=label
+            )
+        axis.set_title(model)
+        axis.set_xlabel("step time over the bare step's")
+        axis.set_yticks(range(len(rows)), rows)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.legend(fontsize=7)
+    axes[0][0].invert_yaxis()
+    gpu = report["about"]["gpu"] or "CPU"
+    figure.suptitle(f"{gpu}, torch {report['about']['torch']}, batch {report['about']['batch']}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file, written after every group; the plot goes beside it")
     parser.add_argument("--commit", default=commit(), help="what was measured, where there is no git to tell")
-    parser.add_argument("--batch", type=int, default=24 if cuda else 2)
-    parser.add_argument("--size", type=int, default=224 if cuda else 64)
-    parser.add_argument("--width", type=int, default=64 if cuda else 16)
-    parser.add_argument("--steps", type=int, default=40 if cuda else 10)
-    parser.add_argument("--warmup", type=int, default=10 if cuda else 3)
+    parser.add_argument("--batch", type=int, default=24 if CUDA else 2)
+    parser.add_argument("--size", type=int, default=224 if CUDA else 64)
+    parser.add_argument("--width", type=int, default=64 if CUDA else 16, help="of the U-Net; under 64 all are small")
+    parser.add_argument("--steps", type=int, default=30 if CUDA else 10)
+    parser.add_argument("--warmup", type=int, default=6 if CUDA else 3)
+    parser.add_argument(
+        "--stage2-steps", type=int, default=160 if CUDA else 16, help="of the wall clock of both stages"
+    )
+    parser.add_argument("--minutes", type=float, default=8, help="no group is begun later than that")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--profile", nargs="+", metavar="ROW", help="print the kernels of these rows and stop")
+    parser.add_argument("--plot-only", action="store_true", help="draw what --out has")
     args = parser.parse_args()
-    device = torch.device("cuda" if cuda else "cpu")
+    begin = time.monotonic()
     torch.backends.cudnn.benchmark = True
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, 64)  # rows share the code of a model; by default eager would take over
+    if args.profile:
+        profile(Bench(plan(args.models)[0], args.batch, args.size, args.width), args.profile)
+        return
+    triton = importlib.util.find_spec("triton")
     about = {
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "format": FORMAT,
+        "gpu": torch.cuda.get_device_name() if CUDA else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": importlib.import_module("triton").__version__ if triton else None,
         "python": platform.python_version(),
         "reseg_loss": reseg_loss.__version__,
-        **{k: v for k, v in vars(args).items() if k != "out"},
+        **{k: getattr(args, k) for k in ("commit", "batch", "size", "width", "steps", "warmup", "stage2_steps")},
     }
-    results = []
-    for name in ("fp32", "bf16", "bf16 channels_last") if cuda else ("fp32",):
-        results += measure(Setting(name, device, args.batch, args.size, args.width), args.steps, args.warmup)
-        for r in results[-5:]:
-            memory = f"{r['step_peak_mib']:9.0f} MiB" if r["step_peak_mib"] is not None else ""
-            print(f"{r['setting']:<20} {r['row']:<18} {r['ms']:8.2f} ms  x{r['ratio']:.3f} {memory}", flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    report: dict[str, Any] = {"about": about, "results": [], "stages": [], "failed": []}
+    if args.out and args.out.exists():
+        report = json.loads(args.out.read_text())
+        check(report)
+        if report["about"] != about and not args.plot_only:
+            other = {k: v for k, v in report["about"].items() if v != about[k]}
+            parser.error(f"{args.out} is of another run ({other}); name another file")
+
+    def save() -> None:
+        check(report)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    if args.plot_only:
+        plot(report, args.out.with_suffix(".png"))
+        return
+    if not report["stages"] and "U-Net" in args.models:
+        report["stages"] = both_stages(Group("U-Net", PRECISIONS[-1] if CUDA else "fp32", False), args)
+        save()
+    seen = {tuple(r[k] for k in Group._fields) for r in (*report["results"], *report["failed"])}
+    for group in plan(args.models):
+        if group in seen or time.monotonic() - begin > 60 * args.minutes:
+            continue
+        torch._dynamo.reset()
+        try:
+            rows = measure(Bench(group, args.batch, args.size, args.width), args.steps, args.warmup)
+        except (RuntimeError, ImportError, ValueError) as error:  # another model may still run
+            rows = []
+            report["failed"].append({**group._asdict(), "error": f"{type(error).__name__}: {error}"[:500]})
+            print(f"{group}: failed, {error}", flush=True)
+        report["results"] += rows
+        for r in rows:
+            share = "" if r["share"] is None else f"{r['share']:6.2f} of naive"
+            memory = "" if r["peak_mib"] is None else f"{r['peak_mib']:8.0f} MiB x{r['peak_ratio']:.2f}"
+            print(f"{group!s:<40} {r['row']:<36} {r['ms']:8.2f} ms  x{r['ratio']:.3f} {share} {memory}", flush=True)
+        print(f"{time.monotonic() - begin:.0f} s", flush=True)
+        save()
+        if CUDA:
+            torch.cuda.empty_cache()
+    if args.out and importlib.util.find_spec("matplotlib"):
+        plot(report, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

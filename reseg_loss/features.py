@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -65,6 +65,7 @@ class _Recording:
         self.training_only = training_only
         self.enabled = True
         self.clone: frozenset[str] | None = None  # taps that are overwritten later; None: not known yet, clone all
+        self.wanted = 0  # the number of taps after which a forward is ended; 0: it goes on
         self.held = False  # a forward of `record()` waits to be read: others are ignored
         self.open: dict[str, Any] | None = None  # the forward that is running
         self.done: dict[str, Any] | None = None  # the forward that waits to be read
@@ -74,21 +75,32 @@ class _Recording:
         self.open = self.done = None
         self.several = self.held = False
 
+    def finish(self) -> None:
+        finished, self.open = self.open, None
+        if self.several or self.done is not None:
+            self.done, self.several = None, True  # keep no features that nobody may read
+        else:
+            self.done = finished
 
-class _Hook:
-    """A hook that becomes inert when the model is copied or pickled, so that no copy writes into the original's."""
+
+class _AllSeen(Exception):  # noqa: N818
+    """Ends a forward of which every tap was recorded."""
+
+
+class Recorder:
+    """A hook of an extractor; inert in a copied or pickled model, so that no copy writes into the original's."""
 
     def __init__(self, recording: _Recording | None = None) -> None:
         self.recording = recording
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         return type(self)()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return type(self), ()
 
 
-class _RootEnter(_Hook):
+class _RootEnter(Recorder):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording = self.recording
         if recording is None:
@@ -118,19 +130,13 @@ class _RootEnter(_Hook):
         }
 
 
-class _RootExit(_Hook):
+class _RootExit(Recorder):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        recording = self.recording
-        if recording is None or recording.open is None:
-            return
-        finished, recording.open = recording.open, None
-        if recording.several or recording.done is not None:
-            recording.done, recording.several = None, True  # keep no features that nobody may read
-        else:
-            recording.done = finished
+        if self.recording is not None and self.recording.open is not None:
+            self.recording.finish()
 
 
-class _RootFailed(_Hook):
+class _RootFailed(Recorder):
     """Always called, after `_RootExit`: a forward that is still open then has raised.
 
     A hook that looked at its output to tell would make torch.compile guard on it.
@@ -141,7 +147,7 @@ class _RootFailed(_Hook):
             self.recording.forget()
 
 
-class _TapHook(_Hook):
+class _TapHook(Recorder):
     """Records the outputs (or inputs) of one module under the taps' names."""
 
     def __init__(self, recording: _Recording | None = None, taps: tuple[Tap, ...] = ()) -> None:
@@ -161,9 +167,13 @@ class _TapHook(_Hook):
                 tensor = _element(value, keys, name)
                 copy = recording.clone is None or name in recording.clone
                 kept = tensor.clone() if copy else tensor
-                # a compiled graph gives out other tensors than it traced, so their versions cannot be compared
+                # a compiled graph's output has no history: whether it was overwritten there is not known
                 version = None if torch.compiler.is_compiling() else tensor._version
                 recording.open["seen"][name] = (kept, tensor, version, torch.is_grad_enabled())
+        # in a compiled graph what comes after the last tap is dead code, which the compiler removes
+        if recording.wanted and len(recording.open["seen"]) == recording.wanted and not torch.compiler.is_compiling():
+            recording.finish()
+            raise _AllSeen
 
 
 class _OutputHook(_TapHook):
@@ -253,6 +263,11 @@ class FeatureExtractor:
         return self.plan.bottleneck
 
     @property
+    def taps(self) -> list[Tap]:
+        """Every tap once."""
+        return self._taps()
+
+    @property
     def enabled(self) -> bool:
         """Whether forwards are recorded at all; switching it off forgets what was."""
         return self._recording.enabled
@@ -317,6 +332,23 @@ class FeatureExtractor:
             self.forget()
             raise
         self._recording.held = self._recording.done is not None or self._recording.several
+
+    def features_of(self, forward: Callable[[], Any]) -> Features:
+        """The features of one forward, which is ended after its last tap; at other times nothing is recorded.
+
+        Args:
+            forward: calls the model once. Its result is not used.
+
+        Raises:
+            ReSegError, TapError: as `pop`.
+        """
+        self.enabled, self._recording.wanted = True, len({str(tap) for tap in self._taps()})
+        try:
+            with suppress(_AllSeen):
+                forward()
+            return self.pop()
+        finally:
+            self.enabled, self._recording.wanted = False, 0
 
     def pop(self) -> Features:
         """The features of the one forward recorded since the last call.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional as RF
 from .errors import ReSegError
 from .features import Features
+from .terms import alignment_terms
 
 Weight = float | Sequence[float]
 
@@ -168,20 +169,26 @@ class CrossAlignmentLoss(nn.Module):
             mapped = self.projection({name: s for name, (s, _) in pairs.items()})
         else:
             mapped = {name: self._match_channels(s, t.shape[1]) for name, (s, t) in pairs.items()}
+        matched = {name: (mapped[name], t) for name, (_, t) in pairs.items()}
+        # the compiler fuses plain operations itself
+        if valid is None and not torch.compiler.is_compiling() and not any(t.requires_grad for _, t in pairs.values()):
+            terms = dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
+            return terms if components else self.combine(terms)
         areas: dict[tuple[int, ...], Tensor] = {}
         terms: dict[str, Tensor] = {}
-        for name, (_, t) in pairs.items():
+        for name, (s, t) in matched.items():
             size = tuple(t.shape[2:])
             if valid is not None and size not in areas:
                 areas[size] = RF.valid_fraction(valid, size)
-            terms[name] = RF.alignment_term(mapped[name], t, areas.get(size), normalize=self.normalize)
+            terms[name] = RF.alignment_term(s, t, areas.get(size), normalize=self.normalize)
         return terms if components else self.combine(terms)
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the terms over the divisor (eq. 7)."""
         if not terms:  # at weight 0 of the wrapper
             return torch.zeros(())
-        return torch.stack([self.term_weight(name) * term for name, term in terms.items()]).sum() / self.divisor
+        weighted = [(self.term_weight(name), term) for name, term in terms.items()]
+        return torch.stack([term if weight == 1 else weight * term for weight, term in weighted]).sum() / self.divisor
 
     def _match_channels(self, x: Tensor, channels: int) -> Tensor:
         if x.shape[1] == channels:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
+
 from .errors import ReSegError, did_you_mean
 
 Weight = float | Sequence[float]
@@ -32,6 +34,12 @@ class Settings:
         teacher_init: "random" draws the copy's weights anew, "copy" keeps the model's.
         levels: strides of the levels to align; None is the default choice of `TapPlan.select`.
         encoder: "skip" aligns what the skip connections carry, "stage" the last block of each encoder level.
+        every: align at every k-th call only, with k times the weight; the calls between cost nothing.
+        subset: align a random part of each batch only, a fraction (float) or a number (int) of its samples. The
+            expected loss and gradient stay the same for normalize=None without ignored pixels, and only then.
+        teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None as the student runs.
+        compile_teacher: run the teacher through torch.compile.
+        fold_teacher: in low precision run its chains of convolution, batch normalisation and ReLU as one operation.
     """
 
     weight: float = 0.035
@@ -50,11 +58,28 @@ class Settings:
     teacher_init: Literal["random", "copy"] = "random"
     levels: Sequence[int | Sequence[int]] | None = None
     encoder: Literal["skip", "stage"] = "skip"
+    every: int = 1
+    subset: float | int | None = None
+    teacher_dtype: torch.dtype | str | None = None
+    compile_teacher: bool = False
+    fold_teacher: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
+        if self.compile_teacher and self.fold_teacher:
+            raise ReSegError("compile_teacher and fold_teacher exclude each other; choose one")
+        if not _whole(self.every) or self.every < 1:
+            raise ReSegError(f"every={self.every!r}; it is a whole number of calls, at least 1")
+        part = isinstance(self.subset, float) and 0 < self.subset <= 1
+        if self.subset is not None and not part and not (_whole(self.subset) and self.subset >= 1):
+            raise ReSegError(f"subset={self.subset!r}; it is a fraction in (0, 1] (float) or a number of samples (int)")
+
+    @property
+    def lower(self) -> torch.dtype | None:
+        """`teacher_dtype` as a dtype."""
+        return _DTYPES[self.teacher_dtype]
 
     @property
     def output_path(self) -> tuple[int | str, ...] | None:
@@ -83,13 +108,30 @@ class Settings:
 # what stage 1 depends on: a stage 1 can only go on under the same
 STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
 
+# what may change in a wrapper that is built: nothing in it depends on them
+AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "fold_teacher")
+
+# dtypes by name, too, as checkpoints have them
+_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
+    None: None,
+    **{key: dtype for dtype in (torch.bfloat16, torch.float16) for key in (dtype, str(dtype).removeprefix("torch."))},
+}
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "normalize": (None, "batch"),
     "projection": (None, "linear"),
     "label_input": ("index", "onehot"),
     "teacher_init": ("random", "copy"),
     "encoder": ("skip", "stage"),
+    "teacher_dtype": tuple(_DTYPES),
+    "compile_teacher": (False, True),
+    "fold_teacher": (False, True),
 }
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 # paper: Li et al., MICCAI 2025, eqs. 1-8. standardized: the same on standardized features; on ACDC with few patients
 # it gained where the raw features did not (README, "What helps").
@@ -108,4 +150,6 @@ def settings_of(preset: str, overrides: Mapping[str, Any]) -> Settings:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

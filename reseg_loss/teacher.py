@@ -67,6 +67,18 @@ class Teacher(nn.Module):
         output = self.body(self.before(encoded.to(self.reference.dtype)))
         return self.after(select_output(output, encoded.shape[0], tuple(encoded.shape[2:]), self.output))
 
+    def run(self, encoded: Tensor) -> None:
+        """The body's forward alone, for the hooks that read its features."""
+        self.body(self.before(encoded.to(self.reference.dtype)))
+
+    def to_channels_last(self, last: bool = True) -> None:
+        """Lay the weights of convolutions out with channels last, or back; what they compute follows."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for parameter in self.parameters():
+            if parameter.ndim in formats:
+                form = formats[parameter.ndim] if last else torch.contiguous_format
+                parameter.data = parameter.data.contiguous(memory_format=form)
+
     @property
     def reference(self) -> Tensor:
         """A tensor with the device and dtype that the body computes in."""

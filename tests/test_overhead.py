@@ -1,0 +1,69 @@
+"""The overhead benchmark runs on CPU, resumes, and writes what its own check and the README's table rely on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def overhead(monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location("overhead", ROOT / "benchmarks" / "overhead.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = ("bare", "naive", "standardized", "deep supervision", "paper, every=8", "paper")
+    monkeypatch.setattr(module, "ROWS", {row: module.ROWS[row] for row in rows})
+    monkeypatch.setattr(module, "CUDA", False)
+    monkeypatch.setattr(module, "DEVICE", module.torch.device("cpu"))
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
+def test_a_run_writes_results_that_pass_the_check_and_resumes(overhead, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "cpu.json"
+    arguments = ["overhead.py", "--out", str(out), "--batch", "1", "--size", "32", "--width", "4", "--steps", "6",
+                 "--warmup", "1", "--stage2-steps", "8", "--models", "U-Net"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    overhead.main()
+    report = json.loads(out.read_text())
+    overhead.check(report)
+    assert [r["row"] for r in report["results"]] == list(overhead.ROWS)
+    assert {r["row"]: r["steps_per_sample"] for r in report["results"]}["paper, every=8"] == 8
+    assert [r["stage1_steps"] for r in report["stages"]] == [0, 1, 1, 1]
+    assert report["failed"] == []
+    assert out.with_suffix(".png").stat().st_size > 1000
+    capsys.readouterr()
+    overhead.main()
+    assert json.loads(out.read_text()) == report
+    assert "ms" not in capsys.readouterr().out, "a group that is there already is not measured again"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--batch", "2"])
+    with pytest.raises(SystemExit):
+        overhead.main()
+    broken = {**report, "results": [{**report["results"][0], "ratio": 2.0}]}
+    with pytest.raises(ValueError, match="does not add up"):
+        overhead.check(broken)
+    with pytest.raises(ValueError, match="'ms'"):
+        overhead.check({**report, "results": [{k: v for k, v in report["results"][0].items() if k != "ms"}]})
+
+
+def test_results_that_are_published_pass_the_check(overhead):
+    for file in (ROOT / "benchmarks" / "results").glob("overhead_*.json"):
+        report = json.loads(file.read_text())
+        if "format" in report["about"]:
+            overhead.check(report)
+            assert report["about"]["commit"], file
+
+
+def test_what_matters_most_is_measured_first(overhead, monkeypatch):
+    monkeypatch.setattr(overhead, "CUDA", True)
+    groups = overhead.plan(overhead.MODELS)
+    assert [str(g) for g in groups[:2]] == ["U-Net, bf16 channels_last, eager", "U-Net, bf16, eager"]
+    assert len(groups) == len(set(groups)) == len(overhead.MODELS) * 3 * 2

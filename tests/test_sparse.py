@@ -1,0 +1,294 @@
+"""Aligning less: samples and calls that are left out, what they cost, and that both resume; the teacher's early end."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from models import UNet, batch, task_loss
+from torch import Tensor, nn
+
+from reseg_loss import Features, ReSegError, ReSegWrapper, Settings, sparse
+
+
+def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
+    """A model and a wrapper with an untrained, frozen teacher, always the same."""
+    torch.manual_seed(0)
+    model = UNet()
+    torch.manual_seed(1)
+    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
+    reseg.freeze_teacher()
+    return model, reseg
+
+
+def losses(model: nn.Module, reseg: ReSegWrapper, calls: int, n: int = 6, first: int = 0) -> list[float]:
+    values = []
+    for seed in range(first, first + calls):
+        image, label = batch(n, seed=seed)
+        model(image)
+        values.append(reseg.alignment_loss(label).item())
+    return values
+
+
+def saved(reseg: ReSegWrapper) -> dict:
+    file = io.BytesIO()
+    torch.save(reseg.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# --- every
+
+
+def test_every_kth_call_has_k_times_the_weight_and_the_others_are_zero_and_record_nothing():
+    expected = losses(*ready(), 7)
+    model, reseg = ready(every=3)
+    for seed, value in enumerate(expected):
+        image, label = batch(6, seed=seed)
+        output = model(image)
+        held = reseg.extractor._recording.done is not None
+        loss = reseg.alignment_loss(label)
+        assert held is (seed % 3 == 0)
+        assert loss.item() == pytest.approx(3 * value if held else 0.0, rel=1e-6)
+        (task_loss(output, label) + loss).backward()
+    assert reseg.calls == 7
+
+
+def test_components_of_a_call_that_is_left_out_are_none_and_of_others_unweighted():
+    model, reseg = ready(every=2)
+    image, label = batch()
+    model(image)
+    assert len(reseg.alignment_loss(label, components=True)) == 5
+    model(image)
+    terms = reseg.alignment_loss(label, components=True)
+    assert terms == {}
+    assert reseg.loss.combine(terms) == 0
+
+
+def test_at_weight_0_calls_are_not_counted_so_the_cycle_waits():
+    model, reseg = ready(every=2)
+    losses(model, reseg, 1)
+    reseg.weight = 0
+    losses(model, reseg, 3)
+    reseg.weight = 1.0
+    assert [value > 0 for value in losses(model, reseg, 3)] == [False, True, False]
+
+
+# --- subset
+
+
+@pytest.mark.parametrize(("subset", "count"), [(0.5, 3), (2, 2), (0.01, 1), (1.0, 6), (99, 6), (0.4, 2)])
+def test_the_loss_is_that_of_the_samples_drawn(subset, count):
+    model, reseg = ready(subset=subset)
+    _, whole = ready()
+    for seed in range(3):
+        chosen = sparse.draw(6, subset, 0, seed)
+        chosen = list(range(6)) if chosen is None else chosen
+        assert len(set(chosen)) == count
+        image, label = batch(6, seed=seed)
+        model.eval()  # a batch of the samples alone has the same features only without batch statistics
+        whole._model.eval()
+        for m in (model, whole._model):
+            m.training = True
+        model(image)
+        whole._model(image[chosen])
+        found, expected = reseg.alignment_loss(label), whole.alignment_loss(label[chosen])
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        found.backward()
+        expected.backward()
+        for a, b in zip(model.parameters(), whole._model.parameters()):
+            assert (a.grad is None) == (b.grad is None)
+            assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_every_sample_is_drawn_as_often_so_the_raw_loss_is_unbiased():
+    counts = torch.zeros(8)
+    for call in range(4000):
+        counts[sparse.draw(8, 3, 5, call)] += 1
+    expected = 4000 * 3 / 8
+    assert ((counts - expected).abs() < 5 * (expected * 5 / 8) ** 0.5).all()
+    assert sparse.draw(8, 3, 5, 1) != sparse.draw(8, 3, 6, 1)
+
+
+def test_global_random_states_are_not_touched():
+    model, reseg = ready(subset=0.5)
+    image, label = batch(6)
+    model(image)
+    state = torch.get_rng_state()
+    reseg.alignment_loss(label)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_taking_samples_keeps_the_memory_order_and_its_gradient_is_exact(dims):
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    x = torch.randn(4, 3, *[5] * dims, dtype=torch.float64)
+    tokens = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:])
+    index = torch.tensor([1, 3])
+
+    def taken(x: Tensor) -> Tensor:
+        return sparse.take(Features((x,), (x,), x), index).bottleneck
+
+    for form in (x, x.contiguous(memory_format=last), tokens):
+        leaf = form.clone().requires_grad_()
+        y = taken(leaf)
+        assert torch.equal(y, x[index])
+        assert [a > b for a, b in zip(y.stride(), y.stride()[1:])] == [
+            a > b for a, b in zip(form.stride(), form.stride()[1:])
+        ]
+        y.sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.stride() == leaf.stride()
+        assert torch.autograd.gradcheck(taken, form.clone().requires_grad_())
+        assert torch.autograd.gradgradcheck(taken, form.clone().requires_grad_())
+
+
+# --- both
+
+
+@pytest.mark.parametrize("kwargs", [{"every": 3}, {"subset": 0.5}, {"every": 2, "subset": 2, "preset": "standardized"}])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(kwargs):
+    expected = losses(*ready(**kwargs), 9)
+    model, reseg = ready(**kwargs)
+    before = losses(model, reseg, 4)
+    state = saved(reseg)
+    reseg.remove()
+    fresh = ReSegWrapper(model)
+    fresh.load_state_dict(state)
+    assert [*before, *losses(model, fresh, 5, first=4)] == expected
+    assert fresh.settings == reseg.settings
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"every": 0}, "every=0"),
+        ({"every": 2.0}, "every=2.0"),
+        ({"every": True}, "every=True"),
+        ({"subset": 0}, "subset=0"),
+        ({"subset": 1.5}, r"subset=1.5; it is a fraction in \(0, 1\]"),
+        ({"subset": float("nan")}, "subset=nan"),
+        ({"subset": True}, "subset=True"),
+        ({"teacher_dtype": torch.float64}, "teacher_dtype=torch.float64"),
+        ({"teacher_dtype": "half"}, "teacher_dtype='half'"),
+        ({"compile_teacher": "yes"}, "compile_teacher='yes'"),
+    ],
+)
+def test_bad_values_are_refused(kwargs, message):
+    with pytest.raises(ReSegError, match=message):
+        ReSegWrapper(UNet(), **kwargs)
+
+
+def test_run_time_settings_may_differ_from_the_states_and_keep_what_is_built():
+    _, reseg = ready(projection="linear", every=2, teacher_dtype=torch.bfloat16)
+    state = saved(reseg)
+    _, other = ready(projection="linear")
+    parameters, teacher = list(other.parameters()), other.teacher
+    other.load_state_dict(state)
+    assert other.teacher is teacher
+    assert all(a is b for a, b in zip(parameters, other.parameters()))
+    assert (other.settings.every, other.settings.lower) == (2, torch.bfloat16)
+    older = {k: v for k, v in state["settings"].items() if k not in ("every", "subset", "teacher_dtype")}
+    other.load_state_dict({**state, "settings": older})
+    assert other.settings.every == 1
+
+
+# --- the teacher
+
+
+def test_the_teacher_ends_after_its_last_tap_with_the_features_of_a_whole_forward():
+    model, reseg = ready()
+    body, ran = reseg.teacher.body, []
+    for name, module in body.named_modules():
+        module.register_forward_hook(lambda m, a, output, name=name: ran.append(name))
+    closed = []
+    body.register_forward_hook(lambda m, a, output: closed.append(output), always_call=True)
+    image, label = batch()
+    model(image)
+    loss = reseg.alignment_loss(label)
+    assert "decoder.1.2" in ran
+    assert not {"head", "decoder.2", "up.2", ""} & set(ran)
+    assert closed == [None]  # other hooks that are always called still are
+    ran.clear()
+    with reseg.extractor.record():
+        model(image)
+    features = reseg._parts.targets.extractor
+    encoded = reseg.teacher.encoding.encode(label)[0]
+    features.enabled = True
+    with torch.no_grad():
+        reseg.teacher.decode(encoded)
+    assert "head" in ran
+    whole = features.pop()
+    features.enabled = False
+    expected = reseg.loss(reseg.extractor.pop(), whole)
+    assert torch.equal(loss, expected)
+    assert reseg.reconstruct(label).shape == image.shape
+
+
+def test_gradients_autocast_and_recording_are_as_before_after_the_early_end():
+    model, reseg = ready()
+    image, label = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(image)
+        reseg.alignment_loss(label)
+        assert torch.is_grad_enabled()
+        assert torch.get_autocast_dtype("cpu") is torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+    recording = reseg._parts.targets.extractor._recording
+    assert (recording.open, recording.done, recording.enabled, recording.wanted) == (None, None, False, 0)
+
+
+class Swallowing(UNet):
+    """A model that catches what its parts raise, and goes on."""
+
+    def forward(self, x: Tensor) -> Any:
+        try:
+            return super().forward(x)
+        except Exception:
+            return self.head(torch.zeros(len(x), 4, *x.shape[2:]))
+
+
+def test_a_model_that_catches_exceptions_gives_the_same_features():
+    expected = losses(*ready(), 2)
+    torch.manual_seed(0)
+    model = Swallowing()
+    torch.manual_seed(1)
+    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0)
+    reseg.freeze_teacher()
+    assert losses(model, reseg, 2) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_teacher_dtype_lowers_the_teacher_alone(dtype):
+    model, reseg = ready(teacher_dtype=dtype)
+    found: list[torch.dtype] = []
+    reseg.teacher.body.bottleneck[0].register_forward_hook(lambda module, args, output: found.append(output.dtype))
+    image, label = batch()
+    assert model(image).dtype == torch.float32
+    loss = reseg.alignment_loss(label)
+    assert found == [torch.bfloat16]
+    assert loss.dtype == torch.float32
+    model(image)
+    assert loss.item() == pytest.approx(losses(*ready(), 1, n=2)[0], rel=2e-2)
+    assert {p.dtype for p in reseg.teacher.parameters()} == {torch.float32}
+
+
+def test_a_teacher_with_channels_last_and_back_computes_the_same():
+    _, reseg = ready()
+    label = batch()[1]
+    expected = reseg.reconstruct(label)
+    parameters = list(reseg.teacher.parameters())
+    weight = reseg.teacher.body.encoder[1][0].weight
+    for last in (True, False):
+        reseg.teacher.to_channels_last(last)
+        assert weight.is_contiguous(memory_format=torch.channels_last) is last
+        assert torch.allclose(reseg.reconstruct(label), expected, atol=1e-6)
+    assert all(a is b for a, b in zip(parameters, reseg.teacher.parameters()))
+
+
+def test_settings_are_plain_values_in_a_state():
+    values = Settings(teacher_dtype=torch.float16, subset=0.5).to_dict()
+    assert values["teacher_dtype"] == "float16"
+    assert Settings(**values).lower is torch.float16

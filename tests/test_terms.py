@@ -1,0 +1,191 @@
+"""The fused alignment terms against plain autograd and fp64: torch and Triton, every memory order, low precision."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reseg_loss
+from reseg_loss import ReSegError, terms
+from reseg_loss import functional as RF
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SHAPES = [(2, 3, 8, 8), (2, 5, 3, 4, 6), (1, 1, 2, 1), (2, 66, 2, 3), (2, 2, 80, 70)]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One implementation, forced."""
+    if request.param == "triton" and not (CUDA or INTERPRETED):
+        pytest.skip("needs CUDA, or TRITON_INTERPRET=1 as below")
+    monkeypatch.setattr(terms, "BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels themselves are tested")
+def test_the_kernels_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    # in a process of its own: triton must not have been imported without the interpreter
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"\b2\d passed", done.stdout), done.stdout[-300:]
+
+
+def pair(shape: tuple[int, ...], seed: int = 0, offset: float = 1.0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    s, t = torch.randn(2, *shape, generator=g, dtype=torch.float64).unbind()
+    return 2 * s + offset, 0.5 * s + t - offset
+
+
+def tokens(x: Tensor) -> Tensor:
+    """The same values, as to_channels_first gives them of (B, L, C)."""
+    return x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def orders(x: Tensor) -> list[Tensor]:
+    """The same values in several memory orders, the last one with gaps."""
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return [x, x.contiguous(memory_format=last), tokens(x), torch.stack([x, x], -1)[..., 0]]
+
+
+def run(function: Any, s: Tensor, t: Tensor, upstream: float = 1.0) -> tuple[Tensor, Tensor]:
+    leaf = s.detach().requires_grad_()
+    value = function(leaf, t)
+    (gradient,) = torch.autograd.grad(upstream * value, leaf)
+    return value.detach().double(), gradient.double()
+
+
+def fused(normalize: str | None) -> Any:
+    return lambda s, t: terms.alignment_terms([(s, t)], normalize=normalize)[0]
+
+
+def plain(normalize: str | None) -> Any:
+    return lambda s, t: RF.alignment_term(s, t, normalize=normalize)
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_and_gradient_are_those_of_autograd_in_every_memory_order(backend, shape, normalize):
+    s, t = (x.to(DEVICE, torch.float32) for x in pair(shape))
+    value, gradient = run(plain(normalize), s.double(), t.double(), 3.0)
+    forms, others = orders(s), orders(t)
+    for a, b in [*zip(forms, others), *zip(forms, others[1:] + others[:1])]:
+        v, g = run(fused(normalize), a, b, 3.0)
+        torch.testing.assert_close(v, value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(g, gradient, rtol=1e-4, atol=1e-5 * 6 / s.numel())
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+def test_gradcheck(normalize):
+    s, t = pair((2, 3, 4, 3))
+    assert torch.autograd.gradcheck(lambda x: fused(normalize)(x, t), s.requires_grad_())
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("normalize", [None, "batch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_within_twice_the_naive_error(backend, dtype, normalize, offset):
+    s, t = (x.to(DEVICE) for x in pair((3, 6, 31, 17), 4, offset))
+    value, gradient = run(plain(normalize), s, t)
+
+    def naive(a: Tensor, b: Tensor) -> Tensor:
+        if normalize:
+            a, b = ((x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), False, True) + 1e-5).sqrt() for x in (a, b))
+        return (a - b).square().mean()
+
+    ours, theirs = (run(f, s.to(dtype), t.to(dtype)) for f in (fused(normalize), naive))
+    for mine, other, exact in zip(ours, theirs, (value, gradient)):
+        assert error(mine, exact) <= 2 * error(other, exact) + 1e-6
+
+
+def test_a_mean_far_from_zero_does_not_cancel(backend):
+    s, t = pair((4, 3, 40, 40))
+    s, t = (s + 3000).to(DEVICE, torch.float32), (t - 3000).to(DEVICE, torch.float32)
+    for _ in range(2):
+        exact = run(plain("batch"), s.double(), t.double())
+        # plain sums of squares would be wrong by as much as the variance itself; the mean's own rounding is left
+        assert all(error(mine, e) < 1e-4 for mine, e in zip(run(fused("batch"), s, t), exact))
+        s[0, :, :2] = 0  # where the first cells tell nothing of the rest
+
+
+def test_in_fp16_the_difference_stays_unscaled_until_the_loss_scale_is_known(backend):
+    s, t = (x.to(DEVICE, torch.float16) for x in pair((2, 64, 64, 64)))
+    value, gradient = run(fused(None), s, t, 2.0**14)
+    exact = run(plain(None), s.double(), t.double(), 2.0**14)[1]
+    assert error(gradient, exact) < 1e-3
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+def test_every_term_has_its_own_upstream_gradient_and_unneeded_ones_are_left_out(backend, normalize):
+    pairs = [tuple(x.to(DEVICE, torch.float32) for x in pair(shape, i)) for i, shape in enumerate(SHAPES)]
+    pairs = [(s.requires_grad_(i != 2), t) for i, (s, t) in enumerate(pairs)]
+    weights = [float(i) for i in range(len(pairs))]
+    sum(w * v for w, v in zip(weights, terms.alignment_terms(pairs, normalize=normalize))).backward()
+    for i, (s, t) in enumerate(pairs):
+        if i == 2:
+            assert s.grad is None
+            continue
+        expected = run(plain(normalize), s, t, weights[i])[1]
+        torch.testing.assert_close(s.grad.double(), expected, rtol=1e-4, atol=1e-6)
+        assert s.grad.stride() == s.stride()
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+def test_backward_may_be_repeated_and_differentiated(backend, normalize):
+    s, t = (x.to(DEVICE, torch.float32) for x in pair((2, 3, 4, 5)))
+    s.requires_grad_()
+    value = fused(normalize)(s, t)
+    first, second = (torch.autograd.grad(value, s, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    twice = []
+    for function in (fused(normalize), plain(normalize)):
+        (once,) = torch.autograd.grad(function(s, t), s, create_graph=True)
+        twice.append(torch.autograd.grad(once.square().sum(), s)[0])
+    torch.testing.assert_close(*twice)
+
+
+def test_the_kernels_are_the_choice_on_cuda_only_and_deterministic(backend):
+    s, t = (x.to(DEVICE, torch.float32) for x in pair((4, 16, 33, 29)))
+    assert terms._triton_serves([s], [t]) is (backend == "triton")
+    assert not terms._triton_serves([s.double()], [t.double()])
+    runs = [run(fused("batch"), s, t) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_an_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(terms, "BACKEND", "cuda")
+    with pytest.raises(ReSegError, match="RESEG_KERNELS='cuda'"):
+        fused(None)(*pair((2, 3, 4, 5)))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+def test_on_cuda_the_probe_finds_the_kernels_right():
+    pytest.importorskip("triton")
+    terms.kernels_work.cache_clear()
+    assert terms.kernels_work(DEVICE)
+
+
+def test_kernels_that_fail_are_replaced_by_torch_with_a_warning(monkeypatch, caplog):
+    monkeypatch.delattr(reseg_loss, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "reseg_loss.kernels", None)
+    terms.kernels_work.cache_clear()
+    assert not terms.kernels_work(DEVICE)
+    assert "torch does instead" in caplog.text
+    terms.kernels_work.cache_clear()
