@@ -121,6 +121,11 @@ class ReSegWrapper:
             self._parts.student.enabled = self._weight != 0
 
     @property
+    def ready(self) -> bool:
+        """Whether stage 1 is over: the teacher is there and frozen."""
+        return self._parts is not None and self._parts.teacher.frozen
+
+    @property
     def calls(self) -> int:
         """How often `alignment_loss` has returned a value at a weight other than 0."""
         return self._calls
@@ -187,17 +192,17 @@ class ReSegWrapper:
             raise ReSegError(f"epochs={epochs}, steps={steps}; it must be at least 1")
         if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
             raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
-        if self._parts is not None and self.teacher.frozen:
+        if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
         resumed = recon.read_checkpoint(checkpoint) if checkpoint is not None else None
         if resumed is not None:
             self._continue(resumed["wrapper"], str(checkpoint))
 
         def prepare(image: Tensor) -> Teacher:
-            device = next((p.device for p in self._model.parameters()), image.device)
+            like = next((p for p in self._model.parameters() if p.is_floating_point()), image)
             if self._parts is None:
-                self._parts = self._build(image.to(device))
-            self.teacher.to(device)  # the model may have moved since
+                self._parts = self._build(image.to(like.device, like.dtype))
+            self.teacher.to(like.device)  # the model may have moved since
             return self.teacher.train()
 
         def save(state: dict[str, Any]) -> None:
