@@ -17,6 +17,7 @@ from reseg_loss.integrations.monai import DeepSupervisionHandler, ReSegHandler
 pytest.importorskip("ignite")
 monai = pytest.importorskip("monai")
 
+from ignite.engine import Engine, Events  # noqa: E402
 from monai.bundle import ConfigParser  # noqa: E402
 from monai.data import DataLoader, Dataset  # noqa: E402
 from monai.engines import SupervisedTrainer  # noqa: E402
@@ -26,7 +27,7 @@ from monai.networks.nets import UNet as MonaiUNet  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),
-    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing"),
+    pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler.* is deprecated"),  # MONAI 1.6 uses it
 ]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -63,7 +64,7 @@ class Parts:
         if resume:
             (file,) = folder.glob("*.pt")
             CheckpointLoader(str(file), self.saved(trainer)).attach(trainer)  # after ours, on purpose
-        trainer.add_event_handler("iteration_completed", self.note)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self.note)
         trainer.run()
         return trainer
 
@@ -172,8 +173,6 @@ def test_at_weight_0_there_is_no_stage_1_and_the_run_is_a_bare_one(tmp_path):
 
 
 def test_an_engine_without_the_event_is_refused():
-    from ignite.engine import Engine
-
     with pytest.raises(ReSegError, match="no event LOSS_COMPLETED"):
         ReSegHandler(ReSegWrapper(UNet())).attach(Engine(lambda engine, x: None))
 
