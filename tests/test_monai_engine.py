@@ -27,7 +27,7 @@ from monai.networks.nets import UNet as MonaiUNet  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),
-    pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler.* is deprecated"),  # MONAI 1.6 uses it
+    pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler"),  # MONAI 1.6 uses it
 ]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
