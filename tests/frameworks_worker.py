@@ -56,7 +56,7 @@ class Run:
             "MyUNet": lambda: UNet(norm=lambda channels: nn.GroupNorm(1, channels)),
             "train_loader": DataLoader(data, batch_size=2, **own),
             "task_loss": self.task_loss,
-            "torch": torch, "os": os, "dist": dist,
+            "torch": torch, "Path": Path, "dist": dist,
             "DistributedDataParallel": DistributedDataParallel,
             "fully_shard": fully_shard, "StateDictOptions": StateDictOptions,
             "get_state_dict": get_state_dict, "set_state_dict": set_state_dict,
@@ -91,7 +91,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def whole_and_resumed(code: str, folder: Path, **kwargs: Any) -> dict[str, Any]:
-    """The script from start to end, and the same killed in its last epoch and started again, in folders of their own."""
+    """The script from start to end, and the same killed in its last epoch and started again."""
     here = Path.cwd()
     found = {}
     for name, runs in {"whole": [Run(0)], "resumed": [Run(0, kill_at=8), Run(7)]}.items():
