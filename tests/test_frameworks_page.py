@@ -17,6 +17,8 @@ from frameworks_page import PAGE, code_after_the_diff, code_before_the_diff, sec
 from models import UNet, batch, task_loss
 from torch.utils._pytree import tree_leaves
 
+from reseg_loss.nnunet import __main__ as printer
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers|.*tensorboardX|.*log every n steps"),
@@ -84,6 +86,18 @@ def test_on_two_processes_all_have_the_same_model_heads_and_teacher(found, check
         assert equal(zero[part], one[part]), part
     if zero["losses"]:
         assert not equal(zero["losses"], one["losses"]), "each process has a part of the batches"
+
+
+def test_nnunets_line_adds_a_folder_with_one_file(monkeypatch, capsys):
+    assert 'eval "$(python -m reseg_loss.nnunet)"' in section("nnU-Net v2")
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    for named in ([], ["/some/where"], ["/some/where", str(printer.folder())]):
+        monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(named))
+        printer.main()
+        name, _, paths = capsys.readouterr().out.strip().partition("=")
+        assert name == "export nnUNet_extTrainer"
+        assert paths.split(os.pathsep) == [*named[:1], str(printer.folder())]
+    assert [file.name for file in printer.folder().glob("*.py")] == ["nnUNetTrainerReSeg.py"]
 
 
 def test_lightnings_section_runs(tmp_path, monkeypatch):
