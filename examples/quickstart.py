@@ -23,8 +23,9 @@ import torch
 from common.data import SegmentationData, TrainingBatches, load_data, resize_image, resize_label
 from common.metrics import VolumeScores, summarize
 from common.plots import ModelPictures, comparison_figure, save_figure
+from common.recipes import sgd
 from common.report import comparison_table
-from common.training import evaluate, predict, sgd, train
+from common.training import evaluate, predict, train
 from monai.networks.nets import BasicUNet
 from torch import nn
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import quickstart
 from common.data import TrainingBatches, load_data
-from common.training import predict, sgd, train
+from common.recipes import sgd
+from common.training import predict, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +87,8 @@ def test_deep_supervision_changes_the_second_run_alone(slices):
 
 
 def test_weight_preset_and_patients_reach_the_run(slices):
-    metrics = run_quickstart(slices, "--weight", "3", "--preset", "paper", "--patients", "2", "--seed", "5")
+    more = ["--weight", "3", "--preset", "paper", "--patients", "2", "--seed", "5", "--steps", "20"]
+    metrics = run_quickstart(slices, *more)
     assert metrics["models"]["basicunet"]["bare"] != metrics["models"]["basicunet"]["reseg"]
     expected = {"weight": 3, "preset": "paper", "patients": 2, "seed": 5}
     assert {key: metrics["options"][key] for key in expected} == expected

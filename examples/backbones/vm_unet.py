@@ -154,16 +154,26 @@ class SS2D(nn.Module):
         inner, rank = 2 * dim, math.ceil(dim / 16)
         self.sizes = [rank, state, state]
         self.scan: Backend | None = scan
-        bound = inner**-0.5  # as nn.Linear begins
-        self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * state, inner).uniform_(-bound, bound))
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))
-        self.dt_projs_bias = nn.Parameter(initial_dt_bias(4, inner))
-        self.A_logs = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(4 * inner, 1))
-        self.Ds = nn.Parameter(torch.ones(4 * inner))
+        self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * state, inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner))
+        self.A_logs = nn.Parameter(torch.empty(4 * inner, state))
+        self.Ds = nn.Parameter(torch.empty(4 * inner))
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the scan's own parameters; the submodules draw theirs."""
+        inner, rank = self.dt_projs_weight.shape[1:]
+        self.x_proj_weight.uniform_(-(inner**-0.5), inner**-0.5)  # as nn.Linear begins
+        self.dt_projs_weight.uniform_(-(rank**-0.5), rank**-0.5)
+        self.dt_projs_bias.copy_(initial_dt_bias(4, inner))
+        self.A_logs.copy_(torch.arange(1.0, self.A_logs.shape[1] + 1).log().expand_as(self.A_logs))
+        self.Ds.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) to (B, H, W, dim)."""

@@ -332,10 +332,13 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
     """Batch number ``step``: an image (B, 1, size, size) and its label (B, size, size), shuffled and augmented.
 
     A batch depends on the seed and the step alone: two runs see the same batches whatever else they compute, and a
-    run that was interrupted goes on with the batch it would have seen.
+    run that was interrupted goes on with the batch it would have seen. Of several processes each draws its share of
+    the same batches.
     """
 
-    def __init__(self, data: SegmentationData, batch_size: int, seed: int) -> None:
+    def __init__(self, data: SegmentationData, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"A batch of {batch_size} cannot be shared evenly by {world_size} processes.")
         images, labels = [], []
         for case in data.train:
             image, label = (torch.from_numpy(array) for array in case.read())
@@ -348,21 +351,29 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
             labels.append(resize_label(label, (data.size, data.size)))
         self.images, self.labels = torch.cat(images), torch.cat(labels)
         self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        rng = np.random.default_rng([self.seed, 1, step])
-        pairs = [augment(self.images[i], self.labels[i], rng) for i in map(self._slice_at, places)]
-        image, label = (torch.stack(parts) for parts in zip(*pairs))
+        places = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world_size)
+        image, label = (torch.stack(parts) for parts in zip(*map(self._sample, places)))
         return image, label.long()
+
+    def _sample(self, place: int) -> tuple[Tensor, Tensor]:
+        index = self._slice_at(place)
+        return augment(self.images[index], self.labels[index], np.random.default_rng([self.seed, 1, place]))
 
     def _slice_at(self, place: int) -> int:
         epoch, position = divmod(place, len(self.images))
         return int(np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.images))[position])
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that show every slice once; the last one may begin the next pass."""
+        return math.ceil(len(self.images) / self.batch_size)
+
     def loader(self, steps: int | None = None, *, start: int = 0, workers: int = 0) -> DataLoader:
         """The batches ``start`` to ``steps - 1``; without ``steps`` one pass over all slices."""
-        stop = math.ceil(len(self.images) / self.batch_size) if steps is None else steps
+        stop = self.steps_per_epoch if steps is None else steps
         return DataLoader(self, batch_size=None, sampler=StepSampler(start, stop), num_workers=workers)
 
 

@@ -1,8 +1,8 @@
-"""The picture of a comparison: predictions, errors, the teacher's reconstruction and the loss curves."""
+"""The pictures of a comparison: predictions, errors, the teacher's reconstruction and the loss curves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +60,52 @@ def comparison_figure(
         axes[0].set_ylabel(row.name, fontsize=11)
         _plot_task_losses(axes[5], row)
         _plot_recon_losses(axes[6], row)
-    names = list(enumerate(class_names))[1:]
-    handles = [Patch(facecolor=_colour(index), edgecolor="grey", label=name) for index, name in names]
-    handles.append(Patch(facecolor=ERROR, edgecolor="grey", label="wrong pixel"))
+    handles = [*_class_patches(class_names), Patch(facecolor=ERROR, edgecolor="grey", label="wrong pixel")]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=9, frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class OverlayRow:
+    """One test slice (H, W) with its label maps by name: the truth, and what each run made of the slice."""
+
+    case: str
+    image: np.ndarray
+    labels: Mapping[str, np.ndarray]
+
+
+def overlays_figure(rows: Sequence[OverlayRow], class_names: Sequence[str]) -> Figure:
+    """A row per case; columns: the image, then every label map over the image."""
+    names = list(rows[0].labels)
+    figure = Figure(figsize=(2.4 * (1 + len(names)), 2.4 * len(rows) + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 1 + len(names), squeeze=False)
+    for line, (row, cells) in enumerate(zip(rows, axes)):
+        _show_image(cells[0], row.image, "image" if line == 0 else "")
+        cells[0].set_ylabel(row.case, fontsize=8)
+        for name, cell in zip(names, cells[1:]):
+            _show_overlay(cell, row.image, row.labels[name], name if line == 0 else "")
+    figure.legend(handles=_class_patches(class_names), loc="outside lower left", ncols=6, fontsize=9, frameon=False)
+    return figure
+
+
+def ablation_figure(
+    subsets: Mapping[str, Sequence[float]], weights: Mapping[str, Sequence[float]], title: str
+) -> Figure:
+    """DSC in % by the terms that are on and by lambda: a dot per seed, a line at the mean."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, groups, label in ((left, subsets, "terms that are on"), (right, weights, "weight λ")):
+        for place, values in enumerate(groups.values()):
+            axes.scatter([place] * len(values), values, s=14, color=RESEG, alpha=0.7, zorder=2)
+            axes.hlines(np.mean(values), place - 0.3, place + 0.3, color=BARE, linewidth=1.5)
+        axes.set_xticks(range(len(groups)), [name.replace(" + ", "\n") for name in groups], fontsize=8)
+        axes.set_xlabel(label, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("DSC in %", fontsize=9)
     return figure
 
 
@@ -72,20 +114,34 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _class_patches(class_names: Sequence[str]) -> list[Patch]:
+    names = list(enumerate(class_names))[1:]
+    return [Patch(facecolor=_colour(index), edgecolor="grey", label=name) for index, name in names]
+
+
 def _show_image(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=max(1.0, float(image.max())))
     _bare_frame(axes, title)
 
 
 def _show_labels(axes: Axes, labels: np.ndarray, title: str) -> None:
-    colours = ListedColormap([_colour(index) for index in range(256)])
-    axes.imshow(labels, cmap=colours, vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(labels, cmap=_COLOURS, vmin=0, vmax=255, interpolation="nearest")
+    _bare_frame(axes, title)
+
+
+def _show_overlay(axes: Axes, image: np.ndarray, labels: np.ndarray, title: str) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=max(1.0, float(image.max())))
+    shown = np.ma.masked_where(labels == 0, labels)
+    axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=255, interpolation="nearest", alpha=0.55)
     _bare_frame(axes, title)
 
 
 def _colour(index: int) -> str:
     """The class's colour; beyond the eighth class they start again."""
     return CLASS_COLOURS[0 if index == 0 else 1 + (index - 1) % (len(CLASS_COLOURS) - 1)]
+
+
+_COLOURS = ListedColormap([_colour(index) for index in range(256)])
 
 
 def _show_errors(axes: Axes, image: np.ndarray, wrong: np.ndarray) -> None:

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from reseg_loss import DeepSupervision, ReSegWrapper
 
 from .data import Case, SegmentationData, resize_image
 from .metrics import VolumeScores, score_volume
-
-
-def segmentation_loss() -> nn.Module:
-    """0.5 cross-entropy + 0.5 Dice, as published: all classes, squared denominator, sums over the batch."""
-    return DiceCELoss(
-        to_onehot_y=True,
-        softmax=True,
-        squared_pred=True,
-        batch=True,
-        lambda_dice=0.5,
-        lambda_ce=0.5,
-        smooth_nr=1e-5,
-        smooth_dr=1e-5,
-    )
-
-
-def sgd(parameters: Iterable[nn.Parameter], lr: float) -> SGD:
-    """The published optimizer; its learning rate there is 0.01."""
-    return SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+from .processes import gather, rank, share, world_size
+from .recipes import poly, segmentation_loss
 
 
 def train(
@@ -43,35 +26,57 @@ def train(
     *,
     steps: int,
     start: int = 0,
+    task_loss: nn.Module | None = None,
+    factor: Callable[[int], float] | None = None,
+    amp: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    seed: int = 0,
     reseg: ReSegWrapper | None = None,
     deep: DeepSupervision | None = None,
+    after_step: Callable[[float, float], None] | None = None,
     title: str = "training",
 ) -> list[float]:
     """Train from step ``start`` to ``steps`` and return the task loss of each step.
 
-    The learning rate decays with the power 0.9 from the optimizer's own. It depends on the step alone, so that an
-    interrupted run can go on where it stopped.
+    Learning rate, dropout and stochastic depth depend on the step and ``seed`` alone, so that an interrupted run goes
+    on exactly where it stopped.
+
+    Args:
+        model: the network, or its DistributedDataParallel.
+        batches: those of the steps ``start`` to ``steps - 1``.
+        task_loss: of logits and label (B, 1, H, W); default: 0.5 cross-entropy + 0.5 Dice.
+        factor: of the optimizer's own learning rate at a step; default: polynomial decay.
+        amp: autocast dtype; float16 wants a ``scaler``.
+        after_step: told the task loss and the seconds of every step.
     """
     device = next(model.parameters()).device
-    task_loss = segmentation_loss()
+    task_loss = task_loss or segmentation_loss()
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     history = []
     model.train()
-    progress = tqdm(batches, desc=title, total=steps - start)
+    progress = tqdm(batches, desc=title, initial=start, total=steps, disable=rank() > 0)
     for step, (image, label) in enumerate(progress, start):
+        begin = time.perf_counter()
+        torch.manual_seed((seed * 1_000_003 + step) * world_size() + rank())
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * (1 - step / steps) ** 0.9
-        image, label = image.to(device), label.to(device)
-        task = loss = task_loss(model(image), label[:, None])
+            group["lr"] = rate * (poly(step, steps) if factor is None else factor(step))
+        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            logits = model(image)
+        task = loss = task_loss(logits.float(), label[:, None])
         if reseg is not None:
             loss = loss + reseg.alignment_loss(label)
         if deep is not None:
-            loss = loss + deep.loss(label[:, None], task_loss)
+            loss = loss + deep.loss(label[:, None], lambda logits, label: task_loss(logits.float(), label))
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(task.item())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        history.append(task.item())  # waits for the device
         progress.set_postfix(loss=f"{history[-1]:.3f}")
+        if after_step is not None:
+            after_step(history[-1], time.perf_counter() - begin)
     return history
 
 
@@ -90,11 +95,12 @@ def predict(model: nn.Module, image: np.ndarray, size: int, batch_size: int = 16
 
 
 def evaluate(model: nn.Module, data: SegmentationData, title: str = "testing") -> list[VolumeScores]:
-    """Score every test volume."""
+    """Score every test volume; several processes share the work."""
 
     def score(case: Case) -> VolumeScores:
         image, truth = case.read()
         prediction = predict(model, image, data.size)
         return score_volume(case.name, prediction, truth, len(data.class_names), case.spacing)
 
-    return [score(case) for case in tqdm(data.test, desc=title)]
+    part = [score(case) for case in tqdm(share(data.test), desc=title, disable=rank() > 0)]
+    return gather(part, len(data.test))

@@ -1,0 +1,270 @@
+"""The train scripts and the ablation with a handful of steps: every network, resume after a kill, two processes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import ablation
+from common.data import TrainingBatches, load_data
+from common.experiment import main, parse_arguments, trained_and_tested
+from common.recipes import Recipe
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("train_unet", "train_smp", "train_transunet", "train_swin_unet", "train_vm_unet")
+
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")  # a few steps teach it nothing
+
+
+def backbone(script: str):
+    return importlib.import_module(script).BACKBONE
+
+
+@pytest.fixture
+def slices(tmp_path: Path) -> Path:
+    """Five patients with four noisy slices each, in which a bright square is to be found."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((20, 32, 32), np.uint8)
+    for label in labels:
+        row, column = rng.integers(0, 16, 2)
+        label[row : row + 16, column : column + 16] = 1
+    images = (labels * 120 + rng.integers(0, 100, labels.shape)).astype(np.uint8)
+    path = tmp_path / "squares.npz"
+    np.savez(path, images=images, labels=labels, patient=np.repeat(np.arange(5), 4))
+    return path
+
+
+def options(slices: Path, *more: str) -> list[str]:
+    short = ["--steps", "3", "--recon-steps", "2", "--batch-size", "4", "--device", "cpu"]
+    return ["--small", "--data", str(slices), *short, "--out", str(slices.parent / "out"), *more]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_network_trains_without_and_with_reseg_and_deep_supervision(script, slices, capsys):
+    main(backbone(script), options(slices, "--deep-supervision", "--amp", "bf16"))
+    out = slices.parent / "out"
+    bare, ours = (json.loads((out / f"{name}.json").read_text()) for name in ("bare", "reseg+deep"))
+    for result in (bare, ours):
+        assert result["steps"] == 3
+        assert result["seconds_per_step"] > 0
+        assert len(result["volumes"]) == 1
+        assert result["options"]["seed"] == 0
+    assert bare["stage1_losses"] == []
+    assert len(ours["stage1_losses"]) == 1
+    assert bare["task_loss"] != ours["task_loss"]
+    assert (out / "overlays.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for text in ("DSC in %", "HD95 in pixels", "reseg+deep", "class 1", "One seed proves nothing"):
+        assert text in printed
+    keys = list(backbone(script).small(2, 96).state_dict())
+    assert list(torch.load(out / "reseg+deep.pt", weights_only=True)["model"]) == keys
+
+
+def test_a_script_in_another_folder_on_the_packaged_data(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "train_unet.py"),
+        "--small",
+        "--steps",
+        "2",
+        "--recon-steps",
+        "2",
+    ]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment())
+    assert run.returncode == 0, run.stderr
+    for text in ("MNI152", "grey matter", "HD95 in mm", "never evidence"):
+        assert text in run.stdout
+    assert "U-Net, reseg" in run.stderr  # the progress bars
+    assert {file.name for file in (tmp_path / "outputs" / "u_net").iterdir()} == {
+        *("bare.pt", "bare.json", "stage1.pt", "reseg.pt", "reseg.json", "overlays.png")
+    }
+
+
+def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(slices):
+    """TransUNet has dropout: the random numbers go on exactly as well."""
+    out = slices.parent / "out"
+    script = [sys.executable, str(ROOT / "examples" / "train_transunet.py")]
+    command = [*script, *options(slices, "--steps", "40", "--save-every", "4", "--deep-supervision")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "reseg+deep.pt").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    stopped = torch.load(out / "reseg+deep.pt", weights_only=True)
+    assert 4 <= len(stopped["run"]["losses"]) < 40
+    subprocess.run(command, check=True, capture_output=True, env=environment())
+
+    whole = slices.parent / "whole"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment())
+    for name in ("bare", "reseg+deep"):
+        again, once = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (out, whole))
+        assert again["run"]["losses"] == once["run"]["losses"]
+        assert len(once["run"]["losses"]) == 40
+        for key, value in once["model"].items():
+            assert torch.equal(value, again["model"][key]), key
+
+
+def test_two_processes_share_every_batch_and_end_with_one_network(slices):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "examples" / "train_unet.py"), *options(slices, "--deep-supervision")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("DSC in %") == 1
+    assert json.loads((slices.parent / "out" / "reseg+deep.json").read_text())["steps"] == 3
+
+
+def test_processes_draw_their_share_of_the_same_batch(slices):
+    data = load_data(slices)
+    image, label = TrainingBatches(data, 6, seed=1)[3]
+    for rank in range(3):
+        part, part_label = TrainingBatches(data, 6, seed=1, rank=rank, world_size=3)[3]
+        assert torch.equal(part, image[rank::3])
+        assert torch.equal(part_label, label[rank::3])
+    with pytest.raises(ValueError, match="shared evenly by 4"):
+        TrainingBatches(data, 6, seed=1, rank=0, world_size=4)
+
+
+def test_what_is_finished_is_not_repeated_and_other_options_are_refused(slices):
+    unet, out = backbone("train_unet"), slices.parent / "out"
+    main(unet, options(slices))
+    before = {name: (out / name).stat().st_mtime_ns for name in ("bare.pt", "bare.json", "reseg.pt", "reseg.json")}
+    main(unet, options(slices, "--weight", "0", "--deep-supervision"))  # another comparison beside it
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert (out / "deep.json").exists()
+    with pytest.raises(SystemExit, match=r"bare\.pt is of a run with other options .*seed 0, now 1"):
+        main(unet, options(slices, "--seed", "1"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--weight", "0"], "the same network twice"),
+        (["--weight", "-1"], "0 or more"),
+        (["--paper", "--steps", "5"], "--paper sets the number of steps itself"),
+        (["--paper", "--small"], "not allowed with"),
+        (["--weights", "file.npz"], "no loader of pretrained weights for U-Net"),
+        (["--patients", "3"], "one averaged brain"),
+    ],
+)
+def test_wrong_options_are_explained(more, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(backbone("train_unet"), more)
+    assert message in capsys.readouterr().err
+
+
+def test_pretrained_weights_reach_both_runs(slices, capsys):
+    model = backbone("train_swin_unet").small(2, 96)
+    file = slices.parent / "swin.pth"
+    torch.save({"model": {"patch_embed.proj.weight": torch.full_like(model.patch_embed.proj.weight, 0.5)}}, file)
+    main(backbone("train_swin_unet"), options(slices, "--weights", str(file), "--lr", "1e-12"))
+    assert capsys.readouterr().out.count("1 of") == 2
+    for name in ("bare", "reseg"):
+        state = torch.load(slices.parent / "out" / f"{name}.pt", weights_only=True)
+        assert torch.allclose(state["model"]["patch_embed.proj.weight"], torch.tensor(0.5))
+
+
+PUBLISHED = {
+    "train_unet": (torch.optim.SGD, 0.01, 24, 150, 0.5, 0.5),
+    "train_smp": (torch.optim.SGD, 0.01, 24, 150, 0.5, 0.5),
+    "train_transunet": (torch.optim.SGD, 0.01, 24, 150, 0.5, 0.5),
+    "train_swin_unet": (torch.optim.SGD, 0.05, 24, 150, 0.4, 0.6),
+    "train_vm_unet": (torch.optim.AdamW, 1e-3, 32, 300, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_paper_means_the_published_settings(script, slices):
+    kind, lr, batch, epochs, cross_entropy, dice = PUBLISHED[script]
+    args = parse_arguments(backbone(script), ["--paper", "--data", str(slices)])
+    recipe: Recipe = args.recipe
+    optimizer = recipe.make_optimizer([nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is kind
+    assert optimizer.defaults["lr"] == lr
+    assert (args.batch_size, recipe.epochs, args.size, args.preset) == (batch, epochs, 224, "paper")
+    assert (recipe.cross_entropy, recipe.dice) == (cross_entropy, dice)
+    assert recipe.source
+
+
+def test_schedules_are_torchs():
+    parameter = nn.Parameter(torch.zeros(1))
+    steps, per_epoch = 30, 5
+    poly = Recipe("test").make_optimizer([parameter])
+    schedule = torch.optim.lr_scheduler.PolynomialLR(poly, steps, 0.9)
+    for step in range(steps):
+        assert poly.param_groups[0]["lr"] == pytest.approx(0.01 * Recipe("test").factor(step, steps, per_epoch))
+        poly.step()
+        schedule.step()
+    recipe = Recipe("test", optimizer="AdamW", lr=1e-3, cosine_epochs=2)
+    cosine = recipe.make_optimizer([parameter])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(cosine, 2, 1e-5)
+    for step in range(steps):
+        assert cosine.param_groups[0]["lr"] == pytest.approx(1e-3 * recipe.factor(step, steps, per_epoch))
+        cosine.step()
+        if (step + 1) % per_epoch == 0:
+            schedule.step()
+    short = recipe.shortened(steps, per_epoch)
+    assert short.factor(0, steps, per_epoch) == 1
+    assert short.factor(steps - 1, steps, per_epoch) < 0.1
+
+
+def test_paper_trains_for_the_published_epochs(slices, monkeypatch):
+    seen = {}
+
+    def stop(variant, setting):
+        seen[variant.name] = setting
+        raise SystemExit
+
+    monkeypatch.setattr("common.experiment.trained_and_tested", stop)
+    with pytest.raises(SystemExit):
+        main(backbone("train_unet"), ["--paper", "--data", str(slices), "--device", "cpu", "--out", str(slices.parent)])
+    # 4 patients of 4 slices are one batch of 24
+    assert seen["bare"].args.steps == seen["bare"].args.recon_steps == 150
+
+
+def test_the_ablation_switches_the_terms_and_shares_the_teacher(slices, monkeypatch):
+    seen = {}
+
+    def spy(variant, setting):
+        seen[variant.name] = variant
+        return trained_and_tested(variant, setting)
+
+    monkeypatch.setattr(ablation, "trained_and_tested", spy)
+    ablation.main(options(slices, "--steps", "2", "--seeds", "0", "1"))
+    out = slices.parent / "out"
+    content = json.loads((out / "ablation.json").read_text())
+    assert (len(content["dsc_by_terms"]), len(content["dsc_by_weight"])) == (8, 6)
+    assert all(len(values) == 2 for table in ("dsc_by_terms", "dsc_by_weight") for values in content[table].values())
+    assert content["dsc_by_terms"]["none"] == content["dsc_by_weight"]["0.0"]
+    assert content["dsc_by_terms"]["E→D + D→E + B"] == content["dsc_by_weight"]["0.035"]
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert len(seen) == 12
+    only = seen["decoder_to_encoder_0.035"].reseg
+    assert (only["encoder_to_decoder"], only["decoder_to_encoder"], only["bottleneck"]) == (0, 1, 0)
+    losses = {name: json.loads((out / "seed0" / f"{name}.json").read_text())["task_loss"] for name in seen}
+    assert len(set(losses.values())) > 8  # they are different runs
+    teachers = [
+        torch.load(file, weights_only=True)["reseg"]["parts"]["teacher"]["body.head.weight"]
+        for file in sorted((out / "seed0").glob("*_0.*.pt"))
+    ]
+    assert len(teachers) == 11
+    assert all(torch.equal(teacher, teachers[0]) for teacher in teachers)
