@@ -6,7 +6,7 @@ In the cases here ``read`` gives the image with its channels, (C, D, H, W).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,11 +161,11 @@ def predict_volume(model: nn.Module, image: np.ndarray, patch: Patch) -> np.ndar
     volume = torch.from_numpy(image)[None].to(device)
     logits = sliding_window_inference(volume, patch, 4, model, overlap=0.5, mode="gaussian")
     model.train(was_training)
-    return logits.argmax(1)[0].byte().cpu().numpy()  # pyright: ignore
+    return logits.argmax(1)[0].byte().cpu().numpy()
 
 
 def evaluate_volumes(
-    model: nn.Module, data: SegmentationData, patch: Sequence[int], title: str = "testing"
+    model: nn.Module, data: SegmentationData, patch: Patch, title: str = "testing"
 ) -> list[VolumeScores]:
     """Score every test volume in 3D; several processes share the work."""
 
