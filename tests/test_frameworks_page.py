@@ -20,10 +20,9 @@ from torch.utils._pytree import tree_leaves
 from reseg_loss.nnunet import __main__ as printer
 
 pytestmark = [
+    pytest.mark.filterwarnings("default"),  # the frameworks' own are many
+    pytest.mark.filterwarnings("error:::reseg_loss"),
     pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers|.*tensorboardX|.*log every n steps"),
-    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
 ]
 
 
