@@ -82,9 +82,10 @@ class DeepSupervisionHandler:
 def _when_the_loss_is_there(engine: SupervisedTrainer, handler: ReSegHandler | DeepSupervisionHandler) -> None:
     from monai.engines.utils import IterationEvents
 
-    if not engine.has_registered_events(IterationEvents.LOSS_COMPLETED):
+    try:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, handler)
+    except ValueError as error:
         raise ReSegError(
             f"{type(engine).__name__} has no event LOSS_COMPLETED, it is no SupervisedTrainer of MONAI; add "
             "reseg.alignment_loss(label) to the loss in your own update function instead"
-        )
-    engine.add_event_handler(IterationEvents.LOSS_COMPLETED, handler)
+        ) from error
