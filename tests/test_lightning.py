@@ -191,6 +191,19 @@ def test_models_in_another_precision_train(tmp_path, precision):
     assert all(loss.isfinite() for loss in losses)
 
 
+@pytest.mark.parametrize("example", [None, batch()[0]], ids=["taps found in stage 1", "taps found before"])
+def test_a_compiled_network_that_ran_in_the_sanity_check_is_served(tmp_path, example):
+    class Compiled(Segmenter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+            self.reseg = ReSegWrapper(self.net, example_input=example)
+
+    module = Compiled()
+    fit(module, tmp_path, [ReSegCallback(steps=2)], epochs=1)
+    assert module.reseg.calls == module.ds.calls == 3
+
+
 def test_gradient_accumulation_counts_every_batch(tmp_path):
     module = segmenter()
     fit(module, tmp_path, [ReSegCallback(steps=2)], epochs=1, accumulate_grad_batches=3)

@@ -157,11 +157,12 @@ def test_amp_and_accumulation_count_every_batch(tmp_path, kwargs):
     assert all(loss.isfinite() for loss in parts.losses)
 
 
-def test_a_compiled_network_is_served_if_the_wrapper_knows_its_taps_before(tmp_path):
+@pytest.mark.parametrize("example", [None, batch()[0]], ids=["taps found in stage 1", "taps found before"])
+def test_a_trainer_that_compiles_is_served(tmp_path, example):
     parts = Parts()
-    parts.reseg = ReSegWrapper(parts.net, example_input=batch()[0].to(DEVICE))
+    parts.reseg = ReSegWrapper(parts.net, example_input=None if example is None else example.to(DEVICE))
     parts.run(tmp_path, epochs=1, compile=True, compile_kwargs={"backend": "eager"})
-    assert parts.reseg.calls == 3
+    assert parts.reseg.calls == parts.ds.calls == 3
 
 
 def test_at_weight_0_there_is_no_stage_1_and_the_run_is_a_bare_one(tmp_path):

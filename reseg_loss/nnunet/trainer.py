@@ -32,25 +32,26 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
 
     reseg_settings: ClassVar[dict[str, Any]] = {"preset": "standardized"}
     recon_epochs = 50
+    reseg: ReSegWrapper | None = None
 
     def on_train_start(self) -> None:
         """Attach, before the (lazily) compiled network is called, and fit the teacher or take the file's."""
         super().on_train_start()
         if self.reseg_settings.get("weight") == 0:
             return
-        self.reseg = self._make_reseg()
-        self.loss = _WithAlignment(self.loss, self.reseg, self._label)
+        self.reseg = reseg = self._make_reseg()
+        self.loss = _WithAlignment(self.loss, reseg, self._label)
         file = None if self.disable_checkpointing else Path(self.output_folder) / "reseg_stage1.pth"
         if file is not None and self.local_rank == 0 and not self.logger.resume:
             file.unlink(missing_ok=True)  # of an earlier run in this folder
         amp = torch.float16 if self.grad_scaler is not None else None
-        history = self.reseg.fit_recon(_Epoch(self), epochs=self.recon_epochs, amp=amp, checkpoint=file)
+        history = reseg.fit_recon(_Epoch(self), epochs=self.recon_epochs, amp=amp, checkpoint=file)
         self.print_to_log_file(f"stage 1: reconstruction loss {history[0]:.4f} at first, {history[-1]:.4f} at last")
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the alignment beside the loss, which contains it."""
         super().on_train_epoch_end(train_outputs)
-        if self.reseg_settings.get("weight") != 0:
+        if self.reseg is not None:
             self.print_to_log_file(f"alignment {self.reseg.stats()['alignment']:.4f} times {self.reseg.weight}")
 
     def save_checkpoint(self, filename: str) -> None:
