@@ -1,6 +1,6 @@
 """MONAI's DynUNet or UNet on 3D patches: bare, with deep supervision, and with reseg-loss.
 
-    python examples/train_3d.py --small                           # the packaged template, about 4 minutes on 2 cores
+    python examples/train_3d.py --small                           # the packaged template, about 3 minutes on 2 cores
     python examples/train_3d.py --small --contrasts 2             # with a second, made-up contrast
     python examples/train_3d.py --data hippocampus.npz --amp bf16 # on a GPU; D x H x W volumes, see common/volumes.py
     torchrun --nproc_per_node 2 examples/train_3d.py ...          # several GPUs share each batch

@@ -306,4 +306,8 @@ def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
     assert made.reseg.settings.normalize is None
     about = torch.load(Path(made.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert about["trainer_name"] == "nnUNetTrainer_250epochs"
-    tiny.make("nnUNetTrainerReSeg", "2d")
+    made = tiny.make("nnUNetTrainerReSeg", "2d")
+    assert made._trainer_to_predict_with() == "nnUNetTrainer"
+    own = type("WithANetworkOfItsOwn", (type(made),), {"build_network_architecture": staticmethod(lambda: None)})
+    made.__class__ = own
+    assert made._trainer_to_predict_with() == "WithANetworkOfItsOwn"

@@ -60,10 +60,16 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
             checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
-            stock = next(c for c in type(self).__mro__ if c.__module__.startswith("nnunetv2."))
-            checkpoint |= {"trainer_name": stock.__name__, "reseg_trainer": type(self).__name__}
+            checkpoint |= {"trainer_name": self._trainer_to_predict_with(), "reseg_trainer": type(self).__name__}
             write_atomically(checkpoint, filename)
             os.remove(partial)
+
+    def _trainer_to_predict_with(self) -> str:
+        """The trainer that ours builds on, unless a subclass of ours has a network of its own."""
+        mine = type(self)
+        base = mine.__mro__[mine.__mro__.index(nnUNetTrainerReSeg) + 1]
+        same = base.build_network_architecture is mine.build_network_architecture
+        return base.__name__ if same else mine.__name__
 
     def _make_reseg(self) -> ReSegWrapper:
         labels, settings = self.label_manager, dict(self.reseg_settings)
