@@ -49,9 +49,17 @@ def main() -> None:
         "options": args.options,
     }
     results = []
+    if args.out.exists():  # goes on after the backbones that it has, if they were measured alike
+        before = json.loads(args.out.read_text())
+        if before["about"] != about:
+            parser.error(f"{args.out} was measured otherwise ({before['about']}); name another file")
+        results = before["results"]
+    known = {result["backbone"] for result in results}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.backbones:
             backbone, out = importlib.import_module(f"train_{name}").BACKBONE, Path(folder) / name
+            if backbone.name in known:
+                continue
             for comparison in (["--weight", "0", "--deep-supervision"], []):
                 run_script(backbone, ["--data", str(args.data), "--out", str(out), *comparison, *args.options])
             for row, file in RUNS.items():

@@ -21,6 +21,7 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from common.data import SegmentationData, TrainingBatches, load_data, resize_image, resize_label
+from common.experiment import positive
 from common.metrics import VolumeScores, summarize
 from common.plots import ModelPictures, comparison_figure, save_figure
 from common.recipes import sgd
@@ -190,13 +191,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:  # its message says what to do, so a traceback would only hide it
         parser.error(str(error))
     return args
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} has to be 1 or more")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,20 +25,6 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")  # a few steps teach it nothing
 
 
-@pytest.fixture
-def slices(tmp_path: Path) -> Path:
-    """Five patients with four noisy slices each, in which a bright square is to be found."""
-    rng = np.random.default_rng(0)
-    labels = np.zeros((20, 32, 32), np.uint8)
-    for label in labels:
-        row, column = rng.integers(0, 16, 2)
-        label[row : row + 16, column : column + 16] = 1
-    images = (labels * 120 + rng.integers(0, 100, labels.shape)).astype(np.uint8)
-    path = tmp_path / "squares.npz"
-    np.savez(path, images=images, labels=labels, patient=np.repeat(np.arange(5), 4))
-    return path
-
-
 def test_quickstart_as_a_script_in_another_folder(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--steps", "3", "--recon-steps", "2"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,20 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction los
 
 def backbone(script: str):
     return importlib.import_module(script).BACKBONE
-
-
-@pytest.fixture
-def slices(tmp_path: Path) -> Path:
-    """Five patients with four noisy slices each, in which a bright square is to be found."""
-    rng = np.random.default_rng(0)
-    labels = np.zeros((20, 32, 32), np.uint8)
-    for label in labels:
-        row, column = rng.integers(0, 16, 2)
-        label[row : row + 16, column : column + 16] = 1
-    images = (labels * 120 + rng.integers(0, 100, labels.shape)).astype(np.uint8)
-    path = tmp_path / "squares.npz"
-    np.savez(path, images=images, labels=labels, patient=np.repeat(np.arange(5), 4))
-    return path
 
 
 def options(slices: Path, *more: str) -> list[str]:

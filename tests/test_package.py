@@ -38,6 +38,13 @@ def test_version_license_and_extras_are_declared_once():
     assert sorted(re.match(r"[a-z]+", r)[0] for r in core) == ["torch", "tqdm"]
 
 
+def test_mamba_ssm_comes_with_its_own_extra_alone():
+    """It is built from source with nvcc, which no other install may need."""
+    brings = [r for r in metadata("reseg-loss").get_all("Requires-Dist") or [] if "mamba" in r.lower()]
+    assert len(brings) == 1
+    assert re.search(r"extra == ['\"]mamba['\"]", brings[0])
+
+
 def test_every_public_name_has_a_docstring():
     for name in reseg_loss.__all__:
         assert name == "PRESETS" or getattr(reseg_loss, name).__doc__, name

@@ -14,6 +14,7 @@ from torch import nn
 from reseg_loss import ReSegWrapper
 
 ROOT = Path(__file__).parents[1]
+RUNS = ("bare", "deep supervision", "reseg")
 README = (ROOT / "README.md").read_text()
 
 
@@ -92,3 +93,22 @@ def test_the_cost_table_is_that_of_the_results():
             line.replace("`", "").startswith(f"| {row} |") and line.endswith(f"| {' | '.join(values)} |")
             for line in README.splitlines()
         ), row
+
+
+def test_the_examples_numbers_are_those_of_the_results():
+    text = (ROOT / "examples" / "README.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "backbones_h100.json").read_text())["results"]
+    for name in {result["backbone"] for result in results}:
+        runs = [next(r for r in results if (r["backbone"], r["row"]) == (name, row)) for row in RUNS]
+        values = {
+            "ms a step": [f"{1e3 * run['seconds_per_step']:.0f}" for run in runs],
+            "peak memory, GiB": [f"{run['peak_mib'] / 1024:.1f}" for run in runs],
+            "DSC, %": [f"{100 * run['mean_dsc']:.1f}" for run in runs],
+        }
+        lines = iter(text[text.index(f"| {name} |") :].splitlines())
+        for (what, row), line in zip(values.items(), lines):
+            assert line.endswith(f"| {what} | {' | '.join(row)} |"), (name, line)
+    scan = json.loads((ROOT / "benchmarks" / "results" / "scan_h100.json").read_text())
+    assert f"{scan['ms']['cuda']:.0f} ms with the kernel and {scan['ms']['torch']:.0f} ms in torch" in text
+    assert f"{scan['ratio']:.1f}\ntimes" in text
+    assert f"{scan['ratio']:.1f} times" in README
