@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -296,3 +297,15 @@ def test_wrong_options_are_explained(volumes, more, message, capsys):
     with pytest.raises(SystemExit):
         train_3d.main(options(volumes, "out", *more))
     assert message in capsys.readouterr().err
+
+
+def test_the_benchmark_writes_every_row(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("volumes")
+    options = ["--patches", "16", "--filters", "4", "8", "16", "32", "--batch", "1", "--steps", "2", "--warmup", "1"]
+    monkeypatch.setattr(sys, "argv", ["volumes.py", *options, "--out", str(tmp_path / "volumes.json")])
+    benchmark.main()
+    written = json.loads((tmp_path / "volumes.json").read_text())
+    assert [result["row"] for result in written["results"]] == list(benchmark.ROWS)
+    assert written["results"][0]["ratio"] == 1
+    assert written["about"]["torch"] == torch.__version__

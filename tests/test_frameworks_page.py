@@ -37,9 +37,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "CUDA_VISIBLE_DEVICES": "",  # two processes on one GPU would need another backend
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--standalone", worker.__file__, str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*torchrun, worker.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=400
+    )
     assert run.returncode == 0, run.stderr[-5000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
