@@ -293,6 +293,7 @@ class ReSegWrapper:
             "format": FORMAT,
             "settings": {**self.settings.to_dict(), "weight": self._weight},
             "calls": self._calls,
+            "ready": self.ready,
             "parts": None,
         }
         if self._parts is not None:
@@ -312,9 +313,9 @@ class ReSegWrapper:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, its settings included, and freeze the teacher.
+        """Restore what `state_dict` gave, its settings included.
 
-        It needs neither an example nor `fit_recon`. To go on with a stage 1 of your own, load `teacher` instead.
+        It needs neither an example nor `fit_recon`. A teacher that was saved before the end of stage 1 is not frozen.
 
         Raises:
             ReSegError: the state is of another format or model, or of a wrapper with a teacher of its own that is not
@@ -323,9 +324,12 @@ class ReSegWrapper:
         """
         if state.get("format") != FORMAT:
             raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
+        ready = state.get("ready", True)
+        if self.ready and state["parts"] is not None and not ready:
+            raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
         self._restore(state["parts"], Settings(**state["settings"]))
         self.weight, self._calls = self.settings.weight, state["calls"]
-        if self._parts is not None:
+        if self._parts is not None and ready:
             self.teacher.freeze()
 
     # --- inside

@@ -226,3 +226,26 @@ def test_a_bundles_config_constructs_it(tmp_path):
     assert parser.get_parsed_content("reseg").calls == parser.get_parsed_content("ds").calls == 3
     (file,) = tmp_path.glob("*.pt")
     assert set(torch.load(file, weights_only=True)) == {"net", "optimizer", "reseg", "ds"}
+
+
+def test_a_run_killed_in_stage_1_does_not_go_on_with_half_a_teacher(tmp_path, monkeypatch):
+    parts = Parts()
+    saver = CheckpointSaver(str(tmp_path), {"reseg": parts.reseg}, save_final=True)  # it saves on exceptions, too
+
+    def killed(self: Any) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(ReSegWrapper, "freeze_teacher", killed)
+    trainer = SupervisedTrainer(
+        DEVICE, 1, parts.loader, parts.net, parts.optimizer, dice_ce,
+        train_handlers=[ReSegHandler(parts.reseg, steps=2, progress=False), saver],
+    )  # fmt: skip
+    with pytest.raises(KilledError):
+        trainer.run()
+    monkeypatch.undo()
+    (file,) = tmp_path.glob("*.pt")
+    fresh = Parts(seed=7)
+    fresh.reseg.load_state_dict(torch.load(file, weights_only=True))
+    assert not fresh.reseg.ready
+    fresh.run(tmp_path / "again", epochs=1)
+    assert fresh.reseg.ready
