@@ -120,10 +120,9 @@ class _RootEnter(Recorder):
         image = args[0] if args else None
         if not (isinstance(image, Tensor) and image.ndim in (4, 5) and image.is_floating_point()):
             image = image_of((args, kwargs))  # a search, which older compilers cannot trace
-        device = image.device.type
         recording.open = {
             "image": image,
-            "autocast": (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+            "autocast": None,
             "grad": torch.is_grad_enabled(),
             "calls": {},
             "seen": {},
@@ -165,6 +164,9 @@ class _TapHook(Recorder):
         for name, keys, wanted in self.slots:
             if wanted == call:
                 tensor = _element(value, keys, name)
+                if recording.open["autocast"] is None:  # here, for a forward may enter it itself (Accelerate's do)
+                    device = tensor.device.type
+                    recording.open["autocast"] = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
                 copy = recording.clone is None or name in recording.clone
                 kept = tensor.clone() if copy else tensor
                 # a compiled graph's output has no history: whether it was overwritten there is not known

@@ -121,6 +121,11 @@ class ReSegWrapper:
         self._arm()
 
     @property
+    def ready(self) -> bool:
+        """Whether stage 1 is over: the teacher is there and frozen."""
+        return self._parts is not None and self._parts.teacher.frozen
+
+    @property
     def calls(self) -> int:
         """How often `alignment_loss` has returned at a weight other than 0, calls that `every` skips included."""
         return self._calls
@@ -187,17 +192,17 @@ class ReSegWrapper:
             raise ReSegError(f"epochs={epochs}, steps={steps}; it must be at least 1")
         if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
             raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
-        if self._parts is not None and self.teacher.frozen:
+        if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
         resumed = recon.read_checkpoint(checkpoint) if checkpoint is not None else None
         if resumed is not None:
             self._continue(resumed["wrapper"], str(checkpoint))
 
         def prepare(image: Tensor) -> Teacher:
-            device = next((p.device for p in self._model.parameters()), image.device)
+            like = next((p for p in self._model.parameters() if p.is_floating_point()), image)
             if self._parts is None:
-                self._parts = self._build(image.to(device))
-            self.teacher.to(device)  # the model may have moved since
+                self._parts = self._build(image.to(like.device, like.dtype))
+            self.teacher.to(like.device)  # the model may have moved since
             return self.teacher.train()
 
         def save(state: dict[str, Any]) -> None:
@@ -290,6 +295,7 @@ class ReSegWrapper:
             "format": FORMAT,
             "settings": {**self.settings.to_dict(), "weight": self._weight},
             "calls": self._calls,
+            "ready": self.ready,
             "parts": None,
         }
         if self._parts is not None:
@@ -309,9 +315,9 @@ class ReSegWrapper:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, its settings included, and freeze the teacher.
+        """Restore what `state_dict` gave, its settings included.
 
-        It needs neither an example nor `fit_recon`. To go on with a stage 1 of your own, load `teacher` instead.
+        It needs neither an example nor `fit_recon`. A teacher that was saved before the end of stage 1 is not frozen.
 
         Raises:
             ReSegError: the state is of another format or model, or of a wrapper with a teacher of its own that is not
@@ -320,10 +326,13 @@ class ReSegWrapper:
         """
         if state.get("format") != FORMAT:
             raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
+        ready = state.get("ready", True)
+        if self.ready and state["parts"] is not None and not ready:
+            raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
         self._restore(state["parts"], Settings(**state["settings"]))
         self._calls = state["calls"]
         self.weight = self.settings.weight
-        if self._parts is not None:
+        if self._parts is not None and ready:
             self.teacher.freeze()
 
     # --- inside

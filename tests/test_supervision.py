@@ -280,3 +280,21 @@ def test_label_values_are_checked_before_they_are_averaged():
         ds.loss(label + 255, task_loss)
     with pytest.raises(ReSegError, match="example_input="):
         DeepSupervision(model, 3, image)
+
+
+def test_a_forward_that_enters_autocast_itself_is_seen_as_such():
+    class Entering(UNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    image, label = batch()
+    model = Entering()
+    reseg = ReSegWrapper(model, example_input=image)
+    reseg.freeze_teacher()
+    ds = DeepSupervision(model, 3, example_input=image)
+    model(image)
+    assert reseg.extractor.take().autocast == (True, torch.bfloat16)
+    ds.extractor.forget()
+    model(image)
+    (reseg.alignment_loss(label) + ds.loss(label, task_loss)).backward()

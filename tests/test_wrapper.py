@@ -155,7 +155,10 @@ def test_a_state_before_the_teacher_exists_and_one_of_a_trainable_teacher():
     assert fresh.weight == 0.5
     training = ReSegWrapper(UNet(), example_input=image)
     fresh.load_state_dict(saved(training))
-    assert fresh.teacher.frozen  # loading ends stage 1
+    assert not fresh.ready, "a run that was killed in stage 1 must not go on with half a teacher"
+    fresh.freeze_teacher()
+    with pytest.raises(ReSegError, match="before the end of stage 1, which is over here"):
+        fresh.load_state_dict(saved(training))
     with pytest.raises(ReSegError, match="format None"):
         fresh.load_state_dict({})
 

@@ -1,0 +1,174 @@
+"""MONAI's DynUNet or UNet on 3D patches: bare, with deep supervision, and with reseg-loss.
+
+    python examples/train_3d.py --small                           # the packaged template, about 3 minutes on 2 cores
+    python examples/train_3d.py --small --contrasts 2             # with a second, made-up contrast
+    python examples/train_3d.py --data hippocampus.npz --amp bf16 # on a GPU; D x H x W volumes, see common/volumes.py
+    torchrun --nproc_per_node 2 examples/train_3d.py ...          # several GPUs share each batch
+
+Tested with sliding windows; DSC and HD95 in mm, in 3D. Runs, resume and the loop are those of the 2D train scripts
+(`common/experiment.py`, `common/training.py`): the same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common.experiment import AMP, Backbone, Setting, Variant, cost, positive, say, trained
+from common.metrics import Summary, VolumeScores, summarize
+from common.processes import processes, rank, world_size
+from common.recipes import Recipe
+from common.volumes import Patch, PatchBatches, evaluate_volumes, fitting_patch, load_volumes
+from monai.networks.nets import DynUNet, UNet
+from torch import nn
+
+from reseg_loss import PRESETS
+
+FILTERS, SMALL_FILTERS = (32, 64, 128, 256), (8, 16, 32, 64)
+RUNS = ("bare", "deep", "reseg", "reseg+deep")
+
+
+def dynunet(channels: int, classes: int, filters: Sequence[int]) -> nn.Module:
+    """nnU-Net's plain network; its own deep supervision is off, for ours does the same on any network."""
+    return DynUNet(
+        3, channels, classes, [3] * len(filters), [1, 2, 2, 2], [2, 2, 2], filters=list(filters), norm_name="instance"
+    )
+
+
+def unet(channels: int, classes: int, filters: Sequence[int]) -> nn.Module:
+    """MONAI's residual U-Net."""
+    return UNet(3, channels, classes, tuple(filters), (2, 2, 2), num_res_units=2)
+
+
+NETWORKS: dict[str, Callable[[int, int, Sequence[int]], nn.Module]] = {"dynunet": dynunet, "unet": unet}
+RECIPE = Recipe("our choice: it learns in few steps", lr=1e-3, weight_decay=1e-2, optimizer="AdamW", batch_size=2)
+SMALL_RECIPE = replace(RECIPE, lr=3e-3)
+
+
+@dataclass(frozen=True)
+class VolumeSetting(Setting):
+    """A setting whose networks see patches."""
+
+    patch: Patch
+
+    def options(self, variant: Variant) -> dict[str, Any]:
+        """What the result of a run depends on."""
+        own = {"network": self.args.network, "contrasts": self.args.contrasts, "patch": list(self.patch)}
+        return super().options(variant) | own
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> VolumeSetting:
+    """Read the volumes, and say what is about to happen."""
+    data, make = args.dataset, NETWORKS[args.network]
+    channels = data.train[0].read()[0].shape[0]
+    patch = tuple(args.patch) if args.patch else fitting_patch(data, 64 if args.small else 128)
+    backbone = Backbone(
+        args.network,
+        build=lambda classes, size: make(channels, classes, FILTERS),
+        small=lambda classes, size: make(channels, classes, SMALL_FILTERS),
+        recipe=RECIPE,
+        small_recipe=SMALL_RECIPE,
+    )
+    batches = PatchBatches(data, patch, args.batch_size, args.seed, rank(), world_size())
+    say(
+        f"{args.network} on {data.name}: {len(data.train)} training and {len(data.test)} test volumes, channels: "
+        f"{channels}, {args.steps} steps of {args.batch_size} patches of {' x '.join(map(str, patch))} voxels"
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    return VolumeSetting(backbone, data, batches, args, device, args.seed, args.out, patch)
+
+
+def trained_and_tested(variant: Variant, setting: VolumeSetting) -> Summary:
+    """Do a run, or what is left of it, and leave its scores in NAME.json."""
+    model, run = trained(variant, setting)
+    path, options = setting.out / f"{variant.name}.json", setting.options(variant)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("options") == options:
+        return summarize([VolumeScores(**volume) for volume in known["volumes"]])
+    scores = evaluate_volumes(model, setting.data, setting.patch, title=f"{variant.name}, testing")
+    summary = summarize(scores)
+    if rank() == 0:
+        content = {"network": setting.args.network, "options": options, **cost(run)}
+        content |= {"classes": setting.data.class_names, **asdict(summary), "volumes": list(map(asdict, scores))}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    return summary
+
+
+def table(results: dict[str, Summary], class_names: Sequence[str]) -> str:
+    """DSC per class and on average, and the average HD95, a run a row."""
+
+    def cell(value: float | None, scale: float = 1) -> str:
+        return "-" if value is None else f"{value * scale:.2f}"
+
+    unit = next(iter(results.values())).unit
+    rows = [["", *(f"DSC {name}" for name in class_names[1:]), "DSC mean", f"HD95 mean in {unit}"]]
+    for name, summary in results.items():
+        dsc = [cell(value, 100) for value in (*summary.dsc, summary.mean_dsc)]
+        rows.append([name, *dsc, cell(summary.mean_hd95)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    reseg = {"preset": args.preset, **({} if args.weight is None else {"weight": args.weight})}
+    with processes(args.device) as device:
+        setting = prepare(args, device)
+        results = {}
+        for name in args.runs:
+            variant = Variant(name, reseg if "reseg" in name else None, "deep" in name)
+            results[name] = trained_and_tested(variant, setting)
+        say(f"\n{table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
+        say("One seed proves nothing: repeat with another --seed.")
+        if args.data is None:
+            say("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=list(NETWORKS), default="dynunet")
+    parser.add_argument("--small", action="store_true", help="a narrow network, few steps: minutes on 2 CPU cores")
+    parser.add_argument("--data", type=Path, help="an .npz of volumes; default: the MNI152 template of nilearn")
+    parser.add_argument("--contrasts", type=int, choices=(1, 2), default=1, help="of the template (default: 1)")
+    parser.add_argument("--patients", type=positive, help="train on this many patients (default: all)")
+    parser.add_argument("--patch", type=positive, nargs=3, metavar=("D", "H", "W"), help="multiples of 8")
+    parser.add_argument("--runs", default="bare,deep,reseg", help=f"some of {','.join(RUNS)} (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, help="training steps of each run (default: 1500, small 100)")
+    parser.add_argument("--recon-steps", type=positive, help="steps of stage 1 (default: 800, small 60)")
+    parser.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: 0.001, small 0.003)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="standardized", help="(default: %(default)s)")
+    parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
+    parser.add_argument("--amp", choices=list(AMP), default="off", help="mixed precision (default: off)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default: 0)")
+    parser.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/train_3d"), help="folder of checkpoints and results")
+    args = parser.parse_args(argv)
+    args.runs = args.runs.split(",")
+    for name in args.runs:
+        if name not in RUNS:
+            parser.error(f"--runs: {name!r} is none of {', '.join(RUNS)}")
+    if args.patch and any(n % 8 for n in args.patch):
+        parser.error(f"--patch {' '.join(map(str, args.patch))}: the networks halve it three times; multiples of 8")
+    args.steps = args.steps or (100 if args.small else 1500)
+    args.recon_steps = args.recon_steps or (60 if args.small else 800)
+    recipe = SMALL_RECIPE if args.small else RECIPE
+    args.lr = args.lr or recipe.lr
+    # what the 2D scripts let choose beside
+    args.paper, args.weights, args.size, args.recipe = False, None, None, replace(recipe, lr=args.lr)
+    try:
+        args.dataset = load_volumes(args.data, contrasts=args.contrasts, patients=args.patients, seed=args.seed)
+    except ValueError as error:  # its message says what to do, so a traceback would only hide it
+        parser.error(str(error))
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Lightning: the life cycle of what a LightningModule uses of this library, beside one line in its training_step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..errors import ReSegError
+from ..supervision import DeepSupervision
+from ..wrapper import ReSegWrapper
+
+
+class ReSegCallback(Callback):
+    """Runs stage 1 before the first training step, and keeps the teacher and the heads in the checkpoint.
+
+    It serves every `ReSegWrapper` and `DeepSupervision` that is an attribute of the LightningModule. Their states lie
+    in `checkpoint["callbacks"]`, never in the module's state_dict, and a resumed run has no stage 1. A wrapper whose
+    weight is 0 when training starts gets no stage 1.
+
+    Args:
+        loader: batches for stage 1; None takes the trainer's training loader.
+        **fit_recon: of `ReSegWrapper.fit_recon`, `epochs=` or `steps=` above all.
+
+    Raises:
+        ReSegError: the module has neither, or not those of the checkpoint.
+    """
+
+    def __init__(self, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
+        self.loader, self.fit_recon = loader, fit_recon
+        self._found: dict[str, ReSegWrapper | DeepSupervision] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find them."""
+        kinds = (ReSegWrapper, DeepSupervision)
+        self._found = {name: value for name, value in vars(pl_module).items() if isinstance(value, kinds)}
+        if not self._found:
+            raise ReSegError(
+                f"{type(pl_module).__name__} has neither a ReSegWrapper nor a DeepSupervision among its attributes; "
+                "in its __init__ write self.reseg = ReSegWrapper(self.net)"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the heads to where the trainer has brought the module, before the optimizer's state is restored."""
+        for each in self._found.values():
+            if isinstance(each, DeepSupervision):
+                each.to(pl_module.device, pl_module.dtype)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stage 1, unless the checkpoint had the teacher."""
+        for each in self._found.values():
+            if isinstance(each, ReSegWrapper) and each.weight != 0 and not each.ready:
+                loader: Any = trainer.train_dataloader if self.loader is None else self.loader
+                each.fit_recon(loader, **{"progress": trainer.progress_bar_callback is not None, **self.fit_recon})
+
+    def state_dict(self) -> dict[str, Any]:
+        """{attribute: its state}, without teachers that are not trained yet."""
+        return {
+            name: each.state_dict()
+            for name, each in self._found.items()
+            if isinstance(each, DeepSupervision) or each.ready
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give every attribute its state back."""
+        for name, state in state_dict.items():
+            if name not in self._found:
+                raise ReSegError(f"the checkpoint has a state for self.{name}, the module has {list(self._found)}")
+            self._found[name].load_state_dict(state)

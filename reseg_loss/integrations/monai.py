@@ -1,0 +1,91 @@
+"""MONAI's engines (and so Ignite's): handlers that add to the loss of a SupervisedTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..errors import ReSegError
+from ..supervision import DeepSupervision
+from ..wrapper import ReSegWrapper
+
+if TYPE_CHECKING:
+    from monai.engines.trainer import SupervisedTrainer
+
+
+class ReSegHandler:
+    """Runs stage 1 before the first epoch, then adds the alignment loss to the trainer's loss.
+
+    Give the wrapper to CheckpointSaver and CheckpointLoader under a name of its own, as you do with the network and
+    the optimizer: a resumed run has no stage 1. While the weight is 0 there is none either.
+
+    Args:
+        reseg: the wrapper around the trainer's network.
+        loader: batches for stage 1; None takes the trainer's own.
+        **fit_recon: of `ReSegWrapper.fit_recon`, `epochs=` or `steps=` above all.
+    """
+
+    def __init__(self, reseg: ReSegWrapper, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
+        self.reseg, self.loader, self.fit_recon = reseg, loader, fit_recon
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Called by the trainer.
+
+        Raises:
+            ReSegError: the engine tells nobody when its loss is computed.
+        """
+        from ignite.engine import Events
+
+        # not at STARTED: there CheckpointLoader may come after us
+        engine.add_event_handler(Events.EPOCH_STARTED, self.stage_1)
+        _when_the_loss_is_there(engine, self)
+
+    def stage_1(self, engine: SupervisedTrainer) -> None:
+        """Fit the teacher, unless it is there."""
+        if self.reseg.weight != 0 and not self.reseg.ready:
+            self.reseg.fit_recon(engine.state.dataloader if self.loader is None else self.loader, **self.fit_recon)
+
+    def __call__(self, engine: SupervisedTrainer) -> None:
+        """Add the alignment loss."""
+        output = engine.state.output
+        output["loss"] = output["loss"] + self.reseg.alignment_loss(output["label"])
+
+
+class DeepSupervisionHandler:
+    """Adds deep supervision with the trainer's own loss function.
+
+    The optimizer must have `ds.parameters()`; give `ds` to CheckpointSaver and CheckpointLoader, too.
+
+    Args:
+        ds: the heads on the trainer's network.
+    """
+
+    def __init__(self, ds: DeepSupervision) -> None:
+        self.ds = ds
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """As `ReSegHandler.attach`."""
+        _when_the_loss_is_there(engine, self)
+
+    def __call__(self, engine: SupervisedTrainer) -> None:
+        """Add the loss of the heads."""
+
+        def task_loss(logits: Tensor, label: Tensor) -> Tensor:
+            return engine.loss_function(logits, label).mean()  # as the trainer itself
+
+        output = engine.state.output
+        output["loss"] = output["loss"] + self.ds.loss(output["label"], task_loss)
+
+
+def _when_the_loss_is_there(engine: SupervisedTrainer, handler: ReSegHandler | DeepSupervisionHandler) -> None:
+    from monai.engines.utils import IterationEvents
+
+    try:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, handler)
+    except ValueError as error:
+        raise ReSegError(
+            f"{type(engine).__name__} has no event LOSS_COMPLETED, it is no SupervisedTrainer of MONAI; add "
+            "reseg.alignment_loss(label) to the loss in your own update function instead"
+        ) from error

@@ -1,0 +1,313 @@
+"""nnU-Net v2, run for real on a tiny data set: plan, preprocess, train, kill, resume, predict.
+
+Its requirements differ from ours, so it has an environment of its own: pip install '.[nnunet]' pytest
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import multiprocessing.pool
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nnunet_tiny as tiny
+import numpy as np
+import pytest
+import torch
+from frameworks_page import section
+
+from reseg_loss import ReSegError
+from reseg_loss.nnunet import __main__ as printer
+
+pytestmark = [
+    pytest.mark.nnunet,
+    pytest.mark.skipif(
+        importlib.util.find_spec("nnunetv2") is None,
+        reason="needs nnunetv2, in an environment of its own: pip install '.[nnunet]' pytest",
+    ),
+    pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The data set, planned and preprocessed."""
+    root = tmp_path_factory.mktemp("nnunet")
+    patch = pytest.MonkeyPatch()
+    for name in ("raw", "preprocessed", "results"):
+        (root / name).mkdir()
+        patch.setenv(f"nnUNet_{name}", str(root / name))
+    settings = {"def_n_proc": "1", "n_proc_DA": "0", "compile": "f", "extTrainer": str(printer.folder())}
+    for name, value in settings.items():
+        patch.setenv(f"nnUNet_{name}", value)
+    # threads instead of spawned processes, each of which would import everything again
+    patch.setattr(multiprocessing, "get_context", lambda method=None: _threads())
+    tiny.write_dataset(root / "raw")
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
+
+    patch.setattr(MetaLogger, "plot_progress_png", lambda *args, **kwargs: None)
+    extract_fingerprints([901], num_processes=1, check_dataset_integrity=True, clean=True)
+    patch.setenv("nnUNet_n_proc_DA", "1")  # 0 crashes the planning
+    plan_experiments([901])
+    patch.setenv("nnUNet_n_proc_DA", "0")
+    preprocess([901], configurations=("2d", "3d_fullres"), num_processes=(1, 1))
+    tiny.shrink_plans(root / "preprocessed")
+    yield root
+    patch.undo()
+
+
+def _threads() -> Any:
+    own = {name: getattr(multiprocessing, name) for name in ("Manager", "Queue", "Event", "Process")}
+    return types.SimpleNamespace(Pool=lambda n=1, *args, **kwargs: multiprocessing.pool.ThreadPool(n), **own)
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def predict(trained: Any, raw: Path) -> np.ndarray:
+    import SimpleITK as sitk  # noqa: N813
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(
+        use_mirroring=False, device=tiny.CPU, allow_tqdm=False, perform_everything_on_device=False
+    )
+    predictor.initialize_from_trained_model_folder(trained.output_folder_base, (0,), "checkpoint_final.pth")
+    image = sitk.GetArrayFromImage(sitk.ReadImage(raw / tiny.DATASET / "imagesTs" / "case_000_0000.nii.gz"))[None]
+    return predictor.predict_single_npy_array(image, {"spacing": [1, 1, 1]}, None, None, False)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_killed_resumed_and_predicted_without_the_library(folders, configuration, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "whole"))
+    whole = tiny.train(tiny.make("nnUNetTrainerReSeg", configuration))
+    assert whole.reseg.calls == 9
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "cut"))
+    cut = tiny.make("nnUNetTrainerReSeg", configuration)
+    tiny.kill_at(cut, epoch=2, step=1)
+    with pytest.raises(tiny.KilledError):
+        tiny.train(cut)
+    file = Path(cut.output_folder) / "reseg_stage1.pth"
+    written = file.stat().st_mtime_ns
+    resumed = tiny.train(tiny.make("nnUNetTrainerReSeg", configuration, resume=True), resume=True)
+    assert file.stat().st_mtime_ns == written, "the teacher came from its file"
+    assert resumed.reseg.calls == 3
+    assert equal(resumed.network, whole.network)
+    assert equal(resumed.reseg.teacher, whole.reseg.teacher)
+    for key in ("train_losses", "val_losses", "ema_fg_dice"):
+        assert resumed.logger.get_value(key, step=None) == whole.logger.get_value(key, step=None)
+    assert not list(Path(resumed.output_folder).glob("*.stock"))
+    assert not list(Path(resumed.output_folder).glob("*.partial"))
+
+    mine = predict(resumed, folders / "raw")
+    assert set(np.unique(mine)) <= {0, 1, 2, 3}
+    final = Path(resumed.output_folder) / "checkpoint_final.pth"
+    about = torch.load(final, map_location="cpu", weights_only=False)
+    assert (about["trainer_name"], about["reseg_trainer"]) == ("nnUNetTrainer", "nnUNetTrainerReSeg")
+    monkeypatch.delenv("nnUNet_extTrainer")
+    for name in [name for name in sys.modules if name.split(".")[0] == "reseg_loss"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        importlib.import_module("reseg_loss")
+    assert np.array_equal(predict(resumed, folders / "raw"), mine)
+
+
+def test_a_killed_stage_1_goes_on_and_another_start_begins_anew(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "whole"))
+    whole = tiny.train(tiny.make("nnUNetTrainerReSeg", "2d"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "cut"))
+    cut = tiny.make("nnUNetTrainerReSeg", "2d")
+    cut.recon_epochs = 1
+    tiny.kill_at(cut, epoch=0, step=0)
+    with pytest.raises(tiny.KilledError):
+        tiny.train(cut)
+    file = Path(cut.output_folder) / "reseg_stage1.pth"
+    assert len(torch.load(file, weights_only=True)["history"]) == 1
+    resumed = tiny.train(tiny.make("nnUNetTrainerReSeg", "2d", resume=True), resume=True)
+    assert equal(resumed.reseg.teacher, whole.reseg.teacher)
+    assert equal(resumed.network, whole.network)
+    anew = tiny.make("nnUNetTrainerReSeg", "2d")
+    anew.recon_epochs, anew.num_epochs = 1, 1
+    tiny.train(anew)
+    assert len(torch.load(file, weights_only=True)["history"]) == 1
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_at_weight_0_there_is_no_stage_1_and_the_run_is_the_stock_trainers_to_the_bit(
+    folders, configuration, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    stock = tiny.train(tiny.make("nnUNetTrainer", configuration))
+    made = tiny.make("nnUNetTrainerReSeg", configuration)
+    made.reseg_settings = {"weight": 0}
+    tiny.train(made)
+    assert equal(made.network, stock.network)
+    assert made.logger.get_value("train_losses", step=None) == stock.logger.get_value("train_losses", step=None)
+    assert not (Path(made.output_folder) / "reseg_stage1.pth").exists()
+    other = tiny.train(tiny.make("nnUNetTrainerReSeg", configuration))
+    assert not equal(other.network, stock.network)
+    assert list(other.network.state_dict()) == list(stock.network.state_dict())
+
+
+KINDS = {
+    "ignore": {"labels": {"background": 0, "outer": 1, "inner": 2, "ignore": 3}},
+    "regions": {
+        "labels": {"background": 0, "whole": [1, 2, 3], "core": [1, 2], "inner": [2]},
+        "regions_class_order": [3, 1, 2],
+    },
+    "regions and ignore": {
+        "labels": {"background": 0, "whole": [1, 2], "inner": [2], "ignore": 3},
+        "regions_class_order": [1, 2],
+    },
+    "one region and ignore": {
+        "labels": {"background": 0, "whole": [1, 2], "ignore": 3}, "regions_class_order": [1],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ignore_labels_and_regions_reach_the_teacher(folders, kind, monkeypatch, tmp_path):
+    from nnunetv2.training.dataloading import data_loader
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    made = tiny.make("nnUNetTrainerReSeg", "3d_fullres", labels=KINDS[kind])
+    made.num_epochs = 1
+    loader, original = data_loader.nnUNetDataLoader, data_loader.nnUNetDataLoader.__init__
+
+    def anywhere(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.has_ignore = False  # it would look for patches by what the preprocessing knew of ignored voxels
+
+    monkeypatch.setattr(loader, "__init__", anywhere)
+    batches = []
+    step = made.train_step
+    made.train_step = lambda batch: batches.append(batch) or step(batch)
+    tiny.train(made)
+    assert made.reseg.calls == 3
+    encoding = made.reseg.teacher.encoding
+    regions = "region" in kind
+    assert encoding.num_classes == made.label_manager.num_segmentation_heads
+    assert (encoding.mode, encoding.ignore_index) == (
+        "onehot" if regions else "index",
+        None if "ignore" not in kind else 255 if regions else 3,
+    )
+    target = batches[0]["target"][0]
+    encoded, valid = encoding.encode(made._label(target))
+    expected, counts = naive(target.numpy(), regions, "ignore" in kind)
+    assert np.array_equal(encoded.numpy(), expected)
+    assert (valid is None) == (counts is None)
+    if counts is not None:
+        assert np.array_equal(valid.numpy(), counts)
+        assert 0 < counts.mean() < 1
+
+
+def naive(target: np.ndarray, regions: bool, ignore: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """What the teacher takes in, and what counts, voxel by voxel."""
+    channels = target.shape[1] - (regions and ignore)
+    encoded = np.zeros((len(target), channels, *target.shape[2:]), np.float32)
+    valid = np.ones((len(target), 1, *target.shape[2:]), np.float32)
+    for b, *at in np.ndindex(len(target), *target.shape[2:]):
+        values = target[(b, slice(None), *at)]
+        ignored = ignore and (values[-1] != 0 if regions else values[0] == 3)
+        valid[(b, 0, *at)] = not ignored
+        encoded[(b, slice(None), *at)] = 0 if ignored else values[:channels]
+    return encoded, valid if ignore else None
+
+
+def test_validation_has_the_stock_loss_and_training_has_ours(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    made = tiny.make("nnUNetTrainerReSeg", "2d")
+    made.num_epochs = 1
+    tiny.train(made)
+    batch = next(made.dataloader_train)
+    made.network.train()
+    output = made.network(batch["data"])
+    stock = made.loss.loss(output, batch["target"])
+    assert made.loss(output, batch["target"]) > stock
+    with torch.no_grad():
+        made.network.eval()
+        output = made.network(batch["data"])
+        assert made.loss(output, batch["target"]) == made.loss.loss(output, batch["target"])
+
+
+def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
+    """nnU-Net compiles on GPUs only; here it is told to on the CPU, with the backend that needs no compiler."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compiler(network, backend="eager"))
+    made = tiny.make("nnUNetTrainerReSeg", "3d_fullres")
+    made._do_i_compile = lambda: True
+    tiny.train(made)
+    assert type(made.network).__name__ == "OptimizedModule"
+    assert made.reseg.calls == 9
+
+
+def test_a_projection_is_refused(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    made = tiny.make("nnUNetTrainerReSeg", "2d")
+    made.reseg_settings = {"projection": "linear"}
+    with pytest.raises(ReSegError, match="neither trains nor saves"):
+        tiny.train(made)
+
+
+def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes_on(folders, tmp_path):
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "nnUNet_results": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    logs = [open(tmp_path / f"{rank}.log", "wb") for rank in range(2)]  # noqa: SIM115
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tiny.__file__, str(rank), str(tmp_path)], env=environment, stdout=log, stderr=log
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process, log in zip(processes, logs):
+            process.kill()
+            log.close()
+    assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for run, calls in (("whole", 9), ("resumed", 3)):
+        assert zero[run]["wrapped"] == "DistributedDataParallel"
+        assert zero[run]["calls"] == one[run]["calls"] == calls
+        for part in ("student", "teacher"):
+            for other in (one[run][part], zero["whole"][part]):
+                assert all(torch.equal(a, b) for a, b in zip(zero[run][part], other, strict=True)), (run, part)
+
+
+def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    (code,) = re.findall(r"```python\n(.*?)```", section("nnU-Net v2"), re.DOTALL)
+    (tmp_path / "my_trainers").mkdir()
+    (tmp_path / "my_trainers" / "mine.py").write_text(code)
+    paths = [str(tmp_path / "my_trainers"), str(printer.folder())]
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(paths))
+    made = tiny.make("nnUNetTrainerReSeg_250epochs", "2d")
+    assert type(made).recon_epochs == 100
+    made.recon_epochs = 1
+    tiny.train(made)
+    assert made.reseg.weight == 0.1
+    assert made.reseg.settings.normalize is None
+    about = torch.load(Path(made.output_folder) / "checkpoint_final.pth", weights_only=False)
+    assert about["trainer_name"] == "nnUNetTrainer_250epochs"
+    made = tiny.make("nnUNetTrainerReSeg", "2d")
+    assert made._trainer_to_predict_with() == "nnUNetTrainer"
+    own = type("WithANetworkOfItsOwn", (type(made),), {"build_network_architecture": staticmethod(lambda: None)})
+    made.__class__ = own
+    assert made._trainer_to_predict_with() == "WithANetworkOfItsOwn"
