@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,14 @@ import torch
 
 # small models run slower on several threads than on one, and side by side they would fight for cores
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _cudnn_as_it_was() -> Iterator[None]:
+    """Benchmarks that a test runs in this process set it."""
+    before = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = before
 
 
 @pytest.fixture
