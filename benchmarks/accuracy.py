@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
 from benchmarks.evidence.batches import Feed
+from benchmarks.evidence.commit import head_commit
 from benchmarks.evidence.data import Slices, Split, load, rows, split
 from benchmarks.evidence.harness import Machine, Stage1, Stage2
 from benchmarks.evidence.metrics import score
@@ -231,14 +231,6 @@ def about(machine: Machine, commit: str | None) -> dict[str, Any]:
         "compiled": machine.compile,
         "commit": commit,
     }
-
-
-def head_commit() -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from ablation import BACKBONES
 from common.experiment import main as run_script
-from overhead import commit
 
 import reseg_loss
+from benchmarks.evidence.commit import head_commit
 
 RUNS = {"bare": "bare", "deep supervision": "deep", "reseg": "reseg"}
 KEYS = ("steps", "seconds_per_step", "peak_mib", "stage1_seconds", "task_loss", "mean_dsc", "mean_hd95", "unit", "dsc")
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", default=commit(), help="what was measured, where there is no git to tell")
+    parser.add_argument("--commit", default=head_commit(), help="what was measured, where there is no git to tell")
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=BACKBONES)
     parser.add_argument("options", nargs="*", help="options of the train scripts, after --")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
+from benchmarks.evidence.commit import head_commit
 from examples.backbones.swin_unet import SwinUNet
 from examples.backbones.transunet import TransUNet
 from examples.backbones.unet import UNet
@@ -353,14 +353,6 @@ def both_stages(group: Group, args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def commit() -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def check(report: dict[str, Any]) -> None:
     """Raise a ValueError unless `report` has the form of this script's results."""
     keys = {
@@ -422,7 +414,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file, written after every group; the plot goes beside it")
-    parser.add_argument("--commit", default=commit(), help="what was measured, where there is no git to tell")
+    parser.add_argument("--commit", default=head_commit(), help="what was measured, where there is no git to tell")
     parser.add_argument("--batch", type=int, default=24 if CUDA else 2)
     parser.add_argument("--size", type=int, default=224 if CUDA else 64)
     parser.add_argument("--width", type=int, default=64 if CUDA else 16, help="of the U-Net; under 64 all are small")

@@ -15,15 +15,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from overhead import commit, timed
+from overhead import timed
 
+from benchmarks.evidence.commit import head_commit
 from examples.backbones.vm_unet import VMUNet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=commit(), help="what was measured, where there is no git to tell")
+    parser.add_argument("--commit", default=head_commit(), help="what was measured, where there is no git to tell")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=15)

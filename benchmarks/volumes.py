@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
+from benchmarks.evidence.commit import head_commit
 from reseg_loss import DeepSupervision, ReSegWrapper
 
 CLASSES = 3
@@ -117,18 +117,10 @@ def measure(patch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def commit() -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=commit(), help="what was measured, where there is no git to tell")
+    parser.add_argument("--commit", default=head_commit(), help="what was measured, where there is no git to tell")
     parser.add_argument("--patches", type=int, nargs="+", default=[96, 128] if CUDA else [16, 32])
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--filters", type=int, nargs="+", default=[32, 64, 128, 256, 320] if CUDA else [4, 8, 16, 32])

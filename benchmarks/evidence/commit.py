@@ -1,0 +1,15 @@
+"""What was measured."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+
+def head_commit() -> str | None:
+    """The commit of this checkout; None where there is no git to tell."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
