@@ -21,7 +21,7 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from common.data import SegmentationData, TrainingBatches, load_data, resize_image, resize_label
-from common.experiment import positive
+from common.experiment import data_options, positive
 from common.metrics import VolumeScores, summarize
 from common.plots import ModelPictures, comparison_figure, save_figure
 from common.recipes import sgd
@@ -159,13 +159,7 @@ def caveats(data: SegmentationData, is_template: bool) -> list[str]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train two U-Nets without and with reseg-loss, side by side.")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="an .npz with images, labels and patient, or a TransUNet folder of Synapse or ACDC; default: the MNI152 "
-        "template that comes with nilearn",
-    )
-    parser.add_argument("--patients", type=positive, help="train on this many patients (default: all)")
+    data_options(parser)
     parser.add_argument("--steps", type=positive, default=150, help="training steps of each run (default: 150)")
     parser.add_argument("--recon-steps", type=positive, default=96, help="steps of stage 1 (default: 96)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")

@@ -12,15 +12,14 @@ Tested with sliding windows; DSC and HD95 in mm, in 3D. Runs, resume and the loo
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiment import AMP, Backbone, Setting, Variant, cost, positive, say, trained
-from common.metrics import Summary, VolumeScores, summarize
+from common.experiment import AMP, Backbone, Setting, Variant, positive, say, trained_and_tested
+from common.metrics import Summary, VolumeScores
 from common.processes import processes, rank, world_size
 from common.recipes import Recipe
 from common.volumes import Patch, PatchBatches, evaluate_volumes, fitting_patch, load_volumes
@@ -61,6 +60,10 @@ class VolumeSetting(Setting):
         own = {"network": self.args.network, "contrasts": self.args.contrasts, "patch": list(self.patch)}
         return super().options(variant) | own
 
+    def evaluate(self, model: nn.Module, title: str) -> list[VolumeScores]:
+        """Score the test volumes with sliding windows."""
+        return evaluate_volumes(model, self.data, self.patch, title)
+
 
 def prepare(args: argparse.Namespace, device: torch.device) -> VolumeSetting:
     """Read the volumes, and say what is about to happen."""
@@ -81,22 +84,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> VolumeSetting:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     return VolumeSetting(backbone, data, batches, args, device, args.seed, args.out, patch)
-
-
-def trained_and_tested(variant: Variant, setting: VolumeSetting) -> Summary:
-    """Do a run, or what is left of it, and leave its scores in NAME.json."""
-    model, run = trained(variant, setting)
-    path, options = setting.out / f"{variant.name}.json", setting.options(variant)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if known.get("options") == options:
-        return summarize([VolumeScores(**volume) for volume in known["volumes"]])
-    scores = evaluate_volumes(model, setting.data, setting.patch, title=f"{variant.name}, testing")
-    summary = summarize(scores)
-    if rank() == 0:
-        content = {"network": setting.args.network, "options": options, **cost(run)}
-        content |= {"classes": setting.data.class_names, **asdict(summary), "volumes": list(map(asdict, scores))}
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    return summary
 
 
 def table(results: dict[str, Summary], class_names: Sequence[str]) -> str:
@@ -122,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {}
         for name in args.runs:
             variant = Variant(name, reseg if "reseg" in name else None, "deep" in name)
-            results[name] = trained_and_tested(variant, setting)
+            _, results[name] = trained_and_tested(variant, setting)
         say(f"\n{table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
         say("One seed proves nothing: repeat with another --seed.")
         if args.data is None:

@@ -239,7 +239,7 @@ class FeatureExtractor:
                     f"no taps are named for {', '.join(unnamed)}: to find them pass example_input=, an image batch as "
                     'the model takes it; or name all: taps={"encoder": [...], "decoder": [...], "bottleneck": ...}'
                 )
-        self._modules = {tap: module_of(self._model, tap) for tap in self._taps()}
+        self._modules = {tap: module_of(self._model, tap) for tap in self.taps}
         # hooks go when the extractor does, so a forgotten one neither records nor holds memory
         self._finalizer = weakref.finalize(self, _detach, self._recording, self._handles)
 
@@ -263,11 +263,6 @@ class FeatureExtractor:
     def bottleneck(self) -> Tap:
         """The tap of the bottleneck; see `plan`."""
         return self.plan.bottleneck
-
-    @property
-    def taps(self) -> list[Tap]:
-        """Every tap once."""
-        return self._taps()
 
     @property
     def enabled(self) -> bool:
@@ -344,7 +339,7 @@ class FeatureExtractor:
         Raises:
             ReSegError, TapError: as `pop`.
         """
-        self.enabled, self._recording.wanted = True, len({str(tap) for tap in self._taps()})
+        self.enabled, self._recording.wanted = True, len({str(tap) for tap in self.taps})
         try:
             with suppress(_AllSeen):
                 forward()
@@ -379,7 +374,7 @@ class FeatureExtractor:
                 "compiled, its first call must come after the hooks are set: build this before, or call "
                 "torch._dynamo.reset() now"
             )
-        taps = self._taps()
+        taps = self.taps
         missing = [str(tap) for tap in taps if str(tap) not in forward["seen"]]
         if missing:
             raise TapError(
@@ -401,7 +396,7 @@ class FeatureExtractor:
 
     def _know(self, plan: TapPlan) -> None:
         self._plan = plan
-        self._recording.clone = frozenset(str(tap) for tap in self._taps() if tap.mutated)
+        self._recording.clone = frozenset(str(tap) for tap in self.taps if tap.mutated)
 
     def _first_plan(self, forward: dict[str, Any]) -> TapPlan:
         """The plan of named taps, from the first forward that showed their tensors."""
@@ -440,7 +435,9 @@ class FeatureExtractor:
             feature(self.plan.bottleneck),
         )
 
-    def _taps(self) -> list[Tap]:
+    @property
+    def taps(self) -> list[Tap]:
+        """Every tap once."""
         if self._plan is not None:
             selected = self._plan.selected
             taps = [level.encoder for level in selected] + [level.decoder for level in selected]
@@ -464,7 +461,7 @@ class FeatureExtractor:
 
     def __repr__(self) -> str:
         title = f"{type(self._model).__name__} ({'attached' if self.attached else 'not attached'})"
-        return self._plan.draw(title) if self._plan is not None else f"{title}: {', '.join(map(str, self._taps()))}"
+        return self._plan.draw(title) if self._plan is not None else f"{title}: {', '.join(map(str, self.taps))}"
 
 
 def _detach(recording: _Recording, handles: list[Any]) -> None:

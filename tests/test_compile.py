@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, task_loss
+from models import UNet, batch, inplace, task_loss
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -97,9 +97,7 @@ def test_taps_that_an_activation_in_place_completes_are_the_same_compiled(compil
     for run_compiled in (False, True):
         torch.manual_seed(0)
         model = UNet()
-        for module in model.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = True
+        inplace(model)
         image, label = batch()
         compile_teacher = run_compiled and compiled == "teacher"
         reseg = ReSegWrapper(model, example_input=image, weight=1.0, compile_teacher=compile_teacher)
@@ -154,9 +152,7 @@ def test_a_relu_in_place_after_a_tap_is_compiled_with_the_values_before_it():
     for run_compiled in (False, True):
         model, reseg = made()
         reseg.remove()
-        for module in model.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = True
+        inplace(model)
         extractor = FeatureExtractor(model, taps, batch()[0]).attach()
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if run_compiled else model
         run(batch()[0])
@@ -172,9 +168,7 @@ def test_a_tap_that_ends_in_a_relu_in_place_is_compiled():
     for run_compiled in (False, True):
         torch.manual_seed(0)
         model = UNet()
-        for module in model.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = True
+        inplace(model)
         reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0)
         reseg.freeze_teacher()
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if run_compiled else model

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, loader, task_loss
+from models import UNet, batch, inplace, loader, task_loss
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -992,13 +992,6 @@ def test_the_loss_may_be_computed_and_backpropagated_in_any_order(order):
 
 
 # --- in-place activations after a tapped module
-
-
-def inplace(model: nn.Module, flag: bool = True) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = flag
-    return model
 
 
 NORMS = {

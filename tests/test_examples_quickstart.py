@@ -19,6 +19,7 @@ import quickstart
 from common.data import TrainingBatches, load_data
 from common.recipes import sgd
 from common.training import predict, train
+from models import Threshold
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,20 +127,6 @@ def test_training_learns(slices):
     model = quickstart.basic_unet(2)
     losses = train(model, TrainingBatches(data, 8, seed=0).loader(40), sgd(model.parameters(), 0.05), steps=40)
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:3])
-
-
-class Threshold(nn.Module):
-    """A segmenter that needs no training: class 1 where the image is above one half."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[int, ...]] = []
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        self.seen.append(tuple(image.shape))
-        assert not self.training
-        return torch.cat([0.5 - image, image - 0.5], 1) * self.scale
 
 
 def test_prediction_is_at_the_volume_s_own_resolution():

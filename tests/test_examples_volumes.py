@@ -26,6 +26,7 @@ from common.volumes import (
     load_volumes,
     predict_volume,
 )
+from models import Threshold
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")  # a few steps teach it nothing
 
@@ -184,20 +185,6 @@ def test_volumes_smaller_than_a_patch_are_padded_with_background():
 
 
 # --- windows
-
-
-class Threshold(nn.Module):
-    """A segmenter that needs no training: class 1 where the image is above one half."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[int, ...]] = []
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        self.seen.append(tuple(image.shape))
-        assert not self.training
-        return torch.cat([0.5 - image, image - 0.5], 1) * self.scale
 
 
 @pytest.mark.parametrize("shape", [(16, 30, 41), (5, 16, 16)])

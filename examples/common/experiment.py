@@ -95,6 +95,10 @@ class Setting:
     seed: int
     out: Path
 
+    def evaluate(self, model: nn.Module, title: str) -> list[VolumeScores]:
+        """Score the test volumes."""
+        return evaluate(model, self.data, title)
+
     @property
     def recipe(self) -> Recipe:
         args = self.args
@@ -154,7 +158,7 @@ def trained_and_tested(variant: Variant, setting: Setting) -> tuple[nn.Module, S
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("options") == options:
         return model, summarize([VolumeScores(**volume) for volume in known["volumes"]])
-    scores = evaluate(model, setting.data, title=f"{setting.backbone.name}, {variant.name}, testing")
+    scores = setting.evaluate(model, f"{setting.backbone.name}, {variant.name}, testing")
     summary = summarize(scores)
     if rank() == 0:
         content = {"backbone": setting.backbone.name, "options": options, **cost(run)}
@@ -313,13 +317,7 @@ def options_parser(description: str) -> argparse.ArgumentParser:
     length.add_argument(
         "--paper", action="store_true", help="the network's published settings and epochs, and the preset paper"
     )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="an .npz with images, labels and patient, or a TransUNet folder of Synapse or ACDC; default: the MNI152 "
-        "template that comes with nilearn",
-    )
-    parser.add_argument("--patients", type=positive, help="train on this many patients (default: all)")
+    data_options(parser)
     parser.add_argument("--steps", type=positive, help=f"training steps of each run (default: {STEPS})")
     parser.add_argument("--recon-steps", type=positive, help=f"steps of stage 1 (default: {RECON_STEPS})")
     parser.add_argument("--batch-size", type=positive, help="slices a step, over all processes (default: published)")
@@ -330,6 +328,17 @@ def options_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default: 0)")
     return parser
+
+
+def data_options(parser: argparse.ArgumentParser) -> None:
+    """Which data, and how many patients of it."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="an .npz with images, labels and patient, or a TransUNet folder of Synapse or ACDC; default: the MNI152 "
+        "template that comes with nilearn",
+    )
+    parser.add_argument("--patients", type=positive, help="train on this many patients (default: all)")
 
 
 def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.ArgumentParser) -> None:
