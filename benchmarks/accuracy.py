@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, nargs="+", required=True, help="one or more, run in this order")
     parser.add_argument("--data", type=Path, required=True, help="folder with acdc.npz and sunnybrook.npz")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the plans' seeds these alone, to share them among GPUs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would end later")
     parser.add_argument("--compile", choices=["all", "losses", "none"], default="all", help="before the capture")
     parser.add_argument("--commit", default=head_commit(), help="what is measured, where there is no git to tell")
@@ -250,6 +251,8 @@ def main() -> None:
     print(json.dumps(said), flush=True)
     for path in args.plan:
         plan = read_plan(path)
+        if args.seeds:
+            plan = replace(plan, seeds=tuple(seed for seed in plan.seeds if seed in args.seeds))
         if args.smoke:
             plan = trial(plan, everything=args.all)
         if not run_plan(plan, args.data, args.out, machine, said, deadline):
