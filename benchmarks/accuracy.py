@@ -41,14 +41,14 @@ class Session:
     """What the runs of a plan share: data on the device, captured steps, and the seed's teachers."""
 
     def __init__(self, plan: Plan, folder: Path, machine: Machine, about: dict[str, Any]) -> None:
-        self.plan, self.machine, self.about = plan, machine, about
+        self.plan, self.machine, self.about = plan, machine.with_pool(), about
         self.data = find(folder, plan.data)
         self.other = find(folder, plan.also_test["data"]) if plan.also_test else None
         settings = plan.settings
         self.classes = len(self.data.class_names) + 1
         self.images, labels = to_size(self.data, settings.size)
         self.truth = torch.from_numpy(self.data.labels).to(machine.device)
-        steps = settings.steps + settings.stage1_steps * any(variant.long for variant in plan.variants)
+        steps = max(variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
         steps = max(steps, settings.stage1_steps)
         self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
         self.images = self.feed.images
@@ -101,7 +101,7 @@ class Session:
         scores = {part: self.score(step, self.parts.part(part)) for part in self.plan.parts}
         if self.other is not None and self.plan.also_test is not None:
             scores[self.other.name] = self.score_other(step, self.other, self.plan.also_test["classes"])
-        steps = self.plan.settings.steps + self.plan.settings.stage1_steps * variant.long
+        steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)
         done = time.perf_counter()
         return {
             "scores": scores,
@@ -238,9 +238,9 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, nargs="+", required=True, help="one or more, run in this order")
     parser.add_argument("--data", type=Path, required=True, help="folder with acdc.npz and sunnybrook.npz")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of the plans' seeds these alone, to share them among GPUs")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these of the plans alone, to share them among GPUs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would end later")
-    parser.add_argument("--compile", choices=["all", "losses", "none"], default="all", help="before the capture")
+    parser.add_argument("--compile", choices=["all", "losses", "none"], default="none", help="before the capture")
     parser.add_argument("--commit", default=head_commit(), help="what is measured, where there is no git to tell")
     parser.add_argument("--smoke", action="store_true", help="30 steps of each variant of one seed, for the timing")
     parser.add_argument("--all", action="store_true", help="with --smoke: every variant of the catalogue")

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -62,7 +62,8 @@ class Machine:
         device: a GPU, or the CPU for trials.
         compile: "all" compiles networks and losses, "losses" the losses alone.
         backend: of torch.compile.
-        pool: the memory that all graphs share: they never run at the same time, and none reads what another has left.
+        pool: the memory that a plan's graphs share: they never run at the same time, and none reads what another has
+            left. It goes with the last of them.
     """
 
     device: torch.device
@@ -71,13 +72,17 @@ class Machine:
     pool: Any = None
 
     @classmethod
-    def make(cls, compiled: Compiled = "all") -> Machine:
+    def make(cls, compiled: Compiled = "none") -> Machine:
         if not torch.cuda.is_available():
             return cls(torch.device("cpu"))
         for name, value in COMPILER.items():
             setattr(torch._dynamo.config, name, value)
         torch.backends.cudnn.benchmark = True
-        return cls(torch.device("cuda"), compiled, pool=torch.cuda.graph_pool_handle())
+        return cls(torch.device("cuda"), compiled)
+
+    def with_pool(self) -> Machine:
+        """The same with memory of its own for graphs."""
+        return self if self.device.type == "cpu" else replace(self, pool=torch.cuda.graph_pool_handle())
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
@@ -398,7 +403,7 @@ class Stage2:
             teacher: weights from stage 1; None leaves the teacher untrained.
         """
         settings = self.settings
-        steps = settings.steps + (settings.stage1_steps if variant.long else 0)
+        steps = variant.steps(settings.steps, settings.stage1_steps)
         weights = initial_weights(settings, self.classes, seed)
         self.model.load_state_dict(weights)
         if self.average is not None:

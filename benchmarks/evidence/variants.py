@@ -39,6 +39,7 @@ class Variant:
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
         long: train for the steps of stage 1 and 2 together.
+        longer: train for so many times the steps, a control of what costs more per step.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Variant:
     unlabelled_weight: float = 1.0
     unlabelled_deep: bool = False
     long: bool = False
+    longer: float = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -76,7 +78,11 @@ class Variant:
     @property
     def step(self) -> Variant:
         """The same training step: variants that share it share a captured graph."""
-        return replace(self, name="", teacher="image", long=False, until=1.0)
+        return replace(self, name="", teacher="image", long=False, longer=1.0, until=1.0)
+
+    def steps(self, stage_2: int, stage_1: int) -> int:
+        """Of its training, where the plan's stages have so many."""
+        return round(stage_2 * self.longer) + stage_1 * self.long
 
 
 def from_plan(entry: str | Mapping[str, Any]) -> Variant:
@@ -148,6 +154,7 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x2 + mean teacher", deep=DS_X2, unlabelled="mean teacher"),
         Variant("ds x2 + cutmix", deep=DS_X2, unlabelled="cutmix"),
         Variant("ds x2 + deep cutmix", **_DEEP_CUTMIX),
+        Variant("ds x2, 2.5 times as long", deep=DS_X2, longer=2.5),
         # the same without further images: what is the method's doing, and what the data's
         Variant("ds x2 + deep cutmix, labelled images", **_DEEP_CUTMIX, images="labelled"),
         Variant("ds x2 + entropy, labelled images", **_ENTROPY, images="labelled"),
