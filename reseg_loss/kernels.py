@@ -220,12 +220,9 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
     return partial.sum(1), coefficients
 
 
-def gradient(s: Tensor, t: Tensor, upstream: Tensor, coefficients: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The gradient of one term to `s`, in its dtype and layout, times `upstream`, a scalar on the device.
-
-    It is written to `out`, which may be `t` itself: every element is read by the program that writes it, before.
-    """
-    out, x, n = torch.empty_like(s) if out is None else out, Layout.of(s), s.numel()
+def gradient(s: Tensor, t: Tensor, upstream: Tensor, coefficients: Tensor | None) -> Tensor:
+    """The gradient of one term to `s`, in its dtype and layout, times `upstream`, a scalar on the device."""
+    out, x, n = torch.empty_like(s), Layout.of(s), s.numel()
     with torch.cuda.device_of(s):
         if coefficients is None:
             _difference[(triton.cdiv(n, BLOCK),)](s, t, out, upstream, 2 / n, n, block=BLOCK)

@@ -139,13 +139,7 @@ class CrossAlignmentLoss(nn.Module):
                 raise ReSegError(f"{kind} has {len(weight)} weights, but the features have {levels} levels")
 
     def forward(
-        self,
-        student: Features,
-        teacher: Features,
-        valid: Tensor | None = None,
-        *,
-        components: bool = False,
-        consume: bool = False,
+        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: bool = False
     ) -> Any:
         """The loss, or with `components` its terms by name, unweighted.
 
@@ -155,8 +149,6 @@ class CrossAlignmentLoss(nn.Module):
             valid: (B, 1, *image) with 1 where the label counts and 0 where it is ignored. It enters at every level
                 as valid area fraction.
             components: return {term: scalar} instead of the scalar.
-            consume: the backward pass may overwrite the teacher's features to save memory; those that another tensor
-                shares stay as they are. Not for features over memory that torch does not own (NumPy's).
 
         Returns:
             A scalar in at least fp32, or the terms; those of weight 0 are left out.
@@ -180,8 +172,7 @@ class CrossAlignmentLoss(nn.Module):
         matched = {name: (mapped[name], t) for name, (_, t) in pairs.items()}
         # the compiler fuses plain operations itself
         if valid is None and not torch.compiler.is_compiling() and not any(t.requires_grad for _, t in pairs.values()):
-            fused = alignment_terms(list(matched.values()), normalize=self.normalize, consume=consume)
-            terms = dict(zip(matched, fused))
+            terms = dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
             return terms if components else self.combine(terms)
         areas: dict[tuple[int, ...], Tensor] = {}
         terms: dict[str, Tensor] = {}

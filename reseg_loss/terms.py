@@ -23,36 +23,26 @@ logger = logging.getLogger("reseg_loss")
 # "triton" or "torch" forces one; "auto" takes Triton on a CUDA device where a small example comes out right
 BACKEND = os.environ.get("RESEG_KERNELS", "auto")
 
-# Torch has no public names for: does the backward pass that runs keep its graph, where is a tensor's storage, and how
-# many tensors share it. Where one is missing nothing is ever overwritten.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # pyright: ignore
-_storage_of = getattr(torch._C, "_storage_address", None)
-_sharers = getattr(torch._C, "_storage_Use_Count", None)
 
-
-def alignment_terms(
-    pairs: Sequence[tuple[Tensor, Tensor]], *, normalize: str | None = None, consume: bool = False
-) -> tuple[Tensor, ...]:
+def alignment_terms(pairs: Sequence[tuple[Tensor, Tensor]], *, normalize: str | None = None) -> tuple[Tensor, ...]:
     """`functional.alignment_term` of every pair (student, teacher), which has no gradient to the teacher's side.
 
     Args:
         pairs: features (B, C, *spatial), any float dtype, both of a pair of the same shape.
         normalize: as in `functional.alignment_term`.
-        consume: the backward pass may write gradients over the teacher's features. For callers who made them
-            themselves and drop them; those that are still seen elsewhere are left alone.
 
     Returns:
         A scalar for every pair, in at least fp32.
     """
     students, teachers = zip(*pairs)
-    terms: Tensor = _Terms.apply(normalize, consume, [t.detach() for t in teachers], *students)  # pyright: ignore
+    terms: Tensor = _Terms.apply(normalize, [t.detach() for t in teachers], *students)  # pyright: ignore
     return terms.unbind()
 
 
 class _Terms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, normalize: str | None, consume: bool, teachers: list[Tensor], *students: Tensor) -> Tensor:
-        ctx.normalize, ctx.triton, ctx.consume = normalize, _triton_serves(students, teachers), consume
+    def forward(ctx: Any, normalize: str | None, teachers: list[Tensor], *students: Tensor) -> Tensor:
+        ctx.normalize, ctx.triton = normalize, _triton_serves(students, teachers)
         pairs = list(zip(students, teachers))
         if ctx.triton:
             from . import kernels
@@ -68,29 +58,21 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         n, saved, normalize = len(upstream), ctx.saved_tensors, ctx.normalize
-        consume = ctx.consume and _graph_ends()
         gradients: list[Tensor | None] = []
         for i, (s, t) in enumerate(zip(saved[:n], saved[n : 2 * n])):
             kept = saved[2 * n + i] if normalize else None
-            if not ctx.needs_input_grad[3 + i]:
+            if not ctx.needs_input_grad[2 + i]:
                 gradients.append(None)
-                continue
-            if torch.is_grad_enabled():  # create_graph=True
+            elif torch.is_grad_enabled():  # create_graph=True
                 term = RF.alignment_term(s, t, normalize=normalize)
                 gradients += torch.autograd.grad(term, s, upstream[i].to(term.dtype), create_graph=True)
-                continue
-            if ctx.triton:
-                s, t = _in_order(s, t)
-            out = t if consume and _spare(s, t) else None
-            if out is not None:  # Triton's writes tell autograd nothing: should this pass fail, a second one must
-                torch.autograd.graph.increment_version(out)
-            if ctx.triton:
+            elif ctx.triton:
                 from . import kernels
 
-                gradients.append(kernels.gradient(s, t, upstream[i], kept, out))
+                gradients.append(kernels.gradient(*_in_order(s, t), upstream[i], kept))
             else:
-                gradients.append(gradient(s, t, upstream[i], kept, out))
-        return (None, None, None, *gradients)
+                gradients.append(gradient(s, t, upstream[i], kept))
+        return (None, None, *gradients)
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool) -> tuple[Tensor, list[Tensor]]:
@@ -122,19 +104,16 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool) -> tuple[Ten
     return torch.stack([term.to(dtype) for term in terms]), kept
 
 
-def gradient(s: Tensor, t: Tensor, upstream: Tensor, kept: Tensor | None, out: Tensor | None = None) -> Tensor:
+def gradient(s: Tensor, t: Tensor, upstream: Tensor, kept: Tensor | None) -> Tensor:
     """The gradient of one term to the student's feature, times `upstream`, in the feature's dtype.
 
-    Through v_s and cov it is 2 / n (p (s - mean_s) - q (t - mean_t)) with p = eps a^4 + cov a^3 b and q = a b. It may
-    be written to `out`, which may be `t`, where that has the precision of the arithmetic.
+    Through v_s and cov it is 2 / n (p (s - mean_s) - q (t - mean_t)) with p = eps a^4 + cov a^3 b and q = a b.
     """
     x, y = _raised(s, t)
-    out = out if out is not None and out.dtype == x.dtype else None
     if kept is None:
-        return torch.sub(x, y, out=out).mul_(upstream * (2 / s.numel())).to(s.dtype)
+        return (x - y).mul_(upstream * (2 / s.numel())).to(s.dtype)
     mean_s, mean_t, p, q = (row.view(-1, *[1] * (s.ndim - 2)) for row in kept)
-    x, y = (x - mean_s).mul_(upstream * p), torch.sub(y, mean_t, out=out)
-    return torch.addcmul(x, y, upstream * -q, out=x if out is None else out).to(s.dtype)
+    return (x - mean_s).mul_(upstream * p).addcmul_(y - mean_t, upstream * -q).to(s.dtype)
 
 
 def _raised(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,20 +126,6 @@ def _in_order(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     if not s.is_contiguous() and not s.movedim(1, -1).is_contiguous():
         s = s.contiguous()
     return s, t if t.stride() == s.stride() else torch.empty_like(s, dtype=t.dtype).copy_(t)
-
-
-def _graph_ends() -> bool:
-    """Whether the backward pass that runs frees its graph, so that what is saved is not read again."""
-    return _keeps_graph is not None and not _keeps_graph()
-
-
-def _spare(s: Tensor, t: Tensor) -> bool:
-    """Whether the gradient to `s` may lie where `t` does: it has its form, and no other tensor sees that memory."""
-    ordered = t.is_contiguous() or t.movedim(1, -1).is_contiguous()
-    if not ordered or t.dtype != s.dtype or t.stride() != s.stride() or _storage_of is None or _sharers is None:
-        return False
-    # not t.untyped_storage(), whose object counts as one more and stays: torch would add no gradient to it in place
-    return _sharers(_storage_of(t)) == 1
 
 
 def _triton_serves(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:

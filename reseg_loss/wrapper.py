@@ -472,7 +472,7 @@ class ReSegWrapper:
         if loss.projection is not None:
             loss.projection = distributed(loss.projection, device)
             self._unmoved.check(loss.projection.parameters())
-        terms = loss(features, targets, valid, components=True, consume=True)
+        terms = loss(features, targets, valid, components=True)
         total = loss.combine(terms)
         self._last = {name: term.detach() for name, term in {**terms, "alignment": total}.items()}
         if task_loss is not None:

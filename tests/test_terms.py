@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, task_loss
 from torch import Tensor
 
 import reseg_loss
-from reseg_loss import ReSegError, ReSegWrapper, terms
+from reseg_loss import ReSegError, terms
 from reseg_loss import functional as RF
 
 CUDA = torch.cuda.is_available()
@@ -30,9 +29,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "triton" and not (CUDA or INTERPRETED):
         pytest.skip("needs CUDA, or TRITON_INTERPRET=1 as below")
     monkeypatch.setattr(terms, "BACKEND", request.param)
-    if INTERPRETED and not CUDA:  # it looks at the storages of what it computes with, which counts as one more
-        counted = terms._sharers
-        monkeypatch.setattr(terms, "_sharers", lambda address: counted(address) - 1)
     return request.param
 
 
@@ -44,7 +40,7 @@ def test_the_kernels_in_tritons_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search(r"\b6\d passed", done.stdout), done.stdout[-300:]
+    assert re.search(r"\b2\d passed", done.stdout), done.stdout[-300:]
 
 
 def pair(shape: tuple[int, ...], seed: int = 0, offset: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -163,153 +159,6 @@ def test_backward_may_be_repeated_and_differentiated(backend, normalize):
         (once,) = torch.autograd.grad(function(s, t), s, create_graph=True)
         twice.append(torch.autograd.grad(once.square().sum(), s)[0])
     torch.testing.assert_close(*twice)
-
-
-# --- gradients over the teacher's features
-
-
-def consumed(s: Tensor, teachers: list[Tensor], normalize: str | None = None, **kwargs: Any) -> Tensor:
-    """The gradient of a term whose teacher feature, taken off the list, may be overwritten."""
-    leaf = s.detach().requires_grad_()
-    value = terms.alignment_terms([(leaf, teachers.pop())], normalize=normalize, consume=True)[0]
-    return torch.autograd.grad(value, leaf, **kwargs)[0]
-
-
-@pytest.mark.parametrize("normalize", [None, "batch"])
-@pytest.mark.parametrize("order", range(4))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gradient_may_take_the_memory_of_a_feature_that_nobody_else_sees(backend, dtype, order, normalize):
-    s, t = (orders(x.to(DEVICE, dtype))[order] for x in pair((2, 5, 9, 8)))
-    expected = torch.autograd.grad(fused(normalize)(leaf := s.detach().requires_grad_(), t), leaf)[0]
-    mine = [t.clone()]  # keeps the order, but for the one with gaps
-    place = mine[0].data_ptr()
-    gradient = consumed(s, mine, normalize)
-    torch.testing.assert_close(gradient, expected)
-    assert gradient.stride() == expected.stride()
-    if order < 3:  # torch computes in fp32, and in place only there
-        assert (gradient.data_ptr() == place) is (backend == "triton" or dtype == torch.float32)
-
-
-@pytest.mark.parametrize("normalize", [None, "batch"])
-@pytest.mark.parametrize("case", ["held", "part", "student", "kept", "differentiated"])
-def test_a_feature_that_is_still_read_is_never_overwritten(backend, case, normalize):
-    s, t = (x.to(DEVICE, torch.float32) for x in pair((2, 4, 6, 6)))
-    if case == "part":
-        t = torch.cat([t, t])[1:3]
-    if case == "student":
-        s = t
-    before, expected = t.clone(), run(plain(normalize), s.double(), t.double())[1]
-    kwargs = {"kept": {"retain_graph": True}, "differentiated": {"create_graph": True}}.get(case, {})
-    place, mine = t.data_ptr(), [t]
-    if kwargs:  # only these keep it
-        t = before
-        del before
-    gradient = consumed(s, mine, normalize, **kwargs)
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
-    assert gradient.data_ptr() != place
-    assert kwargs or torch.equal(t, before)
-
-
-@pytest.mark.parametrize("normalize", [None, "batch"])
-@pytest.mark.parametrize("case", ["dtype", "order", "twice"])
-def test_a_feature_of_another_form_or_of_two_terms_gives_right_gradients(backend, case, normalize):
-    s, t = (x.to(DEVICE, torch.float32) for x in pair((2, 4, 6, 6)))
-    t = {"dtype": t.half(), "order": t.contiguous(memory_format=torch.channels_last)}.get(case, t)
-    expected = run(plain(normalize), s.double(), t.double())[1]
-    leaves, mine = [s.clone().requires_grad_() for _ in range(2 if case == "twice" else 1)], [t]
-    del t  # now only the graph will have it
-    values = terms.alignment_terms([(leaf, mine[0]) for leaf in leaves], normalize=normalize, consume=True)
-    mine.clear()
-    for gradient in torch.autograd.grad(sum(values), leaves):
-        assert (gradient.dtype, gradient.stride()) == (s.dtype, s.stride())
-        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("normalize", [None, "batch"])
-def test_only_the_last_backward_pass_of_a_graph_overwrites(backend, normalize):
-    s, t = (x.to(DEVICE, torch.float32) for x in pair((2, 3, 4, 5)))
-    s.requires_grad_()
-    expected = torch.autograd.grad(fused(normalize)(s, t), s)[0]
-    value = terms.alignment_terms([(s, t.clone())], normalize=normalize, consume=True)[0]
-    found = [torch.autograd.grad(value, s, retain_graph=keep)[0] for keep in (True, True, False)]
-    for gradient in found:
-        torch.testing.assert_close(gradient, expected)
-    assert len({gradient.data_ptr() for gradient in found}) == 3
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(value, s)
-
-
-def test_a_backward_pass_that_stopped_halfway_is_not_repeated_on_what_it_overwrote(backend, monkeypatch):
-    if backend == "triton":
-        from reseg_loss import kernels as module
-    else:
-        module = terms
-    s, t = (x.to(DEVICE, torch.float32) for x in pair((2, 3, 4, 5)))
-    students = [s.clone().requires_grad_() for _ in range(2)]
-    value = sum(terms.alignment_terms([(x, t.clone()) for x in students], consume=True))
-    real, calls = module.gradient, []
-
-    def fails(*args: Any) -> Tensor:
-        calls.append(args)
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError
-        return real(*args)
-
-    monkeypatch.setattr(module, "gradient", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        value.backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-
-
-@pytest.mark.parametrize("name", [None, "_keeps_graph", "_storage_of", "_sharers"])
-def test_a_torch_without_the_private_names_overwrites_nothing(monkeypatch, name):
-    monkeypatch.setattr(terms, "BACKEND", "torch")
-    s, t = (x.float() for x in pair((2, 3, 4, 5)))
-    expected, place, mine = run(fused(None), s, t)[1], t.data_ptr(), [t]
-    del t
-    if name is not None:
-        monkeypatch.setattr(terms, name, None)
-    gradient = consumed(s, mine)
-    assert (gradient.data_ptr() == place) is (name is None)
-    torch.testing.assert_close(gradient.double(), expected)
-
-
-@pytest.mark.parametrize("settings", [{}, {"preset": "standardized"}, {"subset": 1}, {"every": 2}])
-@pytest.mark.parametrize("how", ["loss", "components", "norms", "hooked", "twice"])
-def test_the_wrappers_gradients_are_the_same_whether_or_not_they_overwrite(monkeypatch, settings, how):
-    monkeypatch.setattr(terms, "BACKEND", "torch")
-    image, label = batch()
-    real, results, held, overwritten = terms._spare, [], [], []
-    for allowed in (False, True):
-
-        def spare(s: Tensor, t: Tensor, allowed: bool = allowed) -> bool:
-            overwritten.append(allowed and real(s, t))
-            return overwritten[-1]
-
-        monkeypatch.setattr(terms, "_spare", spare)
-        torch.manual_seed(0)
-        model = UNet()
-        reseg = ReSegWrapper(model, example_input=image, weight=1.0, **settings)
-        reseg.freeze_teacher()
-        if how == "hooked":
-            reseg.teacher.body.encoder[1].register_forward_hook(lambda m, a, y: held.append((y.detach(), y.clone())))
-        for _ in range(2):
-            task = task_loss(model(image), label)
-            norms = {"task_loss": task} if how == "norms" else {}
-            loss = reseg.alignment_loss(label, components=how == "components", **norms)
-            loss = task + (sum(loss.values()) if how == "components" else loss)
-            if how == "twice":
-                loss.backward(retain_graph=True)
-            loss.backward()
-        results.append([*(p.grad for p in model.parameters()), torch.tensor(list(reseg.stats().values()))])
-    # five terms a call; the feature that a hook has seen is spared
-    calls = 2 // settings.get("every", 1)
-    assert sum(overwritten) == calls * (4 if how == "hooked" else 5)
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b)
-    assert all(torch.equal(a, b) for a, b in held)
-    assert bool(held) is (how == "hooked")
 
 
 def test_the_kernels_are_the_choice_on_cuda_only_and_deterministic(backend):
