@@ -7,6 +7,7 @@ from .settings import PRESETS, Settings
 from .supervision import DeepSupervision
 from .taps import Level, Tap, TapPlan, find_taps
 from .teacher import Teacher
+from .unlabelled import CutMixConsistency
 from .wrapper import ReSegWrapper
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "CrossAlignmentLoss",
+    "CutMixConsistency",
     "DeepSupervision",
     "FeatureExtractor",
     "Features",

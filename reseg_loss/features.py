@@ -178,6 +178,15 @@ class _TapHook(Recorder):
             raise _AllSeen
 
 
+def drop_recorders(module: nn.Module) -> None:
+    """Take the hooks of extractors off a copied module, where they are inert."""
+    for part in module.modules():
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            for key in [key for key, hook in getattr(part, name).items() if isinstance(hook, Recorder)]:
+                for kind in (name, f"{name}_with_kwargs", f"{name}_always_called"):
+                    getattr(part, kind, {}).pop(key, None)
+
+
 class _OutputHook(_TapHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.record(output)
@@ -312,6 +321,11 @@ class FeatureExtractor:
         """Whether the hooks are set."""
         return bool(self._handles)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a recorded forward was not read yet."""
+        return self._recording.done is not None or self._recording.several
+
     def forget(self) -> None:
         """Drop recorded forwards that were not read."""
         self._recording.forget()
@@ -328,7 +342,7 @@ class FeatureExtractor:
         except BaseException:
             self.forget()
             raise
-        self._recording.held = self._recording.done is not None or self._recording.several
+        self._recording.held = self.waiting
 
     def features_of(self, forward: Callable[[], Any]) -> Features:
         """The features of one forward, which is ended after its last tap; at other times nothing is recorded.

@@ -107,23 +107,7 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
         ReSegError: the model is sharded, has lazy parameters, or cannot be copied.
     """
     refuse_sharded(model)
-    patched = [
-        name or "the model"
-        for name, module in model.named_modules()
-        if "forward" in vars(module) and not hasattr(module, "_orig_mod")  # compiled modules copy well
-    ]
-    if patched:
-        raise ReSegError(
-            f"the forward of {', '.join(patched)} was replaced on the object (model.forward = ...), and a copy would "
-            "run the original's; use torch.compile(model) or model.compile(), patch afterwards, or pass teacher="
-        )
-    try:
-        body = copy.deepcopy(model)
-    except Exception as error:
-        raise ReSegError(
-            f"{type(model).__name__} cannot be copied for the teacher ({type(error).__name__}: {error}); "
-            "drop what it holds from past forwards, or pass teacher="
-        ) from error
+    body = private_copy(model, "the teacher", "pass teacher=")
     for parameter in body.parameters():
         parameter.grad = None
         if parameter.is_floating_point():  # what is frozen in the student must still be learnt here
@@ -134,6 +118,31 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
         if kept:
             logger.info("the teacher keeps the model's values of %s: no reset_parameters draws them", ", ".join(kept))
     return body
+
+
+def private_copy(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
+    """A copy that runs what the model runs; `purpose` and `otherwise` (what else can be done) are for the messages.
+
+    Raises:
+        ReSegError: the model cannot be copied, or a copy would run another forward.
+    """
+    patched = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if "forward" in vars(module) and not hasattr(module, "_orig_mod")  # compiled modules copy well
+    ]
+    if patched:
+        raise ReSegError(
+            f"the forward of {', '.join(patched)} was replaced on the object (model.forward = ...), and a copy would "
+            f"run the original's; use torch.compile(model) or model.compile(), patch afterwards, or {otherwise}"
+        )
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ReSegError(
+            f"{type(model).__name__} cannot be copied for {purpose} ({type(error).__name__}: {error}); "
+            f"drop what it holds from past forwards, or {otherwise}"
+        ) from error
 
 
 def redraw(model: nn.Module) -> list[str]:
@@ -153,9 +162,14 @@ def input_channels(module: nn.Module, default: int) -> int:
     return next((m.in_channels for m in convolutions), default)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the model or a part of it."""
+    return any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters())
+
+
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise a ReSegError if `fully_shard` was applied to the model or a part of it."""
-    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+    """Raise a ReSegError if the model is sharded."""
+    if is_sharded(model):
         raise ReSegError(
             "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
             "or pass teacher="

@@ -1,0 +1,476 @@
+"""Learning from images without labels: a mean teacher labels them, the model learns that on mixed images."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import ReSegError
+from .features import drop_recorders, unwrap
+from .losses import check_weight
+from .recon import broadcast
+from .supervision import DeepSupervision, TaskLoss
+from .teacher import is_sharded, private_copy, select_output
+
+FORMAT = 1  # of the state_dict
+FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
+
+BOX = (0.25, 0.5)  # side of a box, as a share of the image's
+GAMMA = (0.7, 1.4)
+GAIN = (0.8, 1.2)
+OFFSET = (-0.1, 0.1)
+NOISE = 0.1  # standard deviation
+
+
+def boxes(u: Tensor, spatial: Sequence[int]) -> Tensor:
+    """One box per sample, with the same share of the image's side in every axis: a quarter to a half.
+
+    Args:
+        u: (B, 1 + axes) numbers from 0 to 1: how large the box is, and where it lies in each axis.
+        spatial: the image's size, (H, W) or (D, H, W).
+
+    Returns:
+        (B, *spatial) bool, True in the box. A pixel belongs to it if its centre does.
+    """
+    low, high = BOX
+    side = low + (high - low) * u[:, :1]
+    start = (1 - side) * u[:, 1:]
+    inside = torch.ones(1, *[1] * len(spatial), dtype=torch.bool, device=u.device)
+    for axis, n in enumerate(spatial):
+        centre = (torch.arange(n, device=u.device) + 0.5) / n
+        first = start[:, axis : axis + 1]
+        along = (centre >= first) & (centre < first + side)
+        inside = inside & along.view(-1, *[n if i == axis else 1 for i in range(len(spatial))])
+    return inside
+
+
+def mix(x: Tensor, box: Tensor) -> Tensor:
+    """`x` with the sample before it (of the first: the last one) inside each sample's box.
+
+    Args:
+        x: (B, C, *spatial) images or (B, *spatial) labels.
+        box: (B, *spatial) bool.
+    """
+    return torch.where(box if x.ndim == box.ndim else box.unsqueeze(1), x.roll(1, 0), x)
+
+
+def perturb_intensities(image: Tensor, u: Tensor, noise: Tensor) -> Tensor:
+    """Other gamma, gain and offset for every sample, and noise, on intensities scaled to 0..1 and back.
+
+    Every channel of every sample is scaled by its own least and largest value; where they are equal it stays.
+
+    Args:
+        image: (B, C, *spatial), any range.
+        u: (B, 3) numbers from 0 to 1: gamma (0.7 to 1.4, log-uniform), gain (0.8 to 1.2), offset (-0.1 to 0.1).
+        noise: as the image, with standard deviation 1; it is added times 0.1.
+    """
+    axes = tuple(range(2, image.ndim))
+    x = image.float()
+    low = x.amin(axes, keepdim=True)
+    span = x.amax(axes, keepdim=True) - low
+    x = (x - low) / torch.where(span > 0, span, torch.ones_like(span))
+    u = u.view(-1, 3, *[1] * (image.ndim - 1))
+    gamma = GAMMA[0] * (GAMMA[1] / GAMMA[0]) ** u[:, 0]
+    gain, offset = (a + (b - a) * u[:, i] for i, (a, b) in ((1, GAIN), (2, OFFSET)))
+    x = x.clamp_min(1e-4) ** gamma * gain + offset + NOISE * noise
+    return (low + span * x).to(image.dtype)
+
+
+def random_intensities(image: Tensor) -> Tensor:
+    """`perturb_intensities` with numbers from torch's default generator."""
+    return perturb_intensities(image, torch.rand(len(image), 3, device=image.device), torch.randn_like(image))
+
+
+@torch.no_grad()
+def pseudo_label(logits: Tensor, threshold: float, ignore_index: int) -> Tensor:
+    """The predicted class where its probability is at least `threshold`, else `ignore_index`; int64.
+
+    Args:
+        logits: (B, C, *spatial), classes that exclude each other; with one channel a binary model's (sigmoid).
+        threshold: a probability.
+        ignore_index: no class.
+
+    Returns:
+        (B, *spatial), of a binary model (B, 1, *spatial), as its losses want the label in the form of the logits.
+    """
+    logits = logits.float()
+    if logits.shape[1] == 1:
+        p = logits.sigmoid()
+        label, confidence = (p >= 0.5).long(), torch.maximum(p, 1 - p)
+    else:
+        confidence, label = logits.softmax(1).max(1)
+    return label.masked_fill(~(confidence >= threshold), ignore_index)  # so, since NaN is not sure
+
+
+def ramp_up(call: int, calls: int | None) -> float:
+    """exp(-5 (1 - call / calls)^2) up to `calls`, then 1; always 1 for None."""
+    return 1.0 if calls is None else math.exp(-5 * (1 - min(call / calls, 1)) ** 2)
+
+
+class CutMixConsistency:
+    """A loss on unlabelled images: a mean teacher's sure predictions, as labels of mixed and perturbed images.
+
+    The mean teacher (an average of the model over its training) predicts the images. A box of each is exchanged with
+    another's, in image and prediction alike, the intensities are changed, and the model is trained with your own task
+    loss on the predicted class where the mean teacher is sure of it. With `deep`, the heads of deep supervision learn
+    it too. Mean teachers: Tarvainen and Valpola, NeurIPS 2017; with CutMix: French et al., BMVC 2020; with a
+    threshold: Sohn et al., FixMatch, NeurIPS 2020.
+
+    It is no nn.Module, as the mean teacher must not become a part of a module that this is an attribute of: the
+    model's parameters and state_dict keys stay as they are, and it gets no hooks.
+
+    Random numbers come from torch's default generators, as those of dropout do: `torch.manual_seed` fixes them, a run
+    that restores their states resumes exactly, and a CUDA graph can capture them.
+
+    Args:
+        model: any nn.Module in 2D or 3D that gives logits of classes that exclude each other, or of one channel
+            (sigmoid); or its DistributedDataParallel (with broadcast_buffers=False if it has buffers) or
+            torch.compile wrapper, which is then what runs.
+        deep: the model's `DeepSupervision`, with the same `ignore_index`. Each step calls its `loss` twice, so its
+            `decay_calls` are two per step.
+        ramp_calls: number of calls over which the loss grows to its weight (`ramp_up`), 40 % of the run for instance;
+            None gives it all its weight at once.
+        ignore_index: the label value that your task loss leaves out: that of pixels of which the mean teacher is not
+            sure.
+        weight: a factor of the loss; it may change between steps. At 0 nothing runs.
+        threshold: the probability from which on a prediction is sure.
+        decay: of the average, per `update`.
+        perturb: changes the mixed images, (B, C, *spatial) to the same shape, and must leave everything where it is;
+            None leaves them as they are. The default is `perturb_intensities`.
+        output: path to the logits in what the model returns, as an index, a key or a tuple of them; None takes the
+            first tensor of the image's size.
+
+    Raises:
+        ReSegError: a setting is out of range or does not fit `deep`; the model cannot be copied, is sharded
+            (`fully_shard`), or has parameters in less than 32 bits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        deep: DeepSupervision | None = None,
+        ramp_calls: int | None,
+        ignore_index: int,
+        weight: float = 1.0,
+        threshold: float = 0.95,
+        decay: float = 0.99,
+        perturb: Callable[[Tensor], Tensor] | None = random_intensities,
+        output: int | str | Sequence[int | str] | None = None,
+    ) -> None:
+        if ramp_calls is not None and ramp_calls < 1:
+            raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
+        if not 0 <= threshold <= 1 or not 0 <= decay < 1:
+            raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
+        self._forward, self._model = model, unwrap(model)
+        self.deep, self.perturb = deep, perturb
+        self.ramp_calls, self.ignore_index, self.threshold, self.decay = ramp_calls, ignore_index, threshold, decay
+        self.output = (output,) if isinstance(output, (int, str)) else output
+        self.weight = weight
+        self._check_deep()
+        self._average = _copy(self._model)
+        self._calls = self._since_update = 0
+        self._started = False
+        self._last: dict[str, Tensor | float] = {}
+
+    @property
+    def average(self) -> nn.Module:
+        """The mean teacher, a copy of the model. It often segments better: `mixed.average.eval()(image)`.
+
+        Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
+        images. `loss` sets its modes back to the model's. `mixed.average.compile()` compiles it.
+        """
+        return self._average
+
+    @property
+    def weight(self) -> float:
+        """A factor of the loss; it may change between steps. At 0 nothing runs."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = check_weight("weight", value)
+
+    @property
+    def calls(self) -> int:
+        """How often `loss` has returned a value at a weight other than 0."""
+        return self._calls
+
+    def factor(self) -> float:
+        """The factor of the next call: `weight`, and its ramp."""
+        return self._weight * ramp_up(self._calls, self.ramp_calls)
+
+    def to(self, *args: Any, **kwargs: Any) -> CutMixConsistency:
+        """Move the mean teacher, as `nn.Module.to`. Returns self."""
+        self._average.to(*args, **kwargs)
+        return self
+
+    def loss(
+        self,
+        images: Any,
+        task_loss: TaskLoss,
+        *,
+        weight: float | Tensor | None = None,
+        forward: Callable[[Tensor], Any] | None = None,
+    ) -> Tensor:
+        """The weighted loss of a batch of unlabelled images. It runs the mean teacher and the model.
+
+        Both run in the autocast that this is called in, and nothing waits for the device. With `deep`, call
+        `deep.loss` of the labelled images before.
+
+        Args:
+            images: (B, C, *spatial), float, on the model's device, at least 2. Of a list, element 0.
+            task_loss: your loss of logits (B, classes, *spatial) and a label (B, *spatial), int64, with
+                `ignore_index`; of a model with one channel (B, 1, *spatial), 0 or 1. Where no pixel is sure it gets a
+                label of zeros, and its value does not count.
+            weight: instead of `factor()`. In a step that is captured as a CUDA graph, a tensor, since Python's ramp
+                would stand still.
+            forward: runs the model on the images instead of the `model` that this was made with: a wrapper of it that
+                was made later, for instance.
+
+        Returns:
+            A scalar to add to your loss. At weight 0 a zero on which backward works.
+
+        Raises:
+            ReSegError: the images are not such a batch, or fail in the model; the model is in evaluation; its output
+                has no logits; or `deep` has another `ignore_index`, or a labelled forward that waits for its loss.
+            TapError: a tap of `deep` did not fire.
+        """
+        images = _plain_images(images)
+        forward = self._forward if forward is None else forward
+        if not self._model.training:
+            raise ReSegError("the model is in evaluation; this loss is for training steps, call model.train()")
+        factor = self.factor() if weight is None else weight
+        if not isinstance(factor, Tensor) and factor == 0:
+            return torch.zeros((), device=images.device, requires_grad=True)
+        self._check_deep()
+        if self.deep is not None and self.deep.extractor.waiting:
+            raise ReSegError(
+                "a labelled forward still waits for its deep supervision, which the forward of the unlabelled images "
+                "would replace: call deep.loss(label, task_loss) before this loss"
+            )
+        _refuse_broadcast(forward)
+        self._start()
+        label = self._predict(images)
+        mixed, label = self._mixed(images, label)
+        # all of it inside the record, which forgets the features if anything fails: no other label may meet them
+        with self.deep.record() if self.deep is not None else nullcontext():
+            output = forward(mixed)
+            logits = select_output(output, len(mixed), tuple(mixed.shape[2:]), self.output)
+            side = self.deep.loss(label, task_loss) if self.deep is not None else 0.0
+        sure = label != self.ignore_index
+        counts = sure.any()
+        # most losses are NaN where everything is ignored
+        value = side + counts * task_loss(logits, torch.where(counts, label, torch.zeros_like(label)))
+        used = factor.detach() if isinstance(factor, Tensor) else factor
+        self._last = {"loss": value.detach(), "weight": used, "sure": sure.float().mean()}
+        self._calls += 1
+        self._since_update += 1
+        if self._since_update == FORGOTTEN_CALLS:
+            warnings.warn(
+                f"{FORGOTTEN_CALLS} calls of loss without update(): the mean teacher does not learn; call update() "
+                "after each step of the optimizer",
+                stacklevel=2,
+            )
+        return factor * value
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Let the mean teacher follow the model; call it once after each step of the optimizer.
+
+        Raises:
+            ReSegError: the model's parameters are others than when this was made.
+        """
+        self._start()
+        mine, theirs = list(self._average.parameters()), list(self._model.parameters())
+        _same("parameters", mine, theirs)
+        pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)  # pyright: ignore
+        self._since_update = 0
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0.
+
+        The first `loss` or `update` does it, so that a model may get other weights before.
+
+        Raises:
+            ReSegError: the model's parameters or buffers are others than when this was made.
+        """
+        self._to_model()
+        for what in ("parameters", "buffers"):
+            mine, theirs = (list(getattr(m, what)()) for m in (self._average, self._model))
+            _same(what, mine, theirs)
+            for a, p in zip(mine, theirs):
+                a.copy_(p)
+        broadcast(self._average)  # DistributedDataParallel may still have to make the ranks' models equal
+        self._started, self._calls, self._since_update = True, 0, 0
+
+    def stats(self) -> dict[str, float]:
+        """The last call's values for a log: "loss" (unweighted), "weight", and "sure", the share of pixels that count.
+
+        Reading them waits for the device.
+        """
+        return {name: float(value) for name, value in self._last.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Mean teacher, counter and settings but for `perturb`: tensors and plain Python values only.
+
+        Random numbers are torch's: save its states beside, as for dropout.
+        """
+        return {
+            "format": FORMAT,
+            "ramp_calls": self.ramp_calls,
+            "ignore_index": self.ignore_index,
+            "threshold": self.threshold,
+            "decay": self.decay,
+            "output": None if self.output is None else list(self.output),
+            "weight": self._weight,
+            "calls": self._calls,
+            "started": self._started,
+            "average": dict(self._average.state_dict()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, settings included.
+
+        Raises:
+            ReSegError: the state is of another format or model.
+        """
+        if state.get("format") != FORMAT:
+            raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
+        try:
+            self._average.load_state_dict(state["average"])
+        except RuntimeError as error:
+            raise ReSegError(f"this state is of another model: {error}") from error
+        self.ramp_calls, self.ignore_index = state["ramp_calls"], state["ignore_index"]
+        self.threshold, self.decay, self.output = state["threshold"], state["decay"], state["output"]
+        self._weight, self._calls, self._started = state["weight"], state["calls"], state["started"]
+
+    def _predict(self, images: Tensor) -> Tensor:
+        """The mean teacher's pseudo-label."""
+        # modes are the model's, so that parts which the user has frozen in evaluation are here, too
+        for mine, theirs in zip(self._average.modules(), self._model.modules()):
+            if mine.training != theirs.training:
+                mine.training = theirs.training
+        try:
+            with torch.no_grad():
+                output = self._average(images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ReSegError(
+                f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
+                f"{images.device}; they must be as the model takes the labelled ones: {error}"
+            ) from error
+        logits = select_output(output, len(images), tuple(images.shape[2:]), self.output)
+        classes = logits.shape[1]
+        if 0 <= self.ignore_index < max(classes, 2):
+            raise ReSegError(
+                f"ignore_index={self.ignore_index} is one of the model's {max(classes, 2)} classes; it marks the "
+                "pixels that do not count, by a value that is no class, 255 for instance"
+            )
+        if self.deep is not None and self.deep.num_classes != classes:
+            raise ReSegError(
+                f"the output that was taken for logits has {classes} channels, the heads of deep supervision have "
+                f"{self.deep.num_classes}; pass output= with the path to the logits"
+            )
+        return pseudo_label(logits, self.threshold, self.ignore_index)
+
+    def _mixed(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model learns: boxes exchanged, images perturbed."""
+        box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+        images = mix(images, box)
+        if self.perturb is not None:
+            shape, images = images.shape, self.perturb(images)
+            if not isinstance(images, Tensor) or images.shape != shape:
+                found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+                raise ReSegError(f"perturb= gave {found}, not images of the same shape {tuple(shape)}")
+        return images, mix(label, box)
+
+    def _check_deep(self) -> None:
+        deep = self.deep
+        if deep is None:
+            return
+        if deep._model is not self._model:
+            raise ReSegError("deep= is the deep supervision of another model; build it for this one")
+        if deep.ignore_index != self.ignore_index:
+            raise ReSegError(
+                f"deep supervision has ignore_index={deep.ignore_index}, this {self.ignore_index}, which marks pixels "
+                f"that must not count there either: build DeepSupervision(..., ignore_index={self.ignore_index})"
+            )
+
+    def _start(self) -> None:
+        if self._started:
+            self._to_model()
+        else:
+            self.reset()
+
+    def _to_model(self) -> None:
+        """To the model's device, which may have moved since."""
+        mine, theirs = (next(m.parameters(), None) for m in (self._average, self._model))
+        if mine is not None and theirs is not None and mine.device != theirs.device:
+            self._average.to(theirs.device)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """The mean teacher of a model: a copy without gradients and without our hooks."""
+    if is_sharded(model):
+        raise ReSegError("the model is sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
+    low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if low:
+        raise ReSegError(
+            f"the model has {', '.join(map(str, low))} parameters, in which the small steps of an average are rounded "
+            "away; keep them in float32 and use torch.autocast"
+        )
+    average = private_copy(model, "the mean teacher", "leave it as it was until this is built")
+    drop_recorders(average)
+    average.requires_grad_(False)
+    for parameter in average.parameters():
+        parameter.grad = None
+    return average
+
+
+def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Raise a ReSegError unless the mean teacher's tensors fit the model's."""
+    if any(type(t).__name__ == "DTensor" for t in theirs):
+        raise ReSegError("the model was sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
+    if [t.shape for t in mine] != [t.shape for t in theirs]:
+        raise ReSegError(
+            f"the model has other {what} than when its mean teacher was made; build CutMixConsistency after the "
+            "model is changed"
+        )
+
+
+def _refuse_broadcast(forward: Any) -> None:
+    """Raise a ReSegError for a DistributedDataParallel that writes buffers which the first forward's backward reads."""
+    while isinstance(getattr(forward, "_orig_mod", None), nn.Module):
+        forward = forward._orig_mod
+    if isinstance(forward, DistributedDataParallel) and forward.will_sync_module_buffers():
+        raise ReSegError(
+            "DistributedDataParallel copies rank 0's buffers at each forward, and with two a step the backward of the "
+            "first fails: build it with broadcast_buffers=False"
+        )
+
+
+def _plain_images(images: Any) -> Tensor:
+    """The images as a plain tensor: element 0 of a list, MetaTensor unwrapped."""
+    if isinstance(images, (list, tuple)) and images:
+        images = images[0]
+    if not isinstance(images, Tensor) or images.ndim not in (4, 5) or not images.is_floating_point():
+        found = f"{tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise ReSegError(f"unlabelled images are a float tensor (B, C, H, W) or (B, C, D, H, W), got {found}")
+    if len(images) < 2:
+        raise ReSegError(
+            "one unlabelled image has no other to be mixed with: use batches of at least 2 (drop_last=True)"
+        )
+    return images if type(images) is Tensor else images.as_subclass(Tensor)
