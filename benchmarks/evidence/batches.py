@@ -23,12 +23,10 @@ class Tables:
     """(steps, B, 2, 3), from output to input coordinates as in `F.affine_grid`."""
     tone: Tensor
     """(steps, B, 3): gamma, gain and offset of the intensities."""
-    box: Tensor
-    """(steps, B, 4): top, bottom, left and right of a rectangle, in parts of the side."""
 
     @classmethod
     def empty(cls, steps: int, batch: int, device: torch.device) -> Tables:
-        shapes = {"theta": (2, 3), "tone": (3,), "box": (4,)}
+        shapes = {"theta": (2, 3), "tone": (3,)}
         floats = {name: torch.zeros(steps, batch, *shape, device=device) for name, shape in shapes.items()}
         return cls(torch.zeros(steps, batch, dtype=torch.int64, device=device), **floats)
 
@@ -50,12 +48,12 @@ def draw(rows: np.ndarray, steps: int, batch: int, seed: int, stream: int, augme
     total = steps * batch
     order, chance = (np.random.default_rng([seed, stream, kind]) for kind in (1, 2))
     epochs = [order.permutation(rows) for _ in range(-(-total // len(rows)))]
+    # of 12 numbers 9 are used: with fewer, the batches would be others than those of the results there are
     u = torch.from_numpy(chance.random((total, 12))).float()
     tables = Tables(
         torch.from_numpy(np.concatenate(epochs)[:total].astype(np.int64)),
         _affine(u[:, :6], augmentation),
         torch.stack([_log_uniform(u[:, 6], 0.7, 1.4), 0.8 + 0.4 * u[:, 7], 0.2 * u[:, 8] - 0.1], 1),
-        _boxes(u[:, 9:]),
     )
     return Tables(
         *(getattr(tables, f.name).reshape(steps, batch, *getattr(tables, f.name).shape[1:]) for f in fields(tables))
@@ -85,13 +83,6 @@ def _affine(u: Tensor, augmentation: Augmentation) -> Tensor:
     return theta
 
 
-def _boxes(u: Tensor) -> Tensor:
-    """Squares of a quarter to a half of the side."""
-    side = 0.25 + 0.25 * u[:, 0]
-    top, left = (1 - side) * u[:, 1], (1 - side) * u[:, 2]
-    return torch.stack([top, top + side, left, left + side], 1)
-
-
 def _log_uniform(u: Tensor, low: float, high: float) -> Tensor:
     return low * (high / low) ** u
 
@@ -108,13 +99,6 @@ def toned(image: Tensor, tone: Tensor) -> Tensor:
     """The image (B, 1, S, S) with other intensities."""
     gamma, gain, offset = (tone[:, i].view(-1, 1, 1, 1) for i in range(3))
     return image.clamp_min(1e-4) ** gamma * gain + offset
-
-
-def inside(box: Tensor, size: int) -> Tensor:
-    """(B, size, size), True in each sample's rectangle."""
-    at = (torch.arange(size, device=box.device) + 0.5) / size
-    top, bottom, left, right = (box[:, i].view(-1, 1) for i in range(4))
-    return ((at >= top) & (at < bottom))[:, :, None] & ((at >= left) & (at < right))[:, None, :]
 
 
 class Feed:

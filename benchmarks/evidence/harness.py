@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.backbones.unet import UNet
-from reseg_loss import DeepSupervision, FeatureExtractor, Features, ReconLoss, ReSegWrapper
+from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, Features, ReconLoss, ReSegWrapper
+from reseg_loss.unlabelled import pseudo_label
 
-from .batches import Augmentation, Feed, inside, toned
-from .losses import IGNORED, consistency, entropy, pseudo_label, segmentation_loss
+from .batches import Augmentation, Feed
+from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .variants import Variant
 
 WARM_UP = 3  # eager steps before the capture: they compile, choose algorithms and make the optimizer's state
@@ -101,6 +102,11 @@ class Machine:
             reseg.loss.compile(dynamic=False, backend=self.backend)
         if self.compile == "all":
             reseg.teacher.body.compile(dynamic=False, backend=self.backend)
+
+    def compile_average(self, mixed: CutMixConsistency) -> None:
+        """Compile the mean teacher."""
+        if self.compile == "all":
+            mixed.average.compile(dynamic=False, backend=self.backend)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -278,11 +284,11 @@ class Stage2:
         torch.manual_seed(0)
         self.model = make_model(settings, classes).to(device, memory_format=torch.channels_last)
         self.average = None
-        if variant.unlabelled in ("mean teacher", "cutmix"):
+        if variant.unlabelled == "mean teacher":
             self.average = copy.deepcopy(self.model).requires_grad_(False)
         example = torch.zeros(1, 1, settings.size, settings.size, device=device)
         parameters = list(self.model.parameters())
-        self.reseg = self.deep = None
+        self.reseg = self.deep = self.mixed = None
         # hooks come before the compiled model's first call
         if variant.reseg is not None:
             self.reseg = ReSegWrapper(self.model, example_input=example, **variant.reseg)
@@ -301,12 +307,18 @@ class Stage2:
             parameters += self.deep.parameters()
         self.student = machine.network(self.model)
         self.mean_teacher = machine.network(self.average) if self.average is not None else None
+        if variant.unlabelled == "cutmix":
+            deep = self.deep if variant.unlabelled_deep else None
+            # the ramp is a table here, for a captured step would keep the first call's
+            self.mixed = CutMixConsistency(self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED)
+            machine.compile_average(self.mixed)
         self.recon_loss = ReconLoss()
         self.task_loss = machine.loss(segmentation_loss)
         self.loop = Loop(machine, parameters, settings.optimizer, settings.lr, settings.weight_decay, feed.steps)
         self.aligned, self.ramp = (torch.zeros(feed.steps, device=device) for _ in range(2))
         self.model.train()
-        self.loop.capture(self._losses, self._follow if self.average is not None else None)
+        follow = self._follow if self.average is not None else self.mixed.update if self.mixed is not None else None
+        self.loop.capture(self._losses, follow)
         self.forget()
 
     # --- the step
@@ -352,17 +364,15 @@ class Stage2:
     def _unlabelled(self) -> Tensor:
         kind, clock = self.variant.unlabelled, self.loop.clock
         tables = self.feed.others if self.variant.images == "others" else self.feed.again
-        image, _, row = self.feed.batch_of(tables, clock)
+        image, _, _ = self.feed.batch_of(tables, clock)
+        if self.mixed is not None:
+            with self.machine.autocast():
+                return self.mixed.loss(image, self.task_loss, weight=1.0)
         seen, target = image, torch.empty(0)
         if self.mean_teacher is not None:
             with torch.no_grad(), self.machine.autocast():
                 target = self.mean_teacher(image)
-            if kind == "cutmix":
-                cut = inside(row.box, image.shape[-1])
-                seen = torch.where(cut[:, None], image.roll(1, 0), image)
-                target = torch.where(cut[:, None], target.roll(1, 0), target)
-                seen = toned(seen, row.tone)
-            seen = seen + NOISE * torch.randn_like(seen)
+            seen = image + NOISE * torch.randn_like(image)
         deep = self.deep if self.variant.unlabelled_deep else None
         with deep.record() if deep is not None else nullcontext(), self.machine.autocast():
             logits = self.student(seen)
@@ -377,7 +387,7 @@ class Stage2:
             return self.recon_loss(again, image)
         if kind == "mean teacher":
             return consistency(logits, target)
-        label = pseudo_label(target if kind == "cutmix" else logits)
+        label = pseudo_label(logits, SURE, IGNORED)
         loss = self.task_loss(logits, label)
         return loss if deep is None else loss + deep.loss(label, self.task_loss)
 
@@ -408,6 +418,8 @@ class Stage2:
         self.model.load_state_dict(weights)
         if self.average is not None:
             self.average.load_state_dict(weights)
+        if self.mixed is not None:
+            self.mixed.reset()
         if self.deep is not None:
             for head in self.deep.heads.values():
                 _redraw(head, seed)

@@ -36,13 +36,6 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1).mean()
 
 
-@torch.no_grad()
-def pseudo_label(logits: Tensor) -> Tensor:
-    """The predicted classes (B, H, W), 255 where the probability is below 0.95."""
-    confidence, label = logits.float().softmax(1).max(1)
-    return label.masked_fill(confidence < SURE, IGNORED)
-
-
 def consistency(logits: Tensor, other: Tensor) -> Tensor:
     """Mean squared difference of two predicted distributions (B, C, H, W)."""
     return F.mse_loss(logits.float().softmax(1), other.float().softmax(1))
