@@ -21,6 +21,8 @@ from .teacher import is_sharded, private_copy, select_output
 
 FORMAT = 1  # of the state_dict
 FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
+# before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
+BROADCASTS_TWICE = torch.__version__ >= "2.13"
 
 BOX = (0.25, 0.5)  # side of a box, as a share of the image's
 GAMMA = (0.7, 1.4)
@@ -72,7 +74,7 @@ def perturb_intensities(image: Tensor, u: Tensor, noise: Tensor) -> Tensor:
         noise: as the image, with standard deviation 1; it is added times 0.1.
     """
     axes = tuple(range(2, image.ndim))
-    x = image.float()
+    x = image.float() if image.dtype.itemsize < 4 else image
     low = x.amin(axes, keepdim=True)
     span = x.amax(axes, keepdim=True) - low
     x = (x - low) / torch.where(span > 0, span, torch.ones_like(span))
@@ -131,8 +133,8 @@ class CutMixConsistency:
 
     Args:
         model: any nn.Module in 2D or 3D that gives logits of classes that exclude each other, or of one channel
-            (sigmoid); or its DistributedDataParallel (with broadcast_buffers=False if it has buffers) or
-            torch.compile wrapper, which is then what runs.
+            (sigmoid); or its DistributedDataParallel (before torch 2.13 with broadcast_buffers=False if it has
+            buffers) or torch.compile wrapper, which is then what runs.
         deep: the model's `DeepSupervision`, with the same `ignore_index`. Each step calls its `loss` twice, so its
             `decay_calls` are two per step.
         ramp_calls: number of calls over which the loss grows to its weight (`ramp_up`), 40 % of the run for instance;
@@ -240,7 +242,8 @@ class CutMixConsistency:
 
         Raises:
             ReSegError: the images are not such a batch, or fail in the model; the model is in evaluation; its output
-                has no logits; or `deep` has another `ignore_index`, or a labelled forward that waits for its loss.
+                has no logits; `deep` has another `ignore_index`, or a labelled forward that waits for its loss; or
+            DistributedDataParallel copies buffers where torch cannot do it twice a step.
             TapError: a tap of `deep` did not fire.
         """
         images = _plain_images(images)
@@ -452,13 +455,15 @@ def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
 
 
 def _refuse_broadcast(forward: Any) -> None:
-    """Raise a ReSegError for a DistributedDataParallel that writes buffers which the first forward's backward reads."""
+    """Raise a ReSegError for a DistributedDataParallel after whose second forward the first's backward fails."""
     while isinstance(getattr(forward, "_orig_mod", None), nn.Module):
         forward = forward._orig_mod
-    if isinstance(forward, DistributedDataParallel) and forward.will_sync_module_buffers():
+    if BROADCASTS_TWICE or not isinstance(forward, DistributedDataParallel):
+        return
+    if forward.will_sync_module_buffers():
         raise ReSegError(
-            "DistributedDataParallel copies rank 0's buffers at each forward, and with two a step the backward of the "
-            "first fails: build it with broadcast_buffers=False"
+            "before torch 2.13 DistributedDataParallel cannot copy rank 0's buffers at two forwards a step, since the "
+            "backward of the first then fails: build it with broadcast_buffers=False"
         )
 
 

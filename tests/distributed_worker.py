@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from reseg_loss import DeepSupervision, ReSegWrapper
+from reseg_loss import CutMixConsistency, DeepSupervision, ReSegWrapper
+from reseg_loss.unlabelled import BROADCASTS_TWICE
 
 STEPS = 3
 
@@ -121,6 +123,56 @@ def deep_supervision(rank: int, world: int) -> Any:
     return train(run, model, _HeadsAsWrapper(ds), rank, world)  # pyright: ignore[reportArgumentType]
 
 
+def unlabelled(rank: int, world: int, **options: Any) -> Any:
+    """Steps with two forwards of a model with batch statistics, whose ranks start with other weights."""
+    torch.manual_seed(rank)
+    model = UNet()
+    # before DDP gives all ranks rank 0's weights, so that the mean teachers are other ones, too
+    deep = DeepSupervision(model, 3, example_input=batch()[0], ignore_index=255)
+    mixed = CutMixConsistency(model, deep=deep, ramp_calls=None, ignore_index=255, threshold=0.4)
+    run = DistributedDataParallel(model, **options)
+    optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.1, momentum=0.9)
+
+    def loss_of(logits: Tensor, label: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, label, ignore_index=255)
+
+    losses = []
+    for step in range(STEPS):
+        (image, label), (other, _) = part(step, rank, world), part(10 + step, rank, world)
+        loss = loss_of(run(image), label) + deep.loss(label, loss_of)
+        loss = loss + mixed.loss(other, loss_of, forward=run)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mixed.update()
+        losses.append(loss.detach())
+    return {
+        "losses": torch.stack(losses),
+        "model": [full(p) for p in model.parameters()],
+        "average": [full(p) for p in mixed.average.parameters()],
+        "heads": [full(p) for p in deep.parameters()],
+        "statistics": [full(b) for b in model.buffers()],
+        "sure": mixed.stats()["sure"],
+    }
+
+
+def unlabelled_with_a_buffer_per_rank(rank: int, world: int) -> Any:
+    return unlabelled(rank, world, broadcast_buffers=False)
+
+
+def unlabelled_with_broadcast_buffers(rank: int, world: int) -> Any:
+    return unlabelled(rank, world) if BROADCASTS_TWICE else None
+
+
+def unlabelled_with_broadcast_buffers_on_an_older_torch(rank: int, world: int) -> Any:
+    with patch("reseg_loss.unlabelled.BROADCASTS_TWICE", False):
+        try:
+            unlabelled(rank, world)
+        except ValueError as error:
+            return f"{type(error).__name__}: {error}"
+    return "it was not refused"
+
+
 def projection(rank: int, world: int) -> Any:
     model = model_of_the_test()
     run = DistributedDataParallel(model) if world > 1 else model
@@ -213,6 +265,9 @@ CHECKS = [
     compiled_ddp,
     ddp_over_compiled,
     deep_supervision,
+    unlabelled_with_a_buffer_per_rank,
+    unlabelled_with_broadcast_buffers,
+    unlabelled_with_broadcast_buffers_on_an_older_torch,
     projection,
     projection_unused_in_a_step,
     projection_with_other_seeds,

@@ -344,6 +344,8 @@ def test_no_step_waits_for_the_device(name, acdc):
     with Watch():
         loss, _ = step._losses()
         loss.backward()
+        if step.mixed is not None:
+            step.mixed.update()
 
 
 def test_a_step_is_that_of_a_plain_loop(acdc):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import CrossAlignmentLoss, Features, ReSegWrapper, terms
+from reseg_loss import CrossAlignmentLoss, CutMixConsistency, DeepSupervision, Features, ReSegWrapper, terms
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
@@ -213,6 +213,58 @@ def test_a_step_in_a_cuda_graph_replays_as_eager(kwargs):
             value = run()
             losses.append((value if static is None else static).clone())
         results.append(vector([*losses, *model.parameters(), *model.buffers(), *reseg.parameters()]))
+    assert torch.allclose(*results, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_steps_with_unlabelled_images_do_not_wait_and_can_be_captured(graphed):
+    """The same random numbers, weights of the loss and values, eager without synchronization and in a CUDA graph."""
+    data = [on_device(seed, torch.float64) for seed in range(4)]
+    results = []
+    for captured in (False, graphed):
+        torch.manual_seed(0)
+        model = UNet().to(DEVICE, torch.float64)
+        deep = DeepSupervision(model, 3, example_input=data[0][0], ignore_index=255)
+        mixed = CutMixConsistency(model, deep=deep, ramp_calls=None, ignore_index=255, threshold=0.4)
+        optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.05, momentum=0.9)
+        (image, label), weight = (x.clone() for x in data[0]), torch.zeros((), device=DEVICE)
+
+        def step(
+            model=model, deep=deep, mixed=mixed, optimizer=optimizer, image=image, label=label, weight=weight
+        ) -> Tensor:
+            with deep.record():
+                logits = model(image)
+            loss = loss_of(logits, label) + deep.loss(label, loss_of)
+            loss = loss + mixed.loss(image.flip(2), loss_of, weight=weight)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            mixed.update()
+            return loss.detach()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        run, static = step, None
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                static = step()
+            run = graph.replay
+        torch.cuda.manual_seed(5)
+        losses = []
+        for i, (new_image, new_label) in enumerate(data[1:]):
+            image.copy_(new_image)
+            label.copy_(new_label)
+            weight.fill_(0.5 * i)
+            with no_synchronization():
+                value = run()
+            losses.append((value if static is None else static).clone())
+        results.append(vector([*losses, *model.parameters(), *mixed.average.parameters(), *mixed.average.buffers()]))
     assert torch.allclose(*results, rtol=1e-7, atol=1e-9)
 
 

@@ -102,6 +102,25 @@ def test_a_projection_that_starts_differently_on_every_process_becomes_and_stays
     assert equal(zero, one)
 
 
+@pytest.mark.parametrize("check", [worker.unlabelled_with_a_buffer_per_rank, worker.unlabelled_with_broadcast_buffers])
+def test_models_heads_and_mean_teachers_are_the_same_on_every_process_with_unlabelled_images(found, check):
+    zero, one = both(found, check)
+    if zero is None:
+        pytest.skip("this torch cannot copy buffers at two forwards a step")
+    for which in ("model", "average", "heads"):
+        assert equal(zero[which], one[which]), which
+    assert not torch.equal(zero["losses"], one["losses"]), "each process has a part of the batch"
+    assert not equal(zero["statistics"], one["statistics"])
+    assert not close(zero["model"], zero["average"])
+    assert 0 < zero["sure"] < 1
+
+
+def test_two_forwards_a_step_with_broadcast_buffers_are_refused_where_torch_cannot(found):
+    for message in both(found, worker.unlabelled_with_broadcast_buffers_on_an_older_torch):
+        assert message.startswith("ReSegError")
+        assert "broadcast_buffers=False" in message
+
+
 def test_stage_1_on_two_processes_is_stage_1_on_one_with_the_whole_batch(found):
     zero, one = both(found, worker.stage_1)
     alone = worker.stage_1(0, 1)

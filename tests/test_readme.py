@@ -66,8 +66,13 @@ def test_every_snippet_runs(number, tmp_path, monkeypatch):
     image, label = next(iter(loader()))
     model = UNet()
     scope = {"model": model, "image": image, "label": label, "train_loader": loader(), "task_loss": task_loss,
-             "torch": torch, "nn": nn, "MyUNet": UNet, "ReSegWrapper": ReSegWrapper}  # fmt: skip
+             "torch": torch, "nn": nn, "MyUNet": UNet, "ReSegWrapper": ReSegWrapper,
+             "unlabelled_loader": [other for other, _ in loader(seed=1)]}  # fmt: skip
+    keys = list(model.state_dict())
     exec(fences("python")[number], scope)
+    if "mixed" in scope:
+        assert scope["mixed"].calls == 4
+        assert list(torch.load("model.pt", weights_only=True)) == keys
 
 
 def test_the_first_code_comes_early_and_commands_are_those_of_the_ci():
