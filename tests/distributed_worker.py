@@ -241,6 +241,19 @@ def fsdp_before_the_wrapper(rank: int, world: int) -> Any:
     return "it was not refused"
 
 
+def fsdp_with_unlabelled_images(rank: int, world: int) -> Any:
+    model, messages = model_of_the_test(), []
+    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
+    sharded(model, world)
+    for use in (mixed.update, lambda: CutMixConsistency(model, ramp_calls=None, ignore_index=255)):
+        try:
+            use()
+            messages.append("it was not refused")
+        except ValueError as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
 def fsdp_before_the_wrapper_with_a_teacher(rank: int, world: int) -> Any:
     model = sharded(model_of_the_test(), world)
     torch.manual_seed(2)
@@ -276,6 +289,7 @@ CHECKS = [
     stage_1_with_a_distributed_sampler,
     fsdp_after_the_wrapper,
     fsdp_before_the_wrapper,
+    fsdp_with_unlabelled_images,
     fsdp_before_the_wrapper_with_a_teacher,
 ]
 

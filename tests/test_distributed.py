@@ -146,3 +146,11 @@ def test_a_model_that_is_sharded_already_is_refused_with_the_two_ways_out(found)
     for message in both(found, worker.fsdp_before_the_wrapper):
         assert message.startswith("ReSegError")
         assert "build ReSegWrapper (with example_input=) before fully_shard, or pass teacher=" in message
+
+
+def test_a_mean_teacher_of_a_sharded_model_is_refused_before_and_after(found):
+    for messages in both(found, worker.fsdp_with_unlabelled_images):
+        assert len(messages) == 2
+        for message in messages:
+            assert message.startswith("ReSegError: the model")
+            assert "needs whole parameters" in message
