@@ -48,8 +48,8 @@ class Session:
         self.classes = len(self.data.class_names) + 1
         self.images, labels = to_size(self.data, settings.size)
         self.truth = torch.from_numpy(self.data.labels).to(machine.device)
-        steps = max(variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
-        steps = max(steps, settings.stage1_steps)
+        lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
+        steps = max(settings.stage1_steps, *lengths)
         self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
         self.images = self.feed.images
         self.steps: dict[str, Stage2] = {}

@@ -12,17 +12,23 @@ from torch import Tensor
 from .errors import ReSegError
 
 
+def unwrapped(value: Any) -> Any:
+    """Element 0 of a list or tuple, and a tensor of a subclass (MetaTensor) as a plain one; else the value itself."""
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) and type(value) is not Tensor else value
+
+
 def plain_label(label: Any) -> Tensor:
     """The label as a plain tensor: element 0 of a list (deep supervision, full resolution), MetaTensor unwrapped.
 
     Raises:
         ReSegError: it is no tensor.
     """
-    if isinstance(label, (list, tuple)) and label:
-        label = label[0]
+    label = unwrapped(label)
     if not isinstance(label, Tensor):
         raise ReSegError(f"a label is a tensor or a list whose element 0 is one, got {type(label).__name__}")
-    return label if type(label) is Tensor else label.as_subclass(Tensor)
+    return label
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
         ReSegError: the model is sharded, has lazy parameters, or cannot be copied.
     """
     refuse_sharded(model)
-    body = private_copy(model, "the teacher", "pass teacher=")
+    body = copy_model(model, "the teacher", "pass teacher=")
     for parameter in body.parameters():
         parameter.grad = None
         if parameter.is_floating_point():  # what is frozen in the student must still be learnt here
@@ -120,7 +120,7 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
     return body
 
 
-def private_copy(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
+def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
     """A copy that runs what the model runs; `purpose` and `otherwise` (what else can be done) are for the messages.
 
     Raises:

@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ReSegError
 from .features import drop_recorders, unwrap
+from .labels import unwrapped
 from .losses import check_weight
 from .recon import broadcast
 from .supervision import DeepSupervision, TaskLoss
-from .teacher import is_sharded, private_copy, select_output
+from .teacher import copy_model, is_sharded, select_output
 
 FORMAT = 1  # of the state_dict
 FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
@@ -291,6 +292,7 @@ class CutMixConsistency:
         Raises:
             ReSegError: the model's parameters are others than when this was made.
         """
+        _refuse_sharded(self._model)
         self._start()
         mine, theirs = list(self._average.parameters()), list(self._model.parameters())
         _same("parameters", mine, theirs)
@@ -307,6 +309,7 @@ class CutMixConsistency:
         Raises:
             ReSegError: the model's parameters or buffers are others than when this was made.
         """
+        _refuse_sharded(self._model)
         self._to_model()
         for what in ("parameters", "buffers"):
             mine, theirs = (list(getattr(m, what)()) for m in (self._average, self._model))
@@ -425,8 +428,7 @@ class CutMixConsistency:
 
 def _copy(model: nn.Module) -> nn.Module:
     """The mean teacher of a model: a copy without gradients and without our hooks."""
-    if is_sharded(model):
-        raise ReSegError("the model is sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
+    _refuse_sharded(model)
     if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
     low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
@@ -435,7 +437,7 @@ def _copy(model: nn.Module) -> nn.Module:
             f"the model has {', '.join(map(str, low))} parameters, in which the small steps of an average are rounded "
             "away; keep them in float32 and use torch.autocast"
         )
-    average = private_copy(model, "the mean teacher", "leave it as it was until this is built")
+    average = copy_model(model, "the mean teacher", "leave it as it was until this is built")
     drop_recorders(average)
     average.requires_grad_(False)
     for parameter in average.parameters():
@@ -443,10 +445,14 @@ def _copy(model: nn.Module) -> nn.Module:
     return average
 
 
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raise a ReSegError if the model is sharded, now or since its mean teacher was made."""
+    if is_sharded(model):
+        raise ReSegError("the model is sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
+
+
 def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     """Raise a ReSegError unless the mean teacher's tensors fit the model's."""
-    if any(type(t).__name__ == "DTensor" for t in theirs):
-        raise ReSegError("the model was sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
     if [t.shape for t in mine] != [t.shape for t in theirs]:
         raise ReSegError(
             f"the model has other {what} than when its mean teacher was made; build CutMixConsistency after the "
@@ -469,8 +475,7 @@ def _refuse_broadcast(forward: Any) -> None:
 
 def _plain_images(images: Any) -> Tensor:
     """The images as a plain tensor: element 0 of a list, MetaTensor unwrapped."""
-    if isinstance(images, (list, tuple)) and images:
-        images = images[0]
+    images = unwrapped(images)
     if not isinstance(images, Tensor) or images.ndim not in (4, 5) or not images.is_floating_point():
         found = f"{tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise ReSegError(f"unlabelled images are a float tensor (B, C, H, W) or (B, C, D, H, W), got {found}")
@@ -478,4 +483,4 @@ def _plain_images(images: Any) -> Tensor:
         raise ReSegError(
             "one unlabelled image has no other to be mixed with: use batches of at least 2 (drop_last=True)"
         )
-    return images if type(images) is Tensor else images.as_subclass(Tensor)
+    return images

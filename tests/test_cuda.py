@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -176,6 +176,28 @@ def test_the_check_for_synchronization_sees_one():
         value.item()
 
 
+def warmed_up(step: Callable[[], Tensor], optimizer: torch.optim.Optimizer, graphed: bool) -> Callable[[], Tensor]:
+    """What runs a step after three of them: the step itself, or a CUDA graph of it, whose result stays in place."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    if not graphed:
+        return step
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        static = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return static
+
+    return replay
+
+
 @pytest.mark.parametrize("kwargs", SETTINGS)
 def test_a_step_in_a_cuda_graph_replays_as_eager(kwargs):
     ignored = "ignore_index" in kwargs
@@ -193,25 +215,12 @@ def test_a_step_in_a_cuda_graph_replays_as_eager(kwargs):
             optimizer.step()
             return loss.detach()
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        run, static = step, None
-        if graphed:
-            graph = torch.cuda.CUDAGraph()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(graph):
-                static = step()
-            run = graph.replay
+        run = warmed_up(step, optimizer, graphed)
         losses = []
         for new_image, new_label in data[1:]:
             image.copy_(new_image)
             label.copy_(new_label)
-            value = run()
-            losses.append((value if static is None else static).clone())
+            losses.append(run().clone())
         results.append(vector([*losses, *model.parameters(), *model.buffers(), *reseg.parameters()]))
     assert torch.allclose(*results, rtol=1e-7, atol=1e-9)
 
@@ -242,19 +251,7 @@ def test_steps_with_unlabelled_images_do_not_wait_and_can_be_captured(graphed):
             mixed.update()
             return loss.detach()
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        run, static = step, None
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(graph):
-                static = step()
-            run = graph.replay
+        run = warmed_up(step, optimizer, captured)
         torch.cuda.manual_seed(5)
         losses = []
         for i, (new_image, new_label) in enumerate(data[1:]):
@@ -263,7 +260,7 @@ def test_steps_with_unlabelled_images_do_not_wait_and_can_be_captured(graphed):
             weight.fill_(0.5 * i)
             with no_synchronization():
                 value = run()
-            losses.append((value if static is None else static).clone())
+            losses.append(value.clone())
         results.append(vector([*losses, *model.parameters(), *mixed.average.parameters(), *mixed.average.buffers()]))
     assert torch.allclose(*results, rtol=1e-7, atol=1e-9)
 

@@ -310,15 +310,16 @@ class Stage2:
         if variant.unlabelled == "cutmix":
             deep = self.deep if variant.unlabelled_deep else None
             # the ramp is a table here, for a captured step would keep the first call's
-            self.mixed = CutMixConsistency(self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED)
+            self.mixed = CutMixConsistency(
+                self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED, threshold=SURE, decay=EMA
+            )
             machine.compile_average(self.mixed)
         self.recon_loss = ReconLoss()
         self.task_loss = machine.loss(segmentation_loss)
         self.loop = Loop(machine, parameters, settings.optimizer, settings.lr, settings.weight_decay, feed.steps)
         self.aligned, self.ramp = (torch.zeros(feed.steps, device=device) for _ in range(2))
         self.model.train()
-        follow = self._follow if self.average is not None else self.mixed.update if self.mixed is not None else None
-        self.loop.capture(self._losses, follow)
+        self.loop.capture(self._losses, self._follow)
         self.forget()
 
     # --- the step
@@ -392,9 +393,11 @@ class Stage2:
         return loss if deep is None else loss + deep.loss(label, self.task_loss)
 
     def _follow(self) -> None:
-        assert self.average is not None
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - EMA)
+        if self.mixed is not None:
+            self.mixed.update()
+        if self.average is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - EMA)
 
     def forget(self) -> None:
         """Drop what the captured step has left, so that the next capture can use its memory."""
