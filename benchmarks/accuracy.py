@@ -15,6 +15,8 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ class Session:
         settings = plan.settings
         self.classes = len(self.data.class_names) + 1
         self.images, labels = to_size(self.data, settings.size)
-        self.truth = torch.from_numpy(self.data.labels).to(machine.device)
+        self.truth = torch.from_numpy(self.data.labels)
         lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
         steps = max(settings.stage1_steps, *lengths)
         self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
@@ -83,8 +85,8 @@ class Session:
             self.teachers[kind] = self.stage_1[kind].fit(seed)
         return self.teachers[kind]
 
-    def run(self, seed: int, variant: Variant) -> dict[str, Any]:
-        """Train and score one variant; the line for the results."""
+    def run(self, seed: int, variant: Variant) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+        """Train one variant and predict; what is known then, and how to get the rest, the scores, on the CPU."""
         self.begin(seed)
         assert self.parts is not None
         if variant.unlabelled is not None and variant.images == "others" and not self.parts.unlabelled:
@@ -98,13 +100,12 @@ class Session:
         loss = step.train(variant, seed, teacher)
         self.machine.synchronize()
         trained = time.perf_counter()
-        scores = {part: self.score(step, self.parts.part(part)) for part in self.plan.parts}
+        predicted = {part: self.predict(step, self.parts.part(part)) for part in self.plan.parts}
         if self.other is not None and self.plan.also_test is not None:
-            scores[self.other.name] = self.score_other(step, self.other, self.plan.also_test["classes"])
+            predicted[self.other.name] = self.predict_other(step, self.other, self.plan.also_test["classes"])
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)
         done = time.perf_counter()
-        return {
-            "scores": scores,
+        line = {
             "task_loss": loss,
             "stage_1_loss": recon,
             "ms_per_step": 1e3 * (trained - start) / steps,
@@ -112,25 +113,26 @@ class Session:
                 "build": built - began,
                 "stage_1": start - built,
                 "train": trained - start,
-                "score": done - trained,
+                "predict": done - trained,
             },
         }
+        return line, lambda: {part: scored() for part, scored in predicted.items()}
 
-    def score(self, step: Stage2, patients: tuple[int, ...]) -> dict[str, Any]:
-        chosen = torch.from_numpy(rows(self.data, patients)).to(self.machine.device)
-        truth = self.truth[chosen]
-        prediction = step.predict(self.images[chosen], truth.shape[-1])
-        volume = torch.from_numpy(self.data.volume).to(self.machine.device)[chosen]
-        names = list(self.data.class_names)
-        return {"classes": names, **score(prediction, truth, volume, [(i, i) for i in range(1, self.classes)])}
+    def predict(self, step: Stage2, patients: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
+        chosen = torch.from_numpy(rows(self.data, patients))
+        truth, volume = self.truth[chosen], torch.from_numpy(self.data.volume)[chosen]
+        prediction = step.predict(self.images[chosen.to(self.machine.device)], truth.shape[-1]).cpu()
+        names, classes = list(self.data.class_names), [(i, i) for i in range(1, self.classes)]
+        return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
 
-    def score_other(self, step: Stage2, other: Slices, classes: list[tuple[int, int]]) -> dict[str, Any]:
-        device = self.machine.device
+    def predict_other(
+        self, step: Stage2, other: Slices, classes: list[tuple[int, int]]
+    ) -> Callable[[], dict[str, Any]]:
         images, _ = to_size(other, self.plan.settings.size)
-        truth, volume = (torch.from_numpy(array).to(device) for array in (other.labels, other.volume))
-        prediction = step.predict(images.to(device), truth.shape[-1])
+        truth, volume = torch.from_numpy(other.labels), torch.from_numpy(other.volume)
+        prediction = step.predict(images.to(self.machine.device), truth.shape[-1]).cpu()
         names = [self.data.class_names[ours - 1] for ours, _ in classes]
-        return {"classes": names, **score(prediction, truth, volume, classes)}
+        return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
 
     def line(self, seed: int, variant: Variant) -> dict[str, Any]:
         """What is said of a run before it begins."""
@@ -184,28 +186,50 @@ def run_plan(
     failed: set[str] = set()
     longest: dict[str, float] = {}
     slowest = 0.0  # with all that is built for a variant's first run
-    for seed, variant in plan.runs():
-        line = session.line(seed, variant)
-        if line["key"] in done or variant.name in failed:
-            continue
-        if time.monotonic() + longest.get(variant.name, slowest) > deadline:
-            print(f"{plan.name}: stopped before seed {seed}, {variant.name}; the time is up", flush=True)
-            return False
-        begin = time.monotonic()
+    waiting: tuple[dict[str, Any], Future[dict[str, Any]]] | None = None  # scored while the next one trains
+
+    def write() -> None:
+        """Append the waiting run's line, with its scores or what went wrong."""
+        nonlocal waiting
+        if waiting is None:
+            return
+        (line, scores), waiting = waiting, None
         try:
-            line |= session.run(seed, variant)
+            line["scores"] = scores.result()
         except Exception as error:  # the others go on, and the line says what happened
-            failed.add(variant.name)
+            failed.add(line["variant"])
             line["error"] = f"{type(error).__name__}: {error}"[:2000]
-            line["traceback"] = traceback.format_exc().splitlines()[-8:]
-            gc.collect()
-        line["seconds_in_all"] = time.monotonic() - begin
-        slowest = max(slowest, line["seconds_in_all"])
-        longest[variant.name] = line["seconds_in_all"] - line.get("seconds", {}).get("build", 0)
+            line["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-8:]
         line["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         append(out, line)
-        done.add(line["key"])
         print(summary(line), flush=True)
+
+    with ThreadPoolExecutor(1) as scorer:
+        for seed, variant in plan.runs():
+            line = session.line(seed, variant)
+            if line["key"] in done or variant.name in failed:
+                continue
+            if time.monotonic() + longest.get(variant.name, slowest) > deadline:
+                write()
+                print(f"{plan.name}: stopped before seed {seed}, {variant.name}; the time is up", flush=True)
+                return False
+            done.add(line["key"])
+            begin, scores = time.monotonic(), Future[dict[str, Any]]()
+            try:
+                trained, score_it = session.run(seed, variant)
+                line |= trained
+                scores = scorer.submit(score_it)
+            except Exception as error:
+                scores.set_exception(error)
+            line["seconds_in_all"] = time.monotonic() - begin
+            slowest = max(slowest, line["seconds_in_all"])
+            longest[variant.name] = line["seconds_in_all"] - line.get("seconds", {}).get("build", 0)
+            write()
+            waiting = line, scores
+            if scores.done():  # also where it failed, so that it is not tried for every seed
+                write()
+                gc.collect()
+        write()
     del session
     gc.collect()  # steps and closures hold each other, and the next plan needs the memory
     return True
