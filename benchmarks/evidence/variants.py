@@ -121,7 +121,7 @@ CATALOGUE: dict[str, Variant] = {
         Variant("standardized, onehot", reseg={**STANDARDIZED, "label_input": "onehot"}),
         Variant("standardized, projection", reseg={**STANDARDIZED, "projection": "linear", "weight": 0.1}),
         # deep supervision
-        Variant("ds", deep={}),
+        Variant("ds", deep={"weights": [0.5, 0.25, 0.125]}),
         Variant("ds x2", deep=DS_X2),
         Variant("ds x4", deep={"weights": [2.0, 1.0, 0.5]}),
         Variant("ds equal", deep={"weights": [1.0, 1.0, 1.0]}),
