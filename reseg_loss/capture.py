@@ -106,16 +106,20 @@ def recorded(forward: Callable[[Tensor], Features], encoded: Tensor) -> Callable
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
                 forward(static)
-            if _waits(lambda: forward(static)):  # a capture that breaks leaves torch's allocator and generator broken
+            if _waits(lambda: forward(static)):  # asked before, for a capture that breaks does not leave all as it was
                 raise RuntimeError("it waits for the device, by .item() or a copy to the CPU, for instance")
         torch.cuda.current_stream().wait_stream(aside)
-        # the outer one puts the user's stream back where a capture breaks, which the inner does not; other threads may
-        # do meanwhile what a capture forbids, as those that pin memory do
-        with (
-            torch.cuda.stream(stream),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            features = forward(static)
+        # other threads may do meanwhile what a capture forbids, as those that pin memory do
+        mode = "thread_local"
+        try:
+            # the outer one puts the user's stream back where a capture breaks, which the inner does not
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+                features = forward(static)
+        except RuntimeError:
+            # older torch refuses to draw random numbers from then on, until a capture ends well
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=aside, capture_error_mode=mode):
+                static.zero_()
+            raise
 
     def replay(encoded: Tensor) -> Features:
         static.copy_(encoded)
