@@ -40,6 +40,8 @@ class Settings:
         teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None as the student runs.
         compile_teacher: run the teacher through torch.compile.
         fold_teacher: in low precision run its chains of convolution, batch normalisation and ReLU as one operation.
+        capture_teacher: on CUDA replay its forward as a CUDA graph, one for each of at most four sizes of the batch;
+            call backward before the next alignment_loss, whose features take the same memory.
     """
 
     weight: float = 0.035
@@ -63,6 +65,7 @@ class Settings:
     teacher_dtype: torch.dtype | str | None = None
     compile_teacher: bool = False
     fold_teacher: bool = False
+    capture_teacher: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -109,7 +112,7 @@ class Settings:
 STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
 
 # what may change in a wrapper that is built: nothing in it depends on them
-AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "fold_teacher")
+AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "fold_teacher", "capture_teacher")
 
 # dtypes by name, too, as checkpoints have them
 _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
@@ -126,6 +129,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "teacher_dtype": tuple(_DTYPES),
     "compile_teacher": (False, True),
     "fold_teacher": (False, True),
+    "capture_teacher": (False, True),
 }
 
 

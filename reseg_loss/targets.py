@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import capture
 from .features import FeatureExtractor, Features
 from .fold import folded
 from .settings import Settings
@@ -33,6 +34,7 @@ class Targets:
         self._compiled: Callable[[Tensor], None] | None = None
         self._tried_channels_last = False
         self._folded: tuple[Any, nn.Module, FeatureExtractor] | None = None  # what it was made of, the body, its taps
+        self._captured = capture.Captured()
 
     def __call__(
         self, label: Tensor, autocast: tuple[bool, torch.dtype], settings: Settings
@@ -55,8 +57,10 @@ class Targets:
         if settings.compile_teacher:
             run = self._compiled = self._compiled or torch.compile(teacher.run)
 
-        def features() -> Features:
-            with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
+        def features(encoded: Tensor) -> Features:
+            # no cache of casts: a CUDA graph would read one after it is freed
+            cast = torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+            with torch.no_grad(), cast:
                 return extractor.features_of(lambda: run(encoded))
 
         if device.type == "cuda" and low and not self._tried_channels_last:
@@ -64,20 +68,26 @@ class Targets:
             self._tried_channels_last = True
             teacher.to_channels_last()
             try:
-                return features(), valid
+                return features(encoded), valid
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # a view() that counts on the usual order
                 logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
                 teacher.to_channels_last(False)
-        if settings.fold_teacher and low:
+        fold = settings.fold_teacher and low
+        if fold:
             run, extractor = self._fold(encoded, dtype)
-        return features(), valid
+        if settings.capture_teacher and capture.serves(device):
+            # a folded body is another one once the teacher has changed
+            made_of = extractor if fold else (run, [t.data_ptr() for t in teacher.tensors()])
+            return self._captured(features, encoded, made_of, (enabled, dtype)), valid
+        return features(encoded), valid
 
     def remove(self) -> None:
-        """Take the hooks off the teacher."""
+        """Take the hooks off the teacher, and free what was made for it."""
         self.extractor.remove()
         self._folded = None
+        self._captured.drop()
 
     def _fold(self, encoded: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
         """The teacher's forward with its chains folded, and its taps; made anew when the teacher has changed."""
@@ -86,7 +96,7 @@ class Targets:
         def before(encoded: Tensor) -> Tensor:
             return teacher.before(encoded.to(teacher.reference.dtype))
 
-        made_of = dtype, [(t.data_ptr(), t._version) for t in teacher.state_dict().values()]
+        made_of = dtype, [(t.data_ptr(), t._version) for t in teacher.tensors()]
         if self._folded is None or self._folded[0] != made_of:
             with torch.no_grad():
                 body, count = folded(teacher.body, before(encoded[:1]), self.extractor.taps, dtype)

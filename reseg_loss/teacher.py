@@ -84,6 +84,12 @@ class Teacher(nn.Module):
         """A tensor with the device and dtype that the body computes in."""
         return next((p for p in self.parameters() if p.is_floating_point()), self.get_buffer("_like"))
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All parameters and buffers, without their names, which take twice as long: this is asked in every step."""
+        for module in self.modules():
+            for held in (module._parameters, module._buffers):
+                yield from (tensor for tensor in held.values() if tensor is not None)
+
     def freeze(self) -> Teacher:
         """Evaluation and no gradients from here on, whatever `train()` says. Returns self."""
         self.frozen = True

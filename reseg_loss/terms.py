@@ -57,7 +57,7 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        n, saved, normalize = len(upstream), ctx.saved_tensors, ctx.normalize
+        n, saved, normalize = len(upstream), _saved(ctx), ctx.normalize
         gradients: list[Tensor | None] = []
         for i, (s, t) in enumerate(zip(saved[:n], saved[n : 2 * n])):
             kept = saved[2 * n + i] if normalize else None
@@ -73,6 +73,19 @@ class _Terms(torch.autograd.Function):
             else:
                 gradients.append(gradient(s, t, upstream[i], kept))
         return (None, None, *gradients)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ReSegError(
+            "a feature was overwritten between alignment_loss and backward. With capture_teacher=True the next "
+            "alignment_loss does that: call backward before it, or leave capture_teacher out. Otherwise an operation "
+            "in your model or step does it in place"
+        ) from error
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool) -> tuple[Tensor, list[Tensor]]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import CrossAlignmentLoss, CutMixConsistency, DeepSupervision, Features, ReSegWrapper, terms
+from reseg_loss import CrossAlignmentLoss, CutMixConsistency, DeepSupervision, Features, ReSegError, ReSegWrapper, terms
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
@@ -498,6 +498,208 @@ def test_a_compiled_teacher_gives_the_same_loss(preset):
             model(image)
             losses.append(reseg.alignment_loss(label).detach())
     assert torch.allclose(torch.stack(losses[:3]), torch.stack(losses[3:]), rtol=1e-8)
+
+
+# --- the teacher as a CUDA graph
+
+
+def aligned(model: nn.Module, reseg: ReSegWrapper, image: Tensor, label: Tensor, amp: torch.dtype | None) -> Tensor:
+    with torch.autocast("cuda", dtype=amp or torch.float16, enabled=amp is not None):
+        model(image)
+    return reseg.alignment_loss(label)
+
+
+def graphs_of(reseg: ReSegWrapper) -> dict[Any, Any]:
+    return reseg._parts.targets._captured._replays
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """So that two models' gradients may be compared bit for bit."""
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
+CAPTURED = [*SETTINGS, {"subset": 0.5}, {"every": 2}, {"fold_teacher": True}]
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("kwargs", CAPTURED)
+def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deterministic):
+    results = []
+    for on in (False, True):
+        model, reseg = ready(capture_teacher=on, **kwargs)
+        found = []
+        for seed, n in enumerate((4, 4, 4, 4, 2, 2, 2, 2, 4)):
+            image, label = (x.to(DEVICE) for x in batch(n, seed=seed))
+            if "ignore_index" in kwargs:
+                label[:, :5, 3:9] = 255
+            model.zero_grad()
+            loss = aligned(model, reseg, image, label, amp)
+            loss.backward()
+            found += [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+        results.append(vector(found))
+    assert torch.equal(*results)
+    assert len(graphs_of(reseg)) == 2
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_captured_teacher_follows_a_loaded_state_and_a_move(fold, amp, deterministic):
+    results = []
+    image, label = on_device()
+    for on in (False, True):
+        model, reseg = ready(capture_teacher=on, fold_teacher=fold)
+        state = reseg.state_dict()
+        doubled = {k: v * 2 if v.is_floating_point() else v for k, v in state["parts"]["teacher"].items()}
+        losses = [aligned(model, reseg, image, label, amp) for _ in range(3)]
+        reseg.load_state_dict({**state, "parts": {**state["parts"], "teacher": doubled}})
+        losses += [aligned(model, reseg, image, label, amp) for _ in range(2)]
+        reseg.teacher.cpu()
+        losses += [aligned(model, reseg, image, label, amp) for _ in range(2)]
+        results.append(vector(losses))
+    assert torch.equal(*results)
+    assert results[0][2] != results[0][3]
+    assert len(graphs_of(reseg)) == 1
+
+
+def test_a_captured_teachers_features_serve_until_the_next_loss():
+    model, reseg = ready(capture_teacher=True)
+    image, label = on_device()
+    aligned(model, reseg, image, label, None).backward()
+    first = aligned(model, reseg, image, label, None)
+    aligned(model, reseg, image, label, None).backward()
+    with pytest.raises(ReSegError, match="call backward before it"):
+        first.backward()
+
+
+def test_gradients_accumulate_with_a_captured_teacher(deterministic):
+    results = []
+    for on in (False, True):
+        model, reseg = ready(capture_teacher=on)
+        for seed in range(4):
+            aligned(model, reseg, *on_device(seed), None).backward()
+        results.append(vector(p.grad for p in model.parameters() if p.grad is not None))
+    assert torch.equal(*results)
+
+
+def test_no_step_after_the_first_waits_for_the_device_with_a_captured_teacher():
+    model, reseg = ready(capture_teacher=True)
+    image, label = on_device()
+    aligned(model, reseg, image, label, None).backward()
+    with no_synchronization():
+        for _ in range(3):
+            aligned(model, reseg, image, label, None).backward()
+
+
+def test_a_step_in_a_cuda_graph_contains_a_captured_teachers_forward():
+    data = [on_device(seed, torch.float64) for seed in range(4)]
+    results = []
+    for graphed in (False, True):
+        model, reseg = ready(dtype=torch.float64, capture_teacher=graphed)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        image, label = (x.clone() for x in data[0])
+
+        def step(model=model, reseg=reseg, optimizer=optimizer, image=image, label=label) -> Tensor:
+            loss = loss_of(model(image), label) + reseg.alignment_loss(label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        run = warmed_up(step, optimizer, graphed)
+        assert len(graphs_of(reseg)) == graphed  # of the steps before
+        reseg._parts.targets._captured.drop()  # the step's graph needs none of it
+        losses = []
+        for new_image, new_label in data[1:]:
+            image.copy_(new_image)
+            label.copy_(new_label)
+            losses.append(run().clone())
+        results.append(vector([*losses, *model.parameters()]))
+    assert torch.allclose(*results, rtol=1e-7, atol=1e-9)
+
+
+class Waiting(UNet):
+    """A model whose forward waits for the device; as a user may write it, or hidden from torch."""
+
+    hidden = False
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.hidden:
+            torch.cuda.synchronize()
+        elif x.sum().item() < -1e9:
+            raise ValueError
+        return super().forward(x)
+
+
+class Hidden(Waiting):
+    hidden = True
+
+
+@pytest.mark.parametrize("made", [Waiting, Hidden])
+def test_a_teacher_that_waits_for_the_device_runs_as_it_is_with_one_warning(made, caplog, deterministic):
+    results = []
+    for on in (False, True):
+        model, reseg = ready(made, capture_teacher=on)
+        stream = torch.cuda.current_stream()
+        torch.manual_seed(3)
+        losses = []
+        for seed in range(3):
+            image, label = on_device(seed)
+            loss = loss_of(model(image), label) + reseg.alignment_loss(label)
+            loss.backward()
+            losses.append(loss)
+        results.append(vector([*losses, *(p.grad for p in model.parameters())]))
+        assert torch.cuda.current_stream() == stream
+    assert torch.equal(*results)
+    assert [r.levelname for r in caplog.records if "cannot be captured" in r.message] == ["WARNING"]
+
+
+def test_removing_the_wrapper_frees_a_captured_teachers_graphs():
+    image, label = on_device()
+    for _ in range(2):  # the first makes what torch keeps, too
+        model, reseg = ready(capture_teacher=True)
+        before = torch.cuda.memory_allocated()
+        aligned(model, reseg, image, label, None).backward()
+        model.zero_grad()
+        reseg._last.clear()
+        with_graph = torch.cuda.memory_allocated()
+        reseg.remove()
+        after = torch.cuda.memory_allocated()
+    assert before == after < with_graph
+
+
+@pytest.mark.filterwarnings("ignore")  # of workers and pinning, by version
+def test_a_loader_that_pins_memory_runs_beside_a_captured_teacher():
+    image, label = batch(64)
+    data = torch.utils.data.TensorDataset(image, label)
+    loader = torch.utils.data.DataLoader(data, batch_size=2, pin_memory=True, num_workers=2)
+    model, reseg = ready(capture_teacher=True)
+    seen = 0
+    for _ in range(3):
+        for x, y in loader:
+            if seen % 8 == 0:
+                reseg._parts.targets._captured.drop()  # a capture while the loader works
+            aligned(model, reseg, x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True), None).backward()
+            seen += 1
+    assert seen == 96
+    assert len(graphs_of(reseg)) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_teacher_can_be_captured():
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    losses = []
+    for on in (False, True):
+        model, reseg = ready(dtype=torch.float64, compile_teacher=on, capture_teacher=on)
+        losses += [aligned(model, reseg, *on_device(seed, torch.float64), None).detach() for seed in range(3)]
+    assert torch.allclose(torch.stack(losses[:3]), torch.stack(losses[3:]), rtol=1e-8)
+    assert len(graphs_of(reseg)) == 1
 
 
 # --- random states and determinism
