@@ -656,7 +656,7 @@ def test_a_teacher_that_waits_for_the_device_runs_as_it_is_with_one_warning(made
         results.append(vector([*losses, *(p.grad for p in model.parameters())]))
         assert torch.cuda.current_stream() == stream
     assert torch.equal(*results)
-    assert [r.levelname for r in caplog.records if "cannot be captured" in r.message] == ["WARNING"]
+    assert [r.levelname for r in caplog.records if "cannot be captured" in r.getMessage()] == ["WARNING"]
 
 
 def test_removing_the_wrapper_frees_a_captured_teachers_graphs():
