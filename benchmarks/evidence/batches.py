@@ -136,11 +136,11 @@ class Feed:
 
     def load(self, labelled: np.ndarray, unlabelled: np.ndarray, seed: int) -> None:
         """Draw the batches of a seed from the slices of each kind; without unlabelled ones `others` stays as it is."""
+        spatial = self.images.shape[1:]
         for stream, (tables, rows) in enumerate(
             [(self.labelled, labelled), (self.others, unlabelled), (self.again, labelled)]
         ):
             if len(rows):
-                spatial = self.images.shape[1:]
                 tables.fill(draw(rows, self.steps, self.batch, seed, stream, self.augmentation, spatial))
 
     def batch_of(self, tables: Tables, clock: Tensor) -> tuple[Tensor, Tensor, Tables]:

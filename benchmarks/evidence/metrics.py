@@ -21,7 +21,8 @@ def score(prediction: Tensor, truth: Tensor, volume: Tensor, classes: Sequence[t
     """Means over volumes per class, and over classes.
 
     Args:
-        prediction: (N, H, W) class indices; the slices of a volume are neighbours, in order. Or (N, D, H, W).
+        prediction: (N, H, W) class indices; the slices of a volume are neighbours, in order. Or
+            (N, D, H, W), whole volumes.
         truth: the same shape.
         volume: (N), a number per volume.
         classes: pairs of (class in the prediction, class in the truth).
