@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py --plan benchmarks/plans/choose_5.json --data folder --out results.jsonl --minutes 9.5
 
-`folder` holds acdc.npz and sunnybrook.npz (see `evidence/pack.py`). A line is appended per run; runs that have one are
-skipped, so the same command goes on where it stopped. `accuracy_report.py` makes tables and figures of the lines.
+`folder` holds acdc.npz, sunnybrook.npz and hippocampus.npz, as far as the plan asks for them (see `evidence/pack.py`).
+A line is appended per run; runs that have one are skipped, so the same command goes on where it stopped.
+`accuracy_report.py` makes tables and figures of the lines.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
 from benchmarks.evidence.variants import CATALOGUE, Variant
 
-FILES = {"acdc": ("acdc.npz",), "sunnybrook": ("sunnybrook.npz", "sunnybrook_128.npz")}
+FILES = {
+    "acdc": ("acdc.npz",),
+    "sunnybrook": ("sunnybrook.npz", "sunnybrook_128.npz"),
+    "hippocampus": ("hippocampus.npz",),
+}
 
 
 class Session:
@@ -160,9 +165,9 @@ def find(folder: Path, name: str) -> Slices:
 
 
 def to_size(data: Slices, size: int) -> tuple[Tensor, Tensor]:
-    """Images and labels (N, size, size), uint8; the images by area where they shrink."""
+    """Images and labels (N, size, size), uint8; the images by area where they shrink. Volumes stay as they are."""
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    if images.shape[1:] == (size, size):
+    if images.ndim == 4 or images.shape[1:] == (size, size):
         return images, labels
     resized = []
     for part in images.split(256):
@@ -260,7 +265,7 @@ def about(machine: Machine, commit: str | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, nargs="+", required=True, help="one or more, run in this order")
-    parser.add_argument("--data", type=Path, required=True, help="folder with acdc.npz and sunnybrook.npz")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets' .npz")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the plans alone, to share them among GPUs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would end later")

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import accuracy
 from benchmarks.accuracy_report import figure, paired, report, select
-from benchmarks.evidence.batches import Feed, augment, draw
+from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.data import Slices, load, rows, split
 from benchmarks.evidence.harness import COMPILER, Machine, Settings, Stage2, initial_weights, schedule
 from benchmarks.evidence.losses import entropy, segmentation_loss
@@ -32,11 +32,13 @@ from examples.common.metrics import score_volume, summarize
 ROOT = Path(__file__).parents[1]
 
 SETTINGS = Settings(steps=3, stage1_steps=2, batch=2, size=32, width=2)
+IN_3D = replace(SETTINGS, model="unet_3d", augmentation="strong")
+SHAPE = (16, 48, 32)  # of volumes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data sets in the form of the two real ones: discs whose brightness is that of their class."""
+    """Data sets in the form of the real ones: discs or balls whose brightness is that of their class."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     y, x = np.mgrid[:32, :32]
 
@@ -58,12 +60,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **{"images": images, "labels": labels, "patient": patient, "slice": position},
         **{"part": part, "patient_name": names},
     )
+    centre = np.array(SHAPE) / 2 + rng.integers(-2, 3, (260, 3))
+    away = np.moveaxis(np.indices(SHAPE), 0, -1) - centre[:, None, None, None]
+    labels = sum((np.linalg.norm(away, axis=-1) < radius).astype(np.uint8) for radius in (7, 4))
+    images = (60 * labels + rng.integers(0, 20, labels.shape)).astype(np.uint8)
+    np.savez(folder / "hippocampus.npz", images=images, labels=labels, patient=np.arange(1, 261))
     return folder
 
 
 @pytest.fixture(scope="module")
 def acdc(folder: Path) -> Slices:
     return load(folder / "acdc.npz")
+
+
+@pytest.fixture(scope="module")
+def hippocampus(folder: Path) -> Slices:
+    return load(folder / "hippocampus.npz")
 
 
 def plan_of(**changes: object) -> Plan:
@@ -108,6 +120,15 @@ def test_sunnybrook_keeps_its_own_test_set_and_separates_the_phases(folder):
     assert len(parts.labelled) + len(parts.unlabelled) == 30
     assert {data.stratum[p] for p in parts.labelled} == {"SC-N", "SC-HYP"}
     assert len(np.unique(data.volume)) == 90
+
+
+def test_the_hippocampus_has_a_volume_per_patient_and_no_strata(hippocampus):
+    few, more, other = split(hippocampus, 5, 0), split(hippocampus, 15, 0), split(hippocampus, 5, 1)
+    assert [len(p) for p in (few.labelled, few.unlabelled, few.validation, few.test)] == [5, 177, 26, 52]
+    assert sorted([*few.labelled, *few.unlabelled, *few.validation, *few.test]) == list(range(1, 261))
+    assert few.labelled == more.labelled[:5]
+    assert few.test == more.test != other.test
+    assert len(np.unique(hippocampus.volume)) == 260
 
 
 def test_slices_of_a_volume_are_neighbours_in_order(tmp_path, acdc):
@@ -181,14 +202,59 @@ def test_turns_by_90_degrees_move_every_pixel_exactly():
         assert torch.equal(label_out[i], label[i].rot90(match[0]).flip(0).long())
 
 
+def test_turns_of_volumes_are_small_about_any_axis_and_half_are_none():
+    long, short, strong = (
+        draw(np.arange(9), steps, 8, 0, 0, kind, SHAPE)
+        for steps, kind in ((500, "published"), (300, "published"), (500, "strong"))
+    )
+    assert torch.equal(long.theta[:300], short.theta)
+    assert torch.equal(long.index, draw(np.arange(9), 500, 8, 0, 0, "published").index)
+    theta, side = long.theta.view(-1, 3, 4), torch.tensor(SHAPE[::-1])
+    assert (theta[:, :, 3] == 0).all()
+    still = (theta[:, :, :3] == torch.eye(3)).all(2).all(1)
+    assert abs(still.float().mean() - 0.5) < 0.03
+    turn = (theta[:, :, :3] * side[:, None] / side)[~still]  # in voxels
+    assert torch.allclose(turn @ turn.mT, torch.eye(3), atol=1e-5)
+    assert torch.allclose(torch.linalg.det(turn), torch.ones(len(turn)), atol=1e-5)
+    axis = torch.stack([turn[:, i, j] - turn[:, j, i] for i, j in ((2, 1), (0, 2), (1, 0))], 1) / 2
+    angle = axis.norm(dim=1)
+    assert 19 < torch.rad2deg(angle.asin()).max() <= 20.001
+    assert torch.allclose((axis / angle[:, None]).square().mean(0), torch.full((3,), 1 / 3), atol=0.03)
+    theta = strong.theta.view(-1, 3, 4)
+    zoom = 1 / torch.linalg.det(theta[:, :, :3]) ** (1 / 3)
+    assert 0.749 < zoom.min() < 0.76
+    assert 1.31 < zoom.max() < 1.331
+    assert torch.allclose((theta[:, :, 3] * zoom[:, None]).abs().amax(0), torch.full((3,), 0.2), atol=1e-3)
+
+
+def test_volumes_and_their_labels_are_turned_alike(hippocampus):
+    image, label = (torch.from_numpy(a[:8]) for a in (hippocampus.images, hippocampus.labels))
+    theta = draw(np.arange(9), 1, 8, 0, 0, "strong", SHAPE).theta[0]
+    images, labels = augment(image, label, theta)
+    side = np.array(SHAPE)
+    for i in range(8):
+        by_axis = theta[i].double().numpy()[::-1]  # z, y, x
+        matrix = by_axis[:, 2::-1] * side[:, None] / side
+        offset = (side - 1) / 2 - matrix @ (side - 1) / 2 + by_axis[:, 3] * side / 2
+        turned = affine_transform(image[i].float().numpy(), matrix, offset, order=1, mode="grid-constant")
+        assert np.abs(255 * images[i, 0].numpy() - turned).max() < 0.1
+        nearest = affine_transform(label[i].numpy(), matrix, offset, order=0, mode="grid-constant")
+        assert (labels[i].numpy() == nearest).mean() > 0.9995  # but for ties
+    images, labels = augment(image, label, torch.eye(3, 4).expand(8, 3, 4))
+    assert torch.allclose(images[:, 0] * 255, image.float(), atol=1e-2)
+    assert torch.equal(labels, label.long())
+
+
 # --- losses and metrics
 
 
-def test_the_task_loss_is_the_published_one_and_takes_fractions():
+def test_the_task_loss_is_the_published_one_and_takes_fractions_and_volumes():
     torch.manual_seed(0)
     logits, label = torch.randn(3, 4, 8, 8), torch.randint(0, 4, (3, 8, 8))
     one_hot = torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float()
     assert segmentation_loss(logits, label).item() == pytest.approx(released_loss(logits, label).item(), rel=1e-5)
+    volumes = logits.view(3, 4, 2, 4, 8), label.view(3, 2, 4, 8)
+    assert segmentation_loss(*volumes).item() == pytest.approx(segmentation_loss(logits, label).item())
     assert segmentation_loss(logits, one_hot).item() == pytest.approx(segmentation_loss(logits, label).item())
 
 
@@ -234,6 +300,8 @@ def test_scores_are_those_of_the_examples_by_monai(seed):
     assert tuple(ours["skipped"]) == theirs.skipped
     assert ours["missed"] == [0, 1]
     assert ours["volumes"] == 3
+    whole = (torch.from_numpy(a).view(3, 4, 20, 17) for a in (prediction, truth))
+    assert score(*whole, torch.arange(3), [(1, 1), (2, 2)]) == ours
 
 
 def test_a_class_may_have_another_number_in_the_truth():
@@ -268,6 +336,19 @@ def test_every_variant_trains(name, folder, tmp_path):
     assert math.isfinite(line["task_loss"])
     assert line["scores"]["test"]["volumes"] == 40
     assert (line["stage_1_loss"] is None) == (CATALOGUE[name].stage_1 is None)
+
+
+@pytest.mark.parametrize(
+    "name", ["bare", "ds x2 + standardized", "ds x2 + deep cutmix", "ds x2 + reconstruction", "ds x2 + mean teacher"]
+)
+def test_variants_train_on_volumes(name, folder, tmp_path):
+    out, variants = tmp_path / "results.jsonl", (CATALOGUE[name],)
+    assert run(plan_of(data="hippocampus", seeds=(0,), variants=variants, settings=IN_3D), folder, out)
+    (line,) = read_lines(out)
+    assert "error" not in line, line
+    assert math.isfinite(line["task_loss"])
+    assert line["scores"]["test"]["volumes"] == 52
+    assert len(line["scores"]["test"]["dsc"]) == 2
 
 
 def test_a_run_is_the_same_whatever_ran_before(folder, tmp_path):
@@ -324,9 +405,9 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def feed_of(data: Slices, steps: int = 3) -> Feed:
+def feed_of(data: Slices, steps: int = 3, augmentation: Augmentation = "published") -> Feed:
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    feed = Feed(images, labels, steps, 2, "published", torch.device("cpu"))
+    feed = Feed(images, labels, steps, 2, augmentation, torch.device("cpu"))
     where = rows(data, split(data, 5, 0).labelled)
     feed.load(where, where[:0], 0)
     return feed
@@ -338,9 +419,13 @@ def test_the_watch_sees_what_it_is_for():
             wait(torch.ones(2))
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_no_step_waits_for_the_device(name, acdc):
-    step = Stage2(CATALOGUE[name].step, SETTINGS, 4, feed_of(acdc), Machine.make())
+@pytest.mark.parametrize(
+    ("name", "data", "settings"),
+    [*((name, "acdc", SETTINGS) for name in CATALOGUE), ("ds x2 + deep cutmix", "hippocampus", IN_3D)],
+)
+def test_no_step_waits_for_the_device(name, data, settings, request):
+    feed = feed_of(request.getfixturevalue(data), augmentation=settings.augmentation)
+    step = Stage2(CATALOGUE[name].step, settings, 4, feed, Machine.make())
     with Watch():
         loss, _ = step._losses()
         loss.backward()
@@ -443,11 +528,17 @@ def test_the_written_plans_can_be_read_and_hold_together(path):
     assert plan.question
     assert plan.rule
     assert plan.variants[0].name == "bare" or "bare" in {variant.name for variant in plan.variants}
-    if "confirm" in path.stem or plan.data == "sunnybrook":
+    if "confirm" in path.stem or plan.data != "acdc":
         assert len(plan.seeds) >= 8
         assert plan.decide_on == "test"
     if "choose" in path.stem:
         assert plan.decide_on == "validation"
+
+
+def test_the_keys_of_the_results_there_are_stay_as_they_are():
+    key = read_plan(ROOT / "benchmarks/plans/confirm_acdc_5.json").key(4, CATALOGUE["bare"], 224)
+    line = finished(read_lines(ROOT / "benchmarks/results/accuracy_h100.jsonl"))[key]
+    assert (line["plan"], line["seed"], line["variant"]) == ("confirm_acdc_5", 4, "bare")
 
 
 def test_confirmation_does_not_use_the_seeds_of_the_choice():

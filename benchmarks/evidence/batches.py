@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -20,13 +21,13 @@ class Tables:
     index: Tensor
     """(steps, B) int64, into all slices."""
     theta: Tensor
-    """(steps, B, 2, 3), from output to input coordinates as in `F.affine_grid`."""
+    """(steps, B, 2, 3), in 3D (steps, B, 3, 4), from output to input coordinates as in `F.affine_grid`."""
     tone: Tensor
     """(steps, B, 3): gamma, gain and offset of the intensities."""
 
     @classmethod
-    def empty(cls, steps: int, batch: int, device: torch.device) -> Tables:
-        shapes = {"theta": (2, 3), "tone": (3,)}
+    def empty(cls, steps: int, batch: int, axes: int, device: torch.device) -> Tables:
+        shapes = {"theta": (axes, axes + 1), "tone": (3,)}
         floats = {name: torch.zeros(steps, batch, *shape, device=device) for name, shape in shapes.items()}
         return cls(torch.zeros(steps, batch, dtype=torch.int64, device=device), **floats)
 
@@ -40,19 +41,27 @@ class Tables:
         return Tables(*(getattr(self, field.name).index_select(0, clock)[0] for field in fields(self)))
 
 
-def draw(rows: np.ndarray, steps: int, batch: int, seed: int, stream: int, augmentation: Augmentation) -> Tables:
-    """Shuffled epochs over `rows`, and an augmentation per sample.
+def draw(
+    rows: np.ndarray,
+    steps: int,
+    batch: int,
+    seed: int,
+    stream: int,
+    augmentation: Augmentation,
+    spatial: Sequence[int] = (1, 1),
+) -> Tables:
+    """Shuffled epochs over `rows`, and an augmentation per sample of the shape `spatial`, a square in 2D.
 
     It depends on the arguments alone, and fewer steps are the beginning of more.
     """
     total = steps * batch
     order, chance = (np.random.default_rng([seed, stream, kind]) for kind in (1, 2))
     epochs = [order.permutation(rows) for _ in range(-(-total // len(rows)))]
-    # of 12 numbers 9 are used: with fewer, the batches would be others than those of the results there are
+    # of 12 numbers 2D uses 9: with fewer, the batches would be others than those of the results there are
     u = torch.from_numpy(chance.random((total, 12))).float()
     tables = Tables(
         torch.from_numpy(np.concatenate(epochs)[:total].astype(np.int64)),
-        _affine(u[:, :6], augmentation),
+        _affine(u, augmentation, spatial),
         torch.stack([_log_uniform(u[:, 6], 0.7, 1.4), 0.8 + 0.4 * u[:, 7], 0.2 * u[:, 8] - 0.1], 1),
     )
     return Tables(
@@ -60,11 +69,17 @@ def draw(rows: np.ndarray, steps: int, batch: int, seed: int, stream: int, augme
     )
 
 
-def _affine(u: Tensor, augmentation: Augmentation) -> Tensor:
-    """As published: half turned by a multiple of 90 degrees and flipped, half of the rest turned by up to 20 degrees.
+def _affine(u: Tensor, augmentation: Augmentation, spatial: Sequence[int]) -> Tensor:
+    """Turned; "strong" also zooms by 0.75 to 1.33 and shifts by up to a tenth."""
+    turned = _turned(u) if len(spatial) == 2 else _turned_3d(u, spatial)
+    zoom, shift = torch.ones_like(u[:, 0]), torch.zeros_like(turned[:, 0])
+    if augmentation == "strong":
+        zoom, shift = _log_uniform(u[:, 3], 0.75, 1.33), 0.4 * u[:, [4, 5, 9][: len(spatial)]] - 0.2
+    return torch.cat([turned, shift[:, :, None]], 2) / zoom[:, None, None]
 
-    "strong" also zooms by 0.75 to 1.33 and shifts by up to a tenth.
-    """
+
+def _turned(u: Tensor) -> Tensor:
+    """As published: half by a multiple of 90 degrees and flipped, half of the rest by up to 20 degrees."""
     quarter, tilted = u[:, 0] < 0.5, (u[:, 0] >= 0.5) & (u[:, 1] < 0.5)
     turns = (u[:, 2] * 4).floor().clamp(max=3)
     tilt = torch.deg2rad(40 * u[:, 2] - 20)
@@ -73,14 +88,20 @@ def _affine(u: Tensor, augmentation: Augmentation) -> Tensor:
     # of a quarter turn cos and sin are whole, so that no pixel is interpolated
     cos, sin = (torch.where(quarter, x.round(), x) for x in (cos, sin))
     flip = torch.where(quarter, -torch.ones_like(cos), torch.ones_like(cos))  # with all turns one axis is enough
-    zoom, shift = torch.ones_like(cos), torch.zeros_like(u[:, :2])
-    if augmentation == "strong":
-        zoom, shift = _log_uniform(u[:, 3], 0.75, 1.33), 0.4 * u[:, 4:6] - 0.2
-    x = torch.stack([flip * cos, -sin, shift[:, 0] / zoom], 1)
-    y = torch.stack([flip * sin, cos, shift[:, 1] / zoom], 1)
-    theta = torch.stack([x, y], 1)
-    theta[:, :, :2] /= zoom[:, None, None]
-    return theta
+    return torch.stack([torch.stack([flip * cos, -sin], 1), torch.stack([flip * sin, cos], 1)], 1)
+
+
+def _turned_3d(u: Tensor, spatial: Sequence[int]) -> Tensor:
+    """Half by up to 20 degrees about any axis; no flips, for the crops are of one side of the brain."""
+    height, around = 2 * u[:, 1] - 1, 2 * torch.pi * u[:, 10]
+    flat = (1 - height**2).sqrt()
+    axis = torch.stack([flat * around.cos(), flat * around.sin(), height], 1)
+    angle = torch.where(u[:, 0] < 0.5, torch.deg2rad(40 * u[:, 2] - 20), 0.0)[:, None, None]
+    eye = torch.eye(3)
+    cross, away = torch.linalg.cross(axis[:, None], eye[None]), axis[:, :, None] * axis[:, None] - eye
+    turned = eye + angle.sin() * cross + (1 - angle.cos()) * away  # Rodrigues' formula
+    side = torch.tensor(spatial[::-1])  # of x, y, z, whose coordinates all go from -1 to 1
+    return turned * side / side[:, None]
 
 
 def _log_uniform(u: Tensor, low: float, high: float) -> Tensor:
@@ -88,7 +109,7 @@ def _log_uniform(u: Tensor, low: float, high: float) -> Tensor:
 
 
 def augment(image: Tensor, label: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S, S) uint8 to an image (B, 1, S, S) in 0..1 and a label (B, S, S) int64; outside is 0."""
+    """(B, *spatial) uint8 to an image (B, 1, *spatial) in 0..1 and a label (B, *spatial) int64; outside is 0."""
     grid = F.affine_grid(theta, [len(image), 1, *image.shape[1:]], align_corners=False)
     turned = F.grid_sample(image[:, None].float() / 255, grid, mode="bilinear", align_corners=False)
     nearest = F.grid_sample(label[:, None].float(), grid, mode="nearest", align_corners=False)
@@ -96,8 +117,8 @@ def augment(image: Tensor, label: Tensor, theta: Tensor) -> tuple[Tensor, Tensor
 
 
 def toned(image: Tensor, tone: Tensor) -> Tensor:
-    """The image (B, 1, S, S) with other intensities."""
-    gamma, gain, offset = (tone[:, i].view(-1, 1, 1, 1) for i in range(3))
+    """The image (B, 1, *spatial) with other intensities."""
+    gamma, gain, offset = (tone[:, i].view(-1, *[1] * (image.ndim - 1)) for i in range(3))
     return image.clamp_min(1e-4) ** gamma * gain + offset
 
 
@@ -110,15 +131,17 @@ class Feed:
         self.images, self.labels = images.to(device), labels.to(device)
         self.steps, self.batch, self.augmentation = steps, batch, augmentation
         # the supervised batch; the second batch, from other patients or from the same
-        self.labelled, self.others, self.again = (Tables.empty(steps, batch, device) for _ in range(3))
+        axes = images.ndim - 1
+        self.labelled, self.others, self.again = (Tables.empty(steps, batch, axes, device) for _ in range(3))
 
     def load(self, labelled: np.ndarray, unlabelled: np.ndarray, seed: int) -> None:
         """Draw the batches of a seed from the slices of each kind; without unlabelled ones `others` stays as it is."""
+        spatial = self.images.shape[1:]
         for stream, (tables, rows) in enumerate(
             [(self.labelled, labelled), (self.others, unlabelled), (self.again, labelled)]
         ):
             if len(rows):
-                tables.fill(draw(rows, self.steps, self.batch, seed, stream, self.augmentation))
+                tables.fill(draw(rows, self.steps, self.batch, seed, stream, self.augmentation, spatial))
 
     def batch_of(self, tables: Tables, clock: Tensor) -> tuple[Tensor, Tensor, Tables]:
         """Image, label and the row of the tables."""

@@ -1,4 +1,4 @@
-"""The data sets as stacks of slices, and splits of their patients that depend on the seed alone."""
+"""The data sets as stacks of slices or of volumes, and splits of their patients that depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 
 ACDC_CLASSES = ("right ventricle", "myocardium", "left ventricle")
-TEST, VALIDATION = 4, 2  # ACDC patients of each pathology group of 20; the other 14 are for training
+TEST, VALIDATION = 5, 10  # one in so many patients of each stratum; the others are for training
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Images and label maps (N, H, W) uint8, with the patient and the volume of each slice (N)."""
+    """Images and label maps (N, H, W) uint8, with the patient and the volume of each slice (N).
+
+    In 3D they are (N, D, H, W): each "slice" is a whole volume.
+    """
 
     name: str
     images: np.ndarray
@@ -23,7 +26,7 @@ class Slices:
     volume: np.ndarray
     """A number per volume (patient and heart phase). The slices of a volume are neighbours, in order."""
     stratum: dict[int, str]
-    """Pathology group of each patient."""
+    """Of each patient, for instance its pathology group."""
     fixed_test: frozenset[int]
     """Patients that a data set keeps for testing; empty where every seed draws its own."""
     class_names: tuple[str, ...]
@@ -44,7 +47,7 @@ class Split:
 
 
 def load(path: Path) -> Slices:
-    """ACDC or Sunnybrook from its `.npz`, as it is or packed by `pack`."""
+    """ACDC, Sunnybrook or the hippocampus from its `.npz`, as it is or packed by `pack`."""
     with np.load(path) as file:
         arrays = {key: file[key] for key in file.files}
     patient = arrays["patient"].astype(np.int64)
@@ -60,8 +63,12 @@ def load(path: Path) -> Slices:
         names = arrays["patient_name"]
         stratum = {int(p): str(names[p]).rsplit("-", 1)[0] for p in np.unique(patient)}
         fixed_test = frozenset(np.unique(patient[arrays["part"] == 3]).tolist())
+    elif arrays["images"].ndim == 4:
+        name, class_names = "hippocampus", ("anterior hippocampus", "posterior hippocampus")
+        frame = position = np.zeros_like(patient)  # a volume per patient
+        stratum, fixed_test = dict.fromkeys(patient.tolist(), ""), frozenset()
     else:
-        raise ValueError(f"{path} is neither ACDC ('phase') nor Sunnybrook ('patient_name')")
+        raise ValueError(f"{path} is not ACDC ('phase'), Sunnybrook ('patient_name') or the hippocampus (volumes)")
     order = np.lexsort((position, frame, patient))
     patient, frame = patient[order], frame[order]
     starts = np.r_[True, (np.diff(patient) != 0) | (np.diff(frame) != 0)]
@@ -70,7 +77,7 @@ def load(path: Path) -> Slices:
 
 
 def split(data: Slices, patients: int, seed: int) -> Split:
-    """`patients` labelled ones, drawn evenly from the pathology groups; fewer are a part of more."""
+    """`patients` labelled ones, drawn evenly from the strata; fewer are a part of more."""
     rng = np.random.default_rng([seed, 0])
     groups: dict[str, list[int]] = defaultdict(list)
     for who, stratum in sorted(data.stratum.items()):
@@ -81,9 +88,10 @@ def split(data: Slices, patients: int, seed: int) -> Split:
     for _, members in sorted(groups.items()):
         drawn = [members[i] for i in rng.permutation(len(members)) if members[i] not in data.fixed_test]
         if not data.fixed_test:
-            test += drawn[:TEST]
-            validation += drawn[TEST : TEST + VALIDATION]
-            drawn = drawn[TEST + VALIDATION :]
+            first, second = len(members) // TEST, len(members) // VALIDATION
+            test += drawn[:first]
+            validation += drawn[first : first + second]
+            drawn = drawn[first + second :]
         pools.append(drawn)
     turns = range(max(map(len, pools)))
     training = [pool[turn] for turn in turns for pool in pools if turn < len(pool)]

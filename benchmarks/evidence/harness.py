@@ -27,7 +27,7 @@ from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .variants import Variant
 
 WARM_UP = 3  # eager steps before the capture: they compile, choose algorithms and make the optimizer's state
-EVALUATED = 64  # slices predicted at once
+EVALUATED = 64  # slices, or volumes in 3D, predicted at once
 RAMP = 0.4  # share of the run over which the loss on unlabelled images grows
 EMA = 0.99  # of the mean teacher's weights
 NOISE = 0.1  # standard deviation of what the mean teacher's student sees on top of the image
@@ -35,14 +35,14 @@ NOISE = 0.1  # standard deviation of what the mean teacher's student sees on top
 
 @dataclass(frozen=True)
 class Settings:
-    """What all variants of a plan share."""
+    """What all variants of a plan share; volumes are trained on as stored, whatever `size` is."""
 
     steps: int = 1200
     stage1_steps: int = 600
     batch: int = 24
     size: int = 224
     width: int = 32
-    model: Literal["unet", "transunet", "swin_unet", "vm_unet"] = "unet"
+    model: Literal["unet", "transunet", "swin_unet", "vm_unet", "unet_3d"] = "unet"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01
     weight_decay: float = 1e-4
@@ -125,9 +125,20 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
         from examples.backbones.swin_unet import SwinUNet
 
         return SwinUNet(classes, 1, settings.size)
+    if settings.model == "unet_3d":
+        from monai.networks.nets import DynUNet
+
+        filters, strides = [settings.width << level for level in range(5)], [1, 2, 2, 2, 2]
+        return DynUNet(3, 1, classes, [3] * 5, strides, strides[1:], filters=filters, norm_name="instance")
     from examples.backbones.vm_unet import VMUNet
 
     return VMUNet(classes, 1)
+
+
+def on_device(settings: Settings, classes: int, device: torch.device) -> nn.Module:
+    """A new network, in 2D with channels last; in 3D its instance normalisations would undo that."""
+    layout = torch.contiguous_format if settings.model == "unet_3d" else torch.channels_last
+    return make_model(settings, classes).to(device, memory_format=layout)
 
 
 @lru_cache(maxsize=4)
@@ -231,8 +242,8 @@ class Stage1:
     def __init__(self, kind: tuple[str, str], settings: Settings, classes: int, feed: Feed, machine: Machine) -> None:
         self.label_input, self.task = kind
         self.settings, self.classes = settings, classes
-        model = make_model(settings, classes).to(machine.device, memory_format=torch.channels_last)
-        example = torch.zeros(1, 1, settings.size, settings.size, device=machine.device)
+        model = on_device(settings, classes, machine.device)
+        example = torch.zeros(1, 1, *feed.images.shape[1:], device=machine.device)
         self.reseg = ReSegWrapper(model, example_input=example, label_input=self.label_input)
         self.teacher = self.reseg.teacher.train()
         recon_loss = ReconLoss()
@@ -271,7 +282,7 @@ def reset_teacher(teacher: nn.Module, settings: Settings, classes: int, seed: in
 def _redraw(module: nn.Module, seed: int) -> None:
     torch.manual_seed(seed + 200_000)
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
+        if isinstance(part, (nn.Conv2d, nn.Conv3d)):
             part.reset_parameters()
 
 
@@ -282,11 +293,11 @@ class Stage2:
         self.variant, self.settings, self.classes, self.feed, self.machine = variant, settings, classes, feed, machine
         device = machine.device
         torch.manual_seed(0)
-        self.model = make_model(settings, classes).to(device, memory_format=torch.channels_last)
+        self.model = on_device(settings, classes, device)
         self.average = None
         if variant.unlabelled == "mean teacher":
             self.average = copy.deepcopy(self.model).requires_grad_(False)
-        example = torch.zeros(1, 1, settings.size, settings.size, device=device)
+        example = torch.zeros(1, 1, *feed.images.shape[1:], device=device)
         parameters = list(self.model.parameters())
         self.reseg = self.deep = self.mixed = None
         # hooks come before the compiled model's first call
@@ -443,10 +454,10 @@ class Stage2:
 
     @torch.no_grad()
     def predict(self, images: Tensor, size: int) -> Tensor:
-        """Classes (N, size, size) of images (N, S, S), both uint8."""
+        """Classes (N, size, size) of images (N, S, S), both uint8; of volumes as they are."""
         self.model.eval()
         # all batches of one size, for which algorithms are chosen once
-        padded = F.pad(images, (0, 0, 0, 0, 0, -len(images) % EVALUATED))
+        padded = F.pad(images, (0, 0) * (images.ndim - 1) + (0, -len(images) % EVALUATED))
         classes = []
         for part in padded.split(EVALUATED):
             image = part[:, None].float() / 255

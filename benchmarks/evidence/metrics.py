@@ -21,7 +21,8 @@ def score(prediction: Tensor, truth: Tensor, volume: Tensor, classes: Sequence[t
     """Means over volumes per class, and over classes.
 
     Args:
-        prediction: (N, H, W) class indices; the slices of a volume are neighbours, in order.
+        prediction: (N, H, W) class indices; the slices of a volume are neighbours, in order. Or
+            (N, D, H, W), whole volumes.
         truth: the same shape.
         volume: (N), a number per volume.
         classes: pairs of (class in the prediction, class in the truth).
@@ -32,7 +33,8 @@ def score(prediction: Tensor, truth: Tensor, volume: Tensor, classes: Sequence[t
     for number in volume.unique_consecutive().tolist():
         slices = volume == number
         for i, (ours, theirs) in enumerate(classes):
-            a, b = prediction[slices] == ours, truth[slices] == theirs
+            # slices of one volume, or that volume alone, to (D, H, W)
+            a, b = ((x[slices] == c).flatten(0, -3) for x, c in ((prediction, ours), (truth, theirs)))
             common, size_a, size_b = torch.stack([(a & b).sum(), a.sum(), b.sum()]).tolist()
             if not size_a and not size_b:
                 skipped[i] += 1

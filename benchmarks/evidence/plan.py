@@ -21,7 +21,7 @@ class Plan:
         name: the file's name without suffix.
         question: what is asked.
         rule: how the numbers decide it.
-        data: "acdc" or "sunnybrook".
+        data: "acdc", "sunnybrook" or "hippocampus".
         patients: labelled ones.
         seeds: of split, weights and batches.
         decide_on: the scores that the rule reads: one of `parts`, or the other data set's name.
