@@ -49,7 +49,8 @@ class ReSegWrapper:
         taps: the taps, or some of them; see `FeatureExtractor`. None finds them.
         example_input: an image batch as the model takes it, to find taps and build the teacher now. Without it that
             happens at the first batch of `fit_recon`, or in `load_state_dict`.
-        preset: "paper" (eqs. 1-8 as published) or "standardized".
+        preset: "standardized" (the features of both sides, per channel, before they are compared) or "paper" (eqs. 1-8
+            as published).
         teacher: a module of your own, encoded label in, image out, instead of a copy of the model.
         teacher_taps: taps of that module, as `taps`; None finds them.
         **overrides: any field of `Settings`, over the preset's.
@@ -64,7 +65,7 @@ class ReSegWrapper:
         model: nn.Module,
         taps: Mapping[str, Any] | None = None,
         example_input: Any = None,
-        preset: str = "paper",
+        preset: str = "standardized",
         *,
         teacher: nn.Module | None = None,
         teacher_taps: Mapping[str, Any] | None = None,

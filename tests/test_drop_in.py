@@ -825,7 +825,7 @@ def test_the_teachers_weights_and_statistics_are_bit_identical_after_10_steps_an
 
 def test_evaluation_of_one_batch_does_not_depend_on_the_others():
     image, label = batch(4)
-    model, reseg = ready(without_batch_norm, batch(4)[0])
+    model, reseg = ready(without_batch_norm, batch(4)[0], preset="paper")
     model(image)
     whole = reseg.alignment_loss(label).item()
     halves = []
@@ -879,7 +879,7 @@ def test_a_student_in_full_precision_has_a_teacher_in_full_precision_wherever_th
 
 def test_features_of_300_in_half_precision_do_not_overflow():
     image, label = batch()
-    model, reseg = ready(UNet(norm=lambda channels: nn.Identity()), weight=1.0)
+    model, reseg = ready(UNet(norm=lambda channels: nn.Identity()), preset="paper", weight=1.0)
     with torch.no_grad():
         model.bottleneck[0].bias += 300
     with torch.autocast("cpu", dtype=torch.float16):
@@ -962,7 +962,7 @@ def test_image_and_batch_sizes_may_change_between_steps():
 
 
 def test_gradient_accumulation_adds_up():
-    model, reseg = ready(without_batch_norm)
+    model, reseg = ready(without_batch_norm, preset="paper")
     parts = [batch(seed=seed) for seed in range(3)]
     for image, label in parts:
         ((task_loss(model(image), label) + reseg.alignment_loss(label)) / 3).backward()

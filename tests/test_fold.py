@@ -82,16 +82,17 @@ def test_taps_on_the_activation_itself_are_read_from_a_folded_chain(inplace):
 
 def test_a_folded_teacher_gives_the_loss_of_low_precision_and_follows_a_loaded_state():
     image, label = batch()
+    settings: dict[str, Any] = {"preset": "paper", "weight": 1.0, "teacher_dtype": torch.bfloat16}
     losses = []
     for fold in (False, True):
         torch.manual_seed(0)
         model = UNet()
         torch.manual_seed(1)
-        reseg = ReSegWrapper(model, example_input=image, weight=1.0, fold_teacher=fold, teacher_dtype=torch.bfloat16)
+        reseg = ReSegWrapper(model, example_input=image, fold_teacher=fold, **settings)
         reseg.freeze_teacher()
         keys = list(reseg.teacher.state_dict())
         torch.manual_seed(2)
-        other = ReSegWrapper(model, example_input=image, weight=1.0, fold_teacher=fold, teacher_dtype=torch.bfloat16)
+        other = ReSegWrapper(model, example_input=image, fold_teacher=fold, **settings)
         other.freeze_teacher()
         for parameter in other.teacher.parameters():
             parameter.mul_(2)
