@@ -112,8 +112,12 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
 def project(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution over any number of spatial axes: (B, C, *spatial) by (D, C) to (B, D, *spatial)."""
     with _full_precision(x) as (x,):
-        y = torch.einsum("dc,bc...->bd...", matrix.to(x.dtype), x)
-        return y if bias is None else y + bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+        matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        # the result in the order of x, channels second or last, so that no later step has to copy it
+        if x.ndim > 2 and x.is_contiguous():
+            y = torch.matmul(matrix, x.flatten(2)).unflatten(2, x.shape[2:])
+            return y if bias is None else y + bias.view(-1, *[1] * (x.ndim - 2))
+        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
 
 
 @contextmanager

@@ -180,7 +180,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Layout:
         """The layout of `x`, which is contiguous with its channels either second or last."""
-        batch, channels, size = x.shape[0], x.shape[1], x[0, 0].numel()
+        batch, channels, size = x.shape[0], x.shape[1], x.shape[2:].numel()
         if x.is_contiguous():
             rows = min(BLOCK, triton.next_power_of_2(size))
             return cls(batch, channels, size, channels * size, size, 1, triton.cdiv(size, rows), rows, 1)
@@ -197,20 +197,18 @@ class Layout(NamedTuple):
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) -> tuple[Tensor, list[Tensor]]:
     """The terms of pairs of the same layout, (terms,) in fp32, and with `normalize` what their gradients need."""
-    layouts = [Layout.of(s) for s, _ in pairs]
-    if normalize:
-        programs = [triton.cdiv(x.grid[0], LOOPS) for x in layouts]
-        width = max(x.channels for x in layouts)
-    else:
-        programs = [triton.cdiv(s.numel(), BLOCK * LOOPS) for s, _ in pairs]
-        width = max(programs)
-    partial = pairs[0][0].new_zeros(len(pairs), width, dtype=torch.float32)
-    coefficients = []
-    with torch.cuda.device_of(partial):  # where Triton launches
-        for (s, t), x, n, out in zip(pairs, layouts, programs, partial):
-            if not normalize:
+    first, coefficients = pairs[0][0], []
+    with torch.cuda.device_of(first):  # where Triton launches
+        if not normalize:
+            programs = [triton.cdiv(s.numel(), BLOCK * LOOPS) for s, _ in pairs]
+            partial = first.new_zeros(len(pairs), max(programs), dtype=torch.float32)
+            for (s, t), n, out in zip(pairs, programs, partial):
                 _squares[(n,)](s, t, out, 1 / s.numel(), s.numel(), block=BLOCK, loops=LOOPS)
-                continue
+            return partial.sum(1), coefficients
+        layouts = [Layout.of(s) for s, _ in pairs]
+        partial = first.new_zeros(len(pairs), max(x.channels for x in layouts), dtype=torch.float32)
+        for (s, t), x, out in zip(pairs, layouts, partial):
+            n = triton.cdiv(x.grid[0], LOOPS)
             moments, c, columns = out.new_empty(n, 6, x.channels), out.new_empty(4, x.channels), 16
             coefficients.append(c)
             _moments[(n, x.grid[1])](s, t, moments, *x[:7], rows=x.rows, columns=x.columns, loops=LOOPS, num_warps=8)
@@ -222,10 +220,11 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
 
 def gradient(s: Tensor, t: Tensor, upstream: Tensor, coefficients: Tensor | None) -> Tensor:
     """The gradient of one term to `s`, in its dtype and layout, times `upstream`, a scalar on the device."""
-    out, x, n = torch.empty_like(s), Layout.of(s), s.numel()
+    out, n = torch.empty_like(s), s.numel()
     with torch.cuda.device_of(s):
         if coefficients is None:
             _difference[(triton.cdiv(n, BLOCK),)](s, t, out, upstream, 2 / n, n, block=BLOCK)
         else:
+            x = Layout.of(s)
             _standardized[x.grid](s, t, out, upstream, coefficients, *x[:7], rows=x.rows, columns=x.columns)
     return out

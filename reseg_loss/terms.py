@@ -57,7 +57,7 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        n, saved, normalize = len(upstream), _saved(ctx), ctx.normalize
+        n, saved, normalize, upstreams = len(upstream), _saved(ctx), ctx.normalize, upstream.unbind()
         gradients: list[Tensor | None] = []
         for i, (s, t) in enumerate(zip(saved[:n], saved[n : 2 * n])):
             kept = saved[2 * n + i] if normalize else None
@@ -65,13 +65,13 @@ class _Terms(torch.autograd.Function):
                 gradients.append(None)
             elif torch.is_grad_enabled():  # create_graph=True
                 term = RF.alignment_term(s, t, normalize=normalize)
-                gradients += torch.autograd.grad(term, s, upstream[i].to(term.dtype), create_graph=True)
+                gradients += torch.autograd.grad(term, s, upstreams[i].to(term.dtype), create_graph=True)
             elif ctx.triton:
                 from . import kernels
 
-                gradients.append(kernels.gradient(*_in_order(s, t), upstream[i], kept))
+                gradients.append(kernels.gradient(*_in_order(s, t), upstreams[i], kept))
             else:
-                gradients.append(gradient(s, t, upstream[i], kept))
+                gradients.append(gradient(s, t, upstreams[i], kept))
         return (None, None, *gradients)
 
 

@@ -188,11 +188,16 @@ def test_semi_orthogonal_maps_are_orthonormal_seeded_and_leave_the_random_state_
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 2)])
-def test_project_is_a_1x1_convolution(shape):
+@pytest.mark.parametrize("last", [False, True])
+def test_project_is_a_1x1_convolution_that_keeps_the_order_of_memory(shape, last):
     x, matrix, bias = torch.randn(shape), torch.randn(6, 3), torch.randn(6)
+    if last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     conv = torch.nn.functional.conv2d if len(shape) == 4 else torch.nn.functional.conv3d
     expected = conv(x, matrix.view(6, 3, *[1] * (len(shape) - 2)), bias)
-    assert torch.allclose(RF.project(x, matrix, bias), expected, atol=1e-6)
+    actual = RF.project(x, matrix, bias)
+    assert torch.allclose(actual, expected, atol=1e-6)
+    assert (actual.movedim(1, -1) if last else actual).is_contiguous()
 
 
 @pytest.mark.parametrize("normalize", [None, "batch"])
