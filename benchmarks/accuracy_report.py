@@ -115,10 +115,14 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    most = max(len(scores.lines) for scores in all_scores)
-    drawn = Figure(figsize=(5.2 * len(all_scores) + 1.5, 0.32 * most + 1.3), layout="constrained")
+    most, columns = max(len(scores.lines) for scores in all_scores), min(2, len(all_scores))
+    rows = -(-len(all_scores) // columns)
+    drawn = Figure(figsize=(5.2 * columns + 1.5, rows * (0.32 * most + 1.3)), layout="constrained")
     FigureCanvasAgg(drawn)
-    for axes, scores in zip(drawn.subplots(1, len(all_scores), squeeze=False)[0], all_scores):
+    panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(all_scores) :]:
+        axes.set_visible(False)
+    for axes, scores in zip(panels, all_scores):
         base = scores.values(reference, "mean_dsc")
         names = [name for name in scores.lines if name != reference]
         for row, name in enumerate(names):
@@ -133,9 +137,9 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel(f"DSC on {scores.part}, paired difference to {reference} (95 % interval)", fontsize=8)
-        axes.set_title(
-            f"{scores.plan.data}, {scores.plan.patients} patients ({reference}: {fmean(base.values()):.1f})", fontsize=9
-        )
+        plan = scores.plan
+        what = f"{plan.data}, {plan.patients} patients, augmentation {plan.settings.augmentation}"
+        axes.set_title(f"{what} ({reference}: {fmean(base.values()):.1f})", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     drawn.savefig(path, dpi=110)
 
