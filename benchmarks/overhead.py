@@ -150,6 +150,8 @@ class Bench:
     def rows(self) -> dict[str, dict[str, Any] | None]:
         if self.group.compiled:
             return {row: values for row, values in ROWS.items() if row not in NOT_COMPILED}
+        if self.group.model != "U-Net" and self.group.precision != PRECISIONS[-1]:
+            return {row: values for row, values in ROWS.items() if not (values or {}).get("compile_teacher")}
         if self.group.model != "U-Net" or not CUDA or self.group.precision == "bf16":
             return ROWS
         return {**ROWS, **(MEANS_FP32 if self.group.precision == "fp32" else MEANS)}
