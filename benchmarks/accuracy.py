@@ -106,6 +106,9 @@ class Session:
         self.machine.synchronize()
         trained = time.perf_counter()
         predicted = {part: self.predict(step, self.parts.part(part)) for part in self.plan.parts}
+        if step.mixed is not None:
+            for part in self.plan.parts:
+                predicted[f"{part}, mean teacher"] = self.predict(step, self.parts.part(part), average=True)
         if self.other is not None and self.plan.also_test is not None:
             predicted[self.other.name] = self.predict_other(step, self.other, self.plan.also_test["classes"])
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)
@@ -123,10 +126,10 @@ class Session:
         }
         return line, lambda: {part: scored() for part, scored in predicted.items()}
 
-    def predict(self, step: Stage2, patients: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
+    def predict(self, step: Stage2, patients: tuple[int, ...], average: bool = False) -> Callable[[], dict[str, Any]]:
         chosen = torch.from_numpy(rows(self.data, patients))
         truth, volume = self.truth[chosen], torch.from_numpy(self.data.volume)[chosen]
-        prediction = step.predict(self.images[chosen.to(self.machine.device)], truth.shape[-1]).cpu()
+        prediction = step.predict(self.images[chosen.to(self.machine.device)], truth.shape[-1], average).cpu()
         names, classes = list(self.data.class_names), [(i, i) for i in range(1, self.classes)]
         return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
 

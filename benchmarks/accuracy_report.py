@@ -85,6 +85,9 @@ def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
             if seed in found[name]:
                 raise ValueError(f"{plan.name}: seed {seed} of {name!r} was run on slices of two sizes; report one")
             found[name][seed] = line["scores"][part]
+            average = line["scores"].get(f"{part}, mean teacher")
+            if average is not None:
+                found.setdefault(f"{name}: its mean teacher", {})[seed] = average
             classes = tuple(line["scores"][part]["classes"])
     return Scores(plan, part, classes, {name: seeds for name, seeds in found.items() if seeds})
 
@@ -148,7 +151,7 @@ def report(scores: Scores) -> str:
     """Question, rule and table of a plan."""
     plan = scores.plan
     planned = len(plan.seeds) * len(plan.variants)
-    there = sum(map(len, scores.lines.values()))
+    there = sum(len(scores.lines.get(variant.name, ())) for variant in plan.variants)
     parts = [
         f"## {plan.name}: {plan.data}, {plan.patients} labelled patients, {scores.part}",
         plan.question,

@@ -185,7 +185,7 @@ class CutMixConsistency:
 
     @property
     def average(self) -> nn.Module:
-        """The mean teacher, a copy of the model. It often segments better: `mixed.average.eval()(image)`.
+        """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
 
         Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
         images. `loss` sets its modes back to the model's. `mixed.average.compile()` compiles it.

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import accuracy
 from benchmarks.accuracy_report import figure, paired, report, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
+from benchmarks.evidence.copy_paste import CopyPaste
 from benchmarks.evidence.data import Slices, load, rows, split
 from benchmarks.evidence.harness import COMPILER, Machine, Settings, Stage2, initial_weights, schedule
 from benchmarks.evidence.losses import entropy, segmentation_loss
@@ -336,6 +337,31 @@ def test_every_variant_trains(name, folder, tmp_path):
     assert math.isfinite(line["task_loss"])
     assert line["scores"]["test"]["volumes"] == 40
     assert (line["stage_1_loss"] is None) == (CATALOGUE[name].stage_1 is None)
+    assert ("test, mean teacher" in line["scores"]) == (CATALOGUE[name].unlabelled in ("cutmix", "copy-paste"))
+
+
+def test_the_mean_teacher_is_scored_as_a_network_of_its_own(folder, tmp_path):
+    out, plan = tmp_path / "results.jsonl", plan_of(seeds=(0, 1), variants=(CATALOGUE["ds x2 + deep cutmix"],))
+    assert run(plan, folder, out)
+    lines = read_lines(out)
+    assert all(line["scores"]["test"] != line["scores"]["test, mean teacher"] for line in lines)
+    found = select(plan, lines, "test").lines
+    name = "ds x2 + deep cutmix"
+    assert {seed: s["mean_dsc"] for seed, s in found[f"{name}: its mean teacher"].items()} == {
+        line["seed"]: line["scores"]["test, mean teacher"]["mean_dsc"] for line in lines
+    }
+    assert "2 of 2 runs" in report(select(plan, lines, "test"))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 32, 32), (4, 2, 16, 24, 16)])
+def test_copy_paste_mixes_labelled_and_unlabelled_images_both_ways(shape):
+    mixed = CopyPaste(torch.nn.Conv2d(1, 2, 1), ramp_calls=None, ignore_index=255, perturb=None)
+    mixed.labelled = torch.ones(shape), torch.ones(4, *shape[2:], dtype=torch.int64)
+    image, label = mixed._mixed(torch.zeros(shape), torch.zeros(4, *shape[2:], dtype=torch.int64))
+    assert torch.equal(image, label[:, None].expand_as(image).float())
+    share = label.float().flatten(1).mean(1)
+    axes = len(shape) - 2
+    assert all(0.2**axes < s < 0.6**axes for s in torch.stack([share[0], 1 - share[1], share[2], 1 - share[3]]))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, Fea
 from reseg_loss.unlabelled import pseudo_label
 
 from .batches import Augmentation, Feed
+from .copy_paste import CopyPaste
 from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .variants import Variant
 
@@ -318,10 +319,10 @@ class Stage2:
             parameters += self.deep.parameters()
         self.student = machine.network(self.model)
         self.mean_teacher = machine.network(self.average) if self.average is not None else None
-        if variant.unlabelled == "cutmix":
+        if variant.unlabelled in ("cutmix", "copy-paste"):
             deep = self.deep if variant.unlabelled_deep else None
             # the ramp is a table here, for a captured step would keep the first call's
-            self.mixed = CutMixConsistency(
+            self.mixed = (CutMixConsistency if variant.unlabelled == "cutmix" else CopyPaste)(
                 self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED, threshold=SURE, decay=EMA
             )
             machine.compile_average(self.mixed)
@@ -378,6 +379,8 @@ class Stage2:
         tables = self.feed.others if self.variant.images == "others" else self.feed.again
         image, _, _ = self.feed.batch_of(tables, clock)
         if self.mixed is not None:
+            if isinstance(self.mixed, CopyPaste):
+                self.mixed.labelled = self.feed.batch_of(self.feed.again, clock)[:2]
             with self.machine.autocast():
                 return self.mixed.loss(image, self.task_loss, weight=1.0)
         seen, target = image, torch.empty(0)
@@ -453,20 +456,24 @@ class Stage2:
         return float(self.loop.losses[max(0, steps - 50) : steps].mean())
 
     @torch.no_grad()
-    def predict(self, images: Tensor, size: int) -> Tensor:
-        """Classes (N, size, size) of images (N, S, S), both uint8; of volumes as they are."""
-        self.model.eval()
+    def predict(self, images: Tensor, size: int, average: bool = False) -> Tensor:
+        """Classes (N, size, size) of images (N, S, S), both uint8; of volumes as they are.
+
+        With `average` they are the mean teacher's.
+        """
+        network = self.mixed.average if average and self.mixed is not None else self.model
+        network.eval()
         # all batches of one size, for which algorithms are chosen once
         padded = F.pad(images, (0, 0) * (images.ndim - 1) + (0, -len(images) % EVALUATED))
         classes = []
         for part in padded.split(EVALUATED):
             image = part[:, None].float() / 255
             with self.machine.autocast():
-                logits = self.model(image)
+                logits = network(image)
             if logits.shape[-1] != size:
                 logits = F.interpolate(logits.float(), (size, size), mode="bilinear", antialias=True)
             classes.append(logits.argmax(1).byte())
-        self.model.train()
+        network.train()
         return torch.cat(classes)[: len(images)]
 
 

@@ -13,7 +13,16 @@ DS_X2 = {"weights": [1.0, 0.5, 0.25]}
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "teacher": ("image", "untrained", "label", "autoencoder"),
     "fed": ("label", "other label", "image"),
-    "unlabelled": (None, "forward", "entropy", "reconstruction", "pseudo-label", "mean teacher", "cutmix"),
+    "unlabelled": (
+        None,
+        "forward",
+        "entropy",
+        "reconstruction",
+        "pseudo-label",
+        "mean teacher",
+        "cutmix",
+        "copy-paste",
+    ),
     "images": ("others", "labelled"),
 }
 
@@ -34,7 +43,8 @@ class Variant:
         deep: keywords of `DeepSupervision`; None builds none.
         unlabelled: the loss on a second batch, whose labels are not used: "forward" (none; only batch normalisation
             sees it), "entropy", "reconstruction" (by the frozen teacher, of the image from the prediction),
-            "pseudo-label", "mean teacher" or "cutmix" (the mean teacher's pseudo-label on mixed images).
+            "pseudo-label", "mean teacher", "cutmix" (the mean teacher's pseudo-label on mixed images) or "copy-paste"
+            (the same, mixed with labelled images).
         images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones.
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
@@ -154,6 +164,8 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x2 + mean teacher", deep=DS_X2, unlabelled="mean teacher"),
         Variant("ds x2 + cutmix", deep=DS_X2, unlabelled="cutmix"),
         Variant("ds x2 + deep cutmix", **_DEEP_CUTMIX),
+        Variant("ds x2 + deep copy-paste", deep=DS_X2, unlabelled="copy-paste", unlabelled_deep=True),
+        Variant("ds x2 + deep cutmix + standardized", reseg=STANDARDIZED, **_DEEP_CUTMIX),
         Variant("ds x2, 2.5 times as long", deep=DS_X2, longer=2.5),
         # the same without further images: what is the method's doing, and what the data's
         Variant("ds x2 + deep cutmix, labelled images", **_DEEP_CUTMIX, images="labelled"),
