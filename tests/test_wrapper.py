@@ -221,7 +221,8 @@ def test_label_forms_agree(label_input, classes):
     for form in forms:
         model(image)
         values.append(reseg.alignment_loss(form).item())
-    assert values == [values[0]] * len(values)
+    # one-hot labels of torch lie with channels last in memory, where convolutions round otherwise
+    assert values == pytest.approx([values[0]] * len(values), rel=1e-5)
 
 
 def test_labels_are_checked_at_every_call_and_values_at_the_first():
