@@ -1,11 +1,15 @@
-"""Taps as plain values, for checkpoints that load with weights_only=True."""
+"""What states are made of: taps as plain values (checkpoints load with weights_only=True), weights that fit or stay."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from .errors import ReSegError
 from .taps import Level, Tap, TapPlan
 
 
@@ -32,6 +36,28 @@ def plan_from_dict(state: Mapping[str, Any]) -> TapPlan:
 def same_taps(a: TapPlan, b: TapPlan) -> bool:
     """Whether two plans tap the same tensors, whatever the size of the images that they were found with."""
     return _sizeless(a) == _sizeless(b)
+
+
+def check_format(state: Mapping[str, Any], known: int) -> None:
+    """Raise a ReSegError unless a state is of the format that is known."""
+    if state.get("format") != known:
+        raise ReSegError(f"this state has format {state.get('format')!r}, not {known}; it is of another version")
+
+
+def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
+    """`load_state_dict` of every module, or of none.
+
+    Raises:
+        ReSegError: a state does not fit its module. All are then as they were, which torch does not see to.
+    """
+    before = [copy.deepcopy(module.state_dict()) for module, _ in pairs]
+    try:
+        for module, state in pairs:
+            module.load_state_dict(state)
+    except RuntimeError as error:
+        for (module, _), state in zip(pairs, before):
+            module.load_state_dict(state)
+        raise ReSegError(f"this state is of another model: {error}") from error
 
 
 def _sizeless(plan: TapPlan) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint import check_format, load_states
 from .errors import ReSegError
 from .features import drop_recorders, unwrap
 from .labels import unwrapped
@@ -348,14 +349,10 @@ class CutMixConsistency:
         """Restore what `state_dict` gave, settings included.
 
         Raises:
-            ReSegError: the state is of another format or model.
+            ReSegError: the state is of another format or model. All is then as it was.
         """
-        if state.get("format") != FORMAT:
-            raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
-        try:
-            self._average.load_state_dict(state["average"])
-        except RuntimeError as error:
-            raise ReSegError(f"this state is of another model: {error}") from error
+        check_format(state, FORMAT)
+        load_states((self._average, state["average"]))
         self.ramp_calls, self.ignore_index = state["ramp_calls"], state["ignore_index"]
         self.threshold, self.decay, self.output = state["threshold"], state["decay"], state["output"]
         self._weight, self._calls, self._started = state["weight"], state["calls"], state["started"]

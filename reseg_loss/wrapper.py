@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import recon, sparse
-from .checkpoint import plan_from_dict, plan_to_dict, same_taps
+from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, unwrap
@@ -325,13 +325,13 @@ class ReSegWrapper:
                 here. The wrapper is then as it was.
             TapError: the model has not the taps of the state.
         """
-        if state.get("format") != FORMAT:
-            raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
+        check_format(state, FORMAT)
         ready = state.get("ready", True)
         if self.ready and state["parts"] is not None and not ready:
             raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
         self._restore(state["parts"], Settings(**state["settings"]))
         self._calls = state["calls"]
+        self._labels_checked = False  # its settings may say otherwise what a label is
         self.weight = self.settings.weight
         if self._parts is not None and ready:
             self.teacher.freeze()
@@ -358,18 +358,16 @@ class ReSegWrapper:
                 )
             plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
             # rebuilt only where it differs: optimizers hold the projection, compiled models their hooks
-            if parts is None or not same_taps(parts.student.plan, plan):
+            if parts is None or not (
+                same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
+            ):
                 encoding = LabelEncoding(
                     settings.label_input, state["num_classes"], state["dims"], settings.ignore_index
                 )
                 channels = state["in_channels"], state["out_channels"], state["image_channels"]
                 parts = self._assemble(plan, self._make_teacher(encoding, settings, *channels), teacher_plan, settings)
-            try:
-                parts.teacher.load_state_dict(state["teacher"])
-                if parts.loss.projection is not None:
-                    _projection(parts).load_state_dict(state["projection"])
-            except RuntimeError as error:
-                raise ReSegError(f"this state is of another model: {error}") from error
+            projection = [] if parts.loss.projection is None else [(_projection(parts), state["projection"])]
+            load_states((parts.teacher, state["teacher"]), *projection)
         if self._parts is not None and self._parts is not parts:
             self._parts.student.remove()
             self._parts.targets.remove()

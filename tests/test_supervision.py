@@ -192,6 +192,18 @@ def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits()
         DeepSupervision(UNet(), 4).load_state_dict(state)
 
 
+def test_label_values_are_checked_anew_under_the_settings_of_a_state():
+    image, label = batch()
+    label[0, 0, 0] = 255
+    model, ds = ready(soft=True, ignore_index=255)
+    model(image)
+    ds.loss(label, task_loss)
+    ds.load_state_dict(ready(soft=True)[1].state_dict())
+    model(image)
+    with pytest.raises(ReSegError, match="ignore_index="):
+        ds.loss(label, task_loss)
+
+
 def test_it_works_beside_the_wrapper_in_3d_and_under_autocast():
     image, label = batch(dims=3, size=16)
     model = UNet(dims=3)

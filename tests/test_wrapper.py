@@ -439,6 +439,46 @@ def test_a_state_of_another_weight_or_with_lists_for_tuples_keeps_hooks_and_para
     assert other.teacher is teacher  # a state from before there was a teacher takes none away
 
 
+def test_a_state_that_does_not_fit_changes_nothing():
+    image, label = batch()
+    model, reseg = ready(projection="linear")
+    model(image)
+    expected = reseg.alignment_loss(label)
+    _, other = ready(UNet(classes=4), projection="linear")  # the same taps, another head
+    with pytest.raises(ReSegError, match="another model"):
+        reseg.load_state_dict(saved(other))
+    model(image)
+    assert torch.equal(reseg.alignment_loss(label), expected)
+
+
+def test_a_state_brings_the_taps_of_the_users_teacher():
+    image, label = batch()
+    kinds = {"encoder": ["encoder.1", "encoder.2"], "decoder": ["decoder.1", "decoder.0"], "bottleneck": ["bottleneck"]}
+    convolutions = {kind: [f"{name}.0" for name in names] for kind, names in kinds.items()}
+    own = Narrow(1)
+    model, reseg = ready(teacher=own, teacher_taps=convolutions)
+    model(image)
+    expected = reseg.alignment_loss(label)
+    state = saved(reseg)
+    reseg.remove()
+    _, other = ready(model, teacher=own, teacher_taps=kinds)
+    other.load_state_dict(state)
+    model(image)
+    assert torch.equal(other.alignment_loss(label), expected)
+
+
+def test_label_values_are_checked_anew_under_the_settings_of_a_state():
+    image, label = batch()
+    label[0, 0, 0] = 255
+    model, reseg = ready(ignore_index=255)
+    model(image)
+    reseg.alignment_loss(label)
+    reseg.load_state_dict(saved(ready()[1]))
+    model(image)
+    with pytest.raises(ReSegError, match="ignore_index="):
+        reseg.alignment_loss(label)
+
+
 def test_a_model_whose_forward_was_replaced_is_refused():
     model = UNet()
     inner = model.forward
