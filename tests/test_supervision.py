@@ -250,6 +250,7 @@ def test_heads_that_no_optimizer_knows_are_warned_about_once():
             ds.loss(label, task_loss).backward()
     assert len(caught) == 1
     assert "ds.parameters()" in str(caught[0].message)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(

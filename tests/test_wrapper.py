@@ -259,6 +259,7 @@ def test_a_projection_is_listed_moves_and_is_warned_about_when_it_does_not():
                 optimizer.step()
         messages = [str(w.message) for w in caught]
         assert len(messages) == (0 if trained else 1), messages
+        assert all(w.filename == __file__ for w in caught), "it names the line of the loop"
         assert trained or "reseg.parameters()" in messages[0]
 
 
