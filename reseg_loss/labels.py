@@ -19,15 +19,17 @@ def unwrapped(value: Any) -> Any:
     return value.as_subclass(Tensor) if isinstance(value, Tensor) and type(value) is not Tensor else value
 
 
-def plain_label(label: Any) -> Tensor:
+def plain_label(label: Any, what: str = "a label") -> Tensor:
     """The label as a plain tensor: element 0 of a list (deep supervision, full resolution), MetaTensor unwrapped.
+
+    `what` names it in the message, for images are unwrapped in the same way.
 
     Raises:
         ReSegError: it is no tensor.
     """
     label = unwrapped(label)
     if not isinstance(label, Tensor):
-        raise ReSegError(f"a label is a tensor or a list whose element 0 is one, got {type(label).__name__}")
+        raise ReSegError(f"{what} is a tensor or a list whose element 0 is one, got {type(label).__name__}")
     return label
 
 

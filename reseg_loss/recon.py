@@ -69,7 +69,8 @@ def fit(
                 sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
             total, seen = None, 0
             for batch in loader:
-                image, label = (plain_label(x) for x in unpack_batch(batch))
+                image, label = unpack_batch(batch)
+                image, label = plain_label(image, "an image"), plain_label(label)
                 if run is None:
                     teacher = prepare(image)
                     run = _Run(teacher, loss, optimizer, scheduler, amp, resumed)
@@ -130,6 +131,9 @@ class _Run:
         self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         if resumed:
+            if (self.scheduler is None) != (resumed["scheduler"] is None):
+                one, other = ("without", "with") if self.scheduler is None else ("with", "without")
+                raise ReSegError(f"stage 1 is to go on {one} scheduler=, its file was written {other}; give the same")
             self.optimizer.load_state_dict(resumed["optimizer"])
             self.scaler.load_state_dict(resumed["scaler"])
             if self.scheduler is not None:
