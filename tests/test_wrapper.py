@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
+import pickle
 import warnings
 
 import numpy as np
@@ -478,6 +480,21 @@ def test_label_values_are_checked_anew_under_the_settings_of_a_state():
     model(image)
     with pytest.raises(ReSegError, match="ignore_index="):
         reseg.alignment_loss(label)
+
+
+def test_a_copy_of_model_and_wrapper_runs_its_own_teacher_compiled_or_folded(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda run: compiled.append(run) or (lambda x: run(x)))
+    image, label = batch()
+    for kwargs in ({"compile_teacher": True}, {"fold_teacher": True, "teacher_dtype": "bfloat16"}):
+        model, reseg = ready(**kwargs)
+        model(image)
+        expected = reseg.alignment_loss(label)
+        for through in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+            other_model, other = through((model, reseg))
+            other_model(image)
+            assert torch.equal(other.alignment_loss(label), expected)
+    assert len(compiled) == 3
 
 
 def test_a_model_whose_forward_was_replaced_is_refused():
