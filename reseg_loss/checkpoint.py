@@ -1,15 +1,22 @@
-"""What states are made of: taps as plain values (checkpoints load with weights_only=True), weights that fit or stay."""
+"""States and their files: taps and random states as plain values, for checkpoints that load with weights_only=True."""
 
 from __future__ import annotations
 
 import copy
+import os
+import random
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from .errors import ReSegError
+from .processes import rank, world_size
 from .taps import Level, Tap, TapPlan
 
 
@@ -58,6 +65,50 @@ def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
         for (module, _), state in zip(pairs, before):
             module.load_state_dict(state)
         raise ReSegError(f"this state is of another model: {error}") from error
+
+
+def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """torch.save that leaves either the old or the new file, whenever it is killed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all."""
+    state = [torch.load(path, map_location="cpu", weights_only=True) if rank() == 0 and os.path.exists(path) else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(state, 0)
+    return state[0]
+
+
+def rng_state() -> dict[str, Any]:
+    """The random states of torch, CUDA, random and (where loaded) numpy, as tensors and plain values."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy else None
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "random": random.getstate(),
+        "numpy": (state[0], state[1].tolist(), *state[2:]) if state else None,
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(value, device)
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = sys.modules.get("numpy")
+    if state["numpy"] and numpy:
+        numpy.random.set_state(tuple(state["numpy"]))
 
 
 def _sizeless(plan: TapPlan) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .recon import world_size
+from .processes import world_size
 
 UNMOVED_CALLS = 100
 

@@ -17,7 +17,7 @@ from .errors import ReSegError
 from .features import drop_recorders, unwrap
 from .labels import unwrapped
 from .losses import check_weight
-from .recon import broadcast
+from .processes import broadcast
 from .supervision import DeepSupervision, TaskLoss
 from .teacher import copy_model, is_sharded, select_output
 

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from . import recon, sparse
-from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
+from .checkpoint import (
+    check_format,
+    load_states,
+    plan_from_dict,
+    plan_to_dict,
+    read_checkpoint,
+    same_taps,
+    write_atomically,
+)
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
+from .processes import broadcast, rank
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
 from .taps import TapPlan, find_taps
 from .taps.dryrun import call, dry_run, image_of, preserved_rng
@@ -195,7 +204,7 @@ class ReSegWrapper:
             raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
         if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
-        resumed = recon.read_checkpoint(checkpoint) if checkpoint is not None else None
+        resumed = read_checkpoint(checkpoint) if checkpoint is not None else None
         if resumed is not None:
             self._continue(resumed["wrapper"], str(checkpoint))
 
@@ -207,8 +216,8 @@ class ReSegWrapper:
             return self.teacher.train()
 
         def save(state: dict[str, Any]) -> None:
-            if checkpoint is not None and recon.rank() == 0:
-                recon.write_atomically({"wrapper": self.state_dict(), **state}, checkpoint)
+            if checkpoint is not None and rank() == 0:
+                write_atomically({"wrapper": self.state_dict(), **state}, checkpoint)
 
         with preserved_rng():
             history = recon.fit(
@@ -232,7 +241,7 @@ class ReSegWrapper:
 
         Under torch.distributed every rank gets rank 0's teacher.
         """
-        recon.broadcast(self.teacher)
+        broadcast(self.teacher)
         self.teacher.freeze()
 
     def reconstruct(self, label: Any) -> Tensor:

@@ -12,7 +12,7 @@ from models import UNet, batch, loader, task_loss
 from torch import nn
 
 from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
-from reseg_loss.recon import write_atomically
+from reseg_loss.checkpoint import write_atomically
 
 untrained = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 
@@ -243,7 +243,7 @@ def test_refusals():
         wrapper(UNet(in_channels=2), example_input=image.expand(-1, 2, -1, -1)).fit_recon(
             [(image, label)], epochs=1, progress=False
         )
-    with pytest.raises(ReSegError, match="an image is a tensor .* got ndarray"):
+    with pytest.raises(ReSegError, match=r"an image is a tensor .* got ndarray"):
         wrapper().fit_recon([(image.numpy(), label)], epochs=1, progress=False)
     frozen = wrapper(example_input=image)
     frozen.freeze_teacher()
