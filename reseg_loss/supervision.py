@@ -36,7 +36,7 @@ class DeepSupervision:
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
         num_classes: output channels of each head; 1 for a binary model.
-        taps: as in `FeatureExtractor`; None finds them.
+        taps: as in `ReSegWrapper`; None finds them.
         example_input: an image batch as the model takes it, to find taps and make the heads. It may only be left out
             before `load_state_dict`.
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the

@@ -55,7 +55,7 @@ class ReSegWrapper:
 
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
-        taps: the taps, or some of them; see `FeatureExtractor`. None finds them.
+        taps: the taps by kind, or some of them, as the mapping that `FeatureExtractor` takes. None finds them.
         example_input: an image batch as the model takes it, to find taps and build the teacher now. Without it that
             happens at the first batch of `fit_recon`, or in `load_state_dict`.
         preset: "standardized" (the features of both sides, per channel, before they are compared) or "paper" (eqs. 1-8
