@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ReSegError
-from .features import drop_recorders
+from .hooks import drop_recorders
 from .labels import LabelEncoding, plain_label
 from .taps.dryrun import preserved_modes, preserved_rng, tensors
 
