@@ -224,7 +224,8 @@ class DeepSupervision:
         with preserved_rng():
             heads = _Heads(channels, self.num_classes, len(plan.bottleneck.spatial))
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
-        return FeatureExtractor(self._model, plan).attach(), heads.to(like.device, like.dtype)
+        extractor = FeatureExtractor(self._model, plan)
+        return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
 
     def _need_bound(self) -> None:
         if self._extractor is None:

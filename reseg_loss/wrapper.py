@@ -429,8 +429,11 @@ class ReSegWrapper:
     def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> _Parts:
         """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
         loss = _alignment(settings, _term_channels(plan, teacher_plan)).to(teacher.reference.device)
+        loss.check_levels(len(plan.selected))  # not only at the first step after stage 1
         targets = Targets(teacher, teacher_plan)
-        student = FeatureExtractor(self._model, plan).attach()
+        student = FeatureExtractor(self._model, plan)
+        if not self._removed:
+            student.attach()
         student.enabled = self._aligns
         return _Parts(student, teacher, targets, loss)
 

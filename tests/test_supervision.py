@@ -78,6 +78,10 @@ def test_the_models_keys_and_outputs_stay_and_remove_leaves_it_bare():
     model(image)
     with pytest.raises(ReSegError, match="hooks were removed"):
         ds.loss(label, task_loss)
+    late = DeepSupervision(model, 3)
+    late.remove()
+    late.load_state_dict(ds.state_dict())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @settings(deadline=None, max_examples=30)

@@ -470,6 +470,17 @@ def test_a_state_brings_the_taps_of_the_users_teacher():
     assert torch.equal(other.alignment_loss(label), expected)
 
 
+def test_a_state_that_comes_after_remove_sets_no_hooks():
+    model = UNet()
+    reseg = ReSegWrapper(model)
+    reseg.remove()
+    reseg.load_state_dict(saved(ready()[1]))
+    assert reseg.ready
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ReSegError, match="hooks were removed"):
+        reseg.alignment_loss(batch()[1])
+
+
 def test_label_values_are_checked_anew_under_the_settings_of_a_state():
     image, label = batch()
     label[0, 0, 0] = 255
@@ -541,6 +552,7 @@ def test_what_cannot_work_is_refused_at_once():
         ({"teacher": model}, "its own teacher"),
         ({"example_input": (image, 1.0)}, "more than the image"),
         ({"example_input": image, "output": "mask"}, "'mask'"),
+        ({"example_input": image, "encoder_to_decoder": [1.0] * 3}, "3 weights, but the features have 2 levels"),
     ):
         with pytest.raises(ReSegError, match=message):
             ReSegWrapper(model, **kwargs)
