@@ -285,8 +285,9 @@ class ReSegWrapper:
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: terms, "alignment" (unweighted), "weight"; with `task_loss` also norms.
 
-        "gradient/task" is the norm of the task loss's gradient at the model's parameters, "gradient/TERM" that of
-        weight times the term's share of the loss over it. Reading them waits for the device.
+        A call that `every` skips leaves those of the one before it, a call at weight 0 none. "gradient/task" is the
+        norm of the task loss's gradient at the model's parameters, "gradient/TERM" that of weight times the term's
+        share of the loss (without the factor `every`) over it. Reading them waits for the device.
         """
         return {**{name: float(value) for name, value in self._last.items()}, "weight": self._weight}
 
