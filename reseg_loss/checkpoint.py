@@ -1,11 +1,22 @@
-"""Taps as plain values, for checkpoints that load with weights_only=True."""
+"""States and their files: taps and random states as plain values, for checkpoints that load with weights_only=True."""
 
 from __future__ import annotations
 
+import copy
+import os
+import random
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .errors import ReSegError
+from .processes import rank, world_size
 from .taps import Level, Tap, TapPlan
 
 
@@ -32,6 +43,72 @@ def plan_from_dict(state: Mapping[str, Any]) -> TapPlan:
 def same_taps(a: TapPlan, b: TapPlan) -> bool:
     """Whether two plans tap the same tensors, whatever the size of the images that they were found with."""
     return _sizeless(a) == _sizeless(b)
+
+
+def check_format(state: Mapping[str, Any], known: int) -> None:
+    """Raise a ReSegError unless a state is of the format that is known."""
+    if state.get("format") != known:
+        raise ReSegError(f"this state has format {state.get('format')!r}, not {known}; it is of another version")
+
+
+def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
+    """`load_state_dict` of every module, or of none.
+
+    Raises:
+        ReSegError: a state does not fit its module. All are then as they were, which torch does not see to.
+    """
+    before = [copy.deepcopy(module.state_dict()) for module, _ in pairs]
+    try:
+        for module, state in pairs:
+            module.load_state_dict(state)
+    except RuntimeError as error:
+        for (module, _), state in zip(pairs, before):
+            module.load_state_dict(state)
+        raise ReSegError(f"this state is of another model: {error}") from error
+
+
+def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """torch.save that leaves either the old or the new file, whenever it is killed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all."""
+    state = [torch.load(path, map_location="cpu", weights_only=True) if rank() == 0 and os.path.exists(path) else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(state, 0)
+    return state[0]
+
+
+def rng_state() -> dict[str, Any]:
+    """The random states of torch, CUDA, random and (where loaded) numpy, as tensors and plain values."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy else None
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "random": random.getstate(),
+        "numpy": (state[0], state[1].tolist(), *state[2:]) if state else None,
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(value, device)
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = sys.modules.get("numpy")
+    if state["numpy"] and numpy:
+        numpy.random.set_state(tuple(state["numpy"]))
 
 
 def _sizeless(plan: TapPlan) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .recon import world_size
+from .processes import world_size
 
 UNMOVED_CALLS = 100
 
@@ -46,8 +46,7 @@ class UnmovedWarning:
         elif self.calls == UNMOVED_CALLS:
             # fused optimizers leave no other mark than the values themselves
             if all(torch.equal(p, start) for p, start in zip(parameters, self._start)):
-                warnings.warn(
-                    f"{self.what} did not change in {UNMOVED_CALLS} calls with gradient: {self.remedy}", stacklevel=5
-                )
+                message = f"{self.what} did not change in {UNMOVED_CALLS} calls with gradient: {self.remedy}"
+                warnings.warn(message, stacklevel=4)  # the line that called `loss` or `alignment_loss`
             self._start = []
         self.calls += 1

@@ -1,4 +1,4 @@
-"""Taking features out of a model while it trains: hooks that record, and the extractor that reads them."""
+"""Taking features out of a model while it trains: the extractor, which sets the hooks and reads what they recorded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .errors import ReSegError, TapError
 from .formats import to_channels_first
+from .hooks import AllSeen, InputHook, OutputHook, Recording, RootEnter, RootExit, RootFailed
 from .taps import Level, Tap, TapPlan, find_taps
-from .taps.dryrun import image_of
 from .taps.named import KINDS, module_of, pair_up, parse_taps, seen
 
 
@@ -58,146 +58,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-class _Recording:
-    """What the hooks of one extractor share. It holds no module, so the hooks make no reference cycle."""
-
-    def __init__(self, training_only: bool) -> None:
-        self.training_only = training_only
-        self.enabled = True
-        self.clone: frozenset[str] | None = None  # taps that are overwritten later; None: not known yet, clone all
-        self.wanted = 0  # the number of taps after which a forward is ended; 0: it goes on
-        self.held = False  # a forward of `record()` waits to be read: others are ignored
-        self.open: dict[str, Any] | None = None  # the forward that is running
-        self.done: dict[str, Any] | None = None  # the forward that waits to be read
-        self.several = False
-
-    def forget(self) -> None:
-        self.open = self.done = None
-        self.several = self.held = False
-
-    def finish(self) -> None:
-        finished, self.open = self.open, None
-        if self.several or self.done is not None:
-            self.done, self.several = None, True  # keep no features that nobody may read
-        else:
-            self.done = finished
-
-
-class _AllSeen(Exception):  # noqa: N818
-    """Ends a forward of which every tap was recorded."""
-
-
-class Recorder:
-    """A hook of an extractor; inert in a copied or pickled model, so that no copy writes into the original's."""
-
-    def __init__(self, recording: _Recording | None = None) -> None:
-        self.recording = recording
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
-        return type(self), ()
-
-
-class _RootEnter(Recorder):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording = self.recording
-        if recording is None:
-            return
-        if getattr(module, "_is_replica", False):
-            raise ReSegError("nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel")
-        recording.open = None
-        # torch.compiler.is_exporting() itself is True in every compiled graph of torch 2.11
-        if not recording.enabled or recording.held or getattr(torch.compiler, "_is_exporting_flag", False):
-            return
-        if recording.training_only:
-            if not (module.training and torch.is_grad_enabled()):
-                return
-            # a checkpointed root runs again inside backward (never the case in a compiled graph)
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                return
-        image = args[0] if args else None
-        if not (isinstance(image, Tensor) and image.ndim in (4, 5) and image.is_floating_point()):
-            image = image_of((args, kwargs))  # a search, which older compilers cannot trace
-        recording.open = {
-            "image": image,
-            "autocast": None,
-            "grad": torch.is_grad_enabled(),
-            "calls": {},
-            "seen": {},
-        }
-
-
-class _RootExit(Recorder):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.recording is not None and self.recording.open is not None:
-            self.recording.finish()
-
-
-class _RootFailed(Recorder):
-    """Always called, after `_RootExit`: a forward that is still open then has raised.
-
-    A hook that looked at its output to tell would make torch.compile guard on it.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.recording is not None and self.recording.open is not None:
-            self.recording.forget()
-
-
-class _TapHook(Recorder):
-    """Records the outputs (or inputs) of one module under the taps' names."""
-
-    def __init__(self, recording: _Recording | None = None, taps: tuple[Tap, ...] = ()) -> None:
-        super().__init__(recording)
-        # plain values only: this runs in every training step, traced by torch.compile or not
-        self.slots = [(str(tap), (tap.keys or (0,)) if tap.is_input else tap.keys, tap.call) for tap in taps]
-        self.source = f"in:{taps[0].module}" if taps and taps[0].is_input else taps[0].module if taps else ""
-
-    def record(self, value: Any) -> None:
-        recording = self.recording
-        if recording is None or recording.open is None:
-            return
-        call = recording.open["calls"].get(self.source, 0)
-        recording.open["calls"][self.source] = call + 1
-        for name, keys, wanted in self.slots:
-            if wanted == call:
-                tensor = _element(value, keys, name)
-                if recording.open["autocast"] is None:  # here, for a forward may enter it itself (Accelerate's do)
-                    device = tensor.device.type
-                    recording.open["autocast"] = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-                copy = recording.clone is None or name in recording.clone
-                kept = tensor.clone() if copy else tensor
-                # a compiled graph's output has no history: whether it was overwritten there is not known
-                version = None if torch.compiler.is_compiling() else tensor._version
-                recording.open["seen"][name] = (kept, tensor, version, torch.is_grad_enabled())
-        # in a compiled graph what comes after the last tap is dead code, which the compiler removes
-        if recording.wanted and len(recording.open["seen"]) == recording.wanted and not torch.compiler.is_compiling():
-            recording.finish()
-            raise _AllSeen
-
-
-def drop_recorders(module: nn.Module) -> None:
-    """Take the hooks of extractors off a copied module, where they are inert."""
-    for part in module.modules():
-        for name in ("_forward_pre_hooks", "_forward_hooks"):
-            for key in [key for key, hook in getattr(part, name).items() if isinstance(hook, Recorder)]:
-                for kind in (name, f"{name}_with_kwargs", f"{name}_always_called"):
-                    getattr(part, kind, {}).pop(key, None)
-
-
-class _OutputHook(_TapHook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.record(output)
-
-
-class _InputHook(_TapHook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # so that in:module is the first argument, in:module[1] the second, in:module[name] a named one
-        self.record({**dict(enumerate(args)), **kwargs})
-
-
 class FeatureExtractor:
     """Forward hooks on a model's taps, as a context manager or as `attach()` and `remove()`.
 
@@ -231,7 +91,7 @@ class FeatureExtractor:
         when: Literal["training", "always"] = "training",
     ) -> None:
         self._model = unwrap(model)
-        self._recording = _Recording(when == "training")
+        self._recording = Recording(when == "training")
         self._handles: list[Any] = []
         self._named: dict[str, list[Tap]] = {}
         self._select = levels
@@ -292,15 +152,15 @@ class FeatureExtractor:
         groups: dict[tuple[nn.Module, bool, str], list[Tap]] = {}
         for tap, module in self._modules.items():
             groups.setdefault((module, tap.is_input, tap.module), []).append(tap)
-        self._handles.append(model.register_forward_pre_hook(_RootEnter(recording), with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(RootEnter(recording), with_kwargs=True))
         for (module, is_input, _), taps in groups.items():
             if is_input:
-                handle = module.register_forward_pre_hook(_InputHook(recording, tuple(taps)), with_kwargs=True)
+                handle = module.register_forward_pre_hook(InputHook(recording, tuple(taps)), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(_OutputHook(recording, tuple(taps)))
+                handle = module.register_forward_hook(OutputHook(recording, tuple(taps)))
             self._handles.append(handle)
-        self._handles.append(model.register_forward_hook(_RootExit(recording)))
-        self._handles.append(model.register_forward_hook(_RootFailed(recording), always_call=True))
+        self._handles.append(model.register_forward_hook(RootExit(recording)))
+        self._handles.append(model.register_forward_hook(RootFailed(recording), always_call=True))
         return self
 
     def remove(self) -> None:
@@ -355,7 +215,7 @@ class FeatureExtractor:
         """
         self.enabled, self._recording.wanted = True, len({str(tap) for tap in self.taps})
         try:
-            with suppress(_AllSeen):
+            with suppress(AllSeen):
                 forward()
             return self.pop()
         finally:
@@ -461,7 +321,7 @@ class FeatureExtractor:
     def __getstate__(self) -> dict[str, Any]:
         # hooks do not travel with a copied module, nor do features: only leaves of the graph can be copied
         state = {name: value for name, value in self.__dict__.items() if name not in ("_finalizer", "_handles")}
-        recording = _Recording(self._recording.training_only)
+        recording = Recording(self._recording.training_only)
         recording.enabled, recording.clone = self._recording.enabled, self._recording.clone
         return {**state, "_recording": recording, "_attached": self.attached}
 
@@ -478,29 +338,8 @@ class FeatureExtractor:
         return self._plan.draw(title) if self._plan is not None else f"{title}: {', '.join(map(str, self.taps))}"
 
 
-def _detach(recording: _Recording, handles: list[Any]) -> None:
+def _detach(recording: Recording, handles: list[Any]) -> None:
     recording.enabled = False
     recording.forget()
     for handle in handles:
         handle.remove()
-
-
-def _element(value: Any, keys: tuple[int | str, ...], name: str) -> Tensor:
-    for key in keys:
-        try:
-            value = getattr(value, key) if isinstance(key, str) and not isinstance(value, Mapping) else value[key]
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise TapError(f"{name}: there is no [{key}] in {_outline(value)}") from error
-    if not isinstance(value, Tensor):
-        raise TapError(f"{name} is no tensor but {_outline(value)}; name the element, as in {name}[0]")
-    return value
-
-
-def _outline(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with keys {list(value)}"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}: " + ", ".join(type(v).__name__ for v in value)
-    return f"a {type(value).__name__}"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import Recorder
+from .hooks import Recorder
 from .taps import Tap
 from .taps.record import Call, Record, record
 

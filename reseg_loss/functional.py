@@ -50,8 +50,10 @@ def alignment_term(
         A scalar in at least fp32; 0 (with a graph) where nothing is valid.
 
     Raises:
-        ReSegError: shapes differ, or a tensor is not floating point.
+        ReSegError: shapes differ, a tensor is not floating point, or `normalize` is something else.
     """
+    if normalize not in (None, "batch"):
+        raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
     with _full_precision(student, teacher) as (student, teacher):
         student, teacher = _counting(student, valid), _counting(teacher, valid)
         if normalize == "batch":

@@ -19,15 +19,17 @@ def unwrapped(value: Any) -> Any:
     return value.as_subclass(Tensor) if isinstance(value, Tensor) and type(value) is not Tensor else value
 
 
-def plain_label(label: Any) -> Tensor:
+def plain_label(label: Any, what: str = "a label") -> Tensor:
     """The label as a plain tensor: element 0 of a list (deep supervision, full resolution), MetaTensor unwrapped.
+
+    `what` names it in the message, for images are unwrapped in the same way.
 
     Raises:
         ReSegError: it is no tensor.
     """
     label = unwrapped(label)
     if not isinstance(label, Tensor):
-        raise ReSegError(f"a label is a tensor or a list whose element 0 is one, got {type(label).__name__}")
+        raise ReSegError(f"{what} is a tensor or a list whose element 0 is one, got {type(label).__name__}")
     return label
 
 
@@ -66,8 +68,7 @@ class LabelEncoding:
 
     def check_values(self, label: Tensor) -> None:
         """Raise a ReSegError for values that are no classes. It reads the device, so it is not for every step."""
-        values = torch.unique(label.detach())
-        numbers = values.double()
+        numbers = torch.unique(label.detach()).double()
         if self.ignore_index is not None:
             numbers = numbers[numbers != self.ignore_index]
         per_class = self._per_class(label)
@@ -87,9 +88,9 @@ class LabelEncoding:
                 f"from 0 to {classes - 1}; for a value that marks pixels to ignore pass ignore_index="
             )
         if self.mode == "index" and per_class:
-            ignored = torch.zeros_like(label, dtype=torch.bool) if self.ignore_index is None else self._ignored(label)
+            ignored = self._ignored(label)
             counts = label.masked_fill(ignored, 0).float().sum(1)
-            if not bool(((counts == 1) | ignored[:, 0]).all()):
+            if not bool(((counts == 1) | ignored.squeeze(1)).all()):
                 raise ReSegError(
                     "label has several classes (or none) per pixel; a multi-label model needs label_input='onehot'"
                 )
@@ -99,7 +100,6 @@ class LabelEncoding:
 
         The mask is None without `ignore_index`. Nothing here reads values back from the device.
         """
-        ignored = None if self.ignore_index is None else self._ignored(label)
         if self._per_class(label):
             classes = label.float()
             encoded = classes if self.mode == "onehot" else classes.argmax(1, keepdim=True).float()
@@ -110,20 +110,18 @@ class LabelEncoding:
             else:
                 classes = torch.arange(self.num_classes, device=label.device).view(-1, *[1] * self.dims)
                 encoded = (index == classes).float()
-        if ignored is None:
+        if self.ignore_index is None:
             return encoded, None
-        valid = ~ignored[:, :1]
+        valid = ~self._ignored(label)
         return torch.where(valid, encoded, 0.0), valid.float()
 
     def _per_class(self, label: Tensor) -> bool:
         return self.num_classes > 1 and label.ndim == self.dims + 2 and label.shape[1] == self.num_classes
 
     def _ignored(self, label: Tensor) -> Tensor:
-        """(B, 1 or C, *spatial), True where any channel says ignore."""
-        ignored = label == self.ignore_index
-        if label.ndim == self.dims + 1:
-            return ignored.unsqueeze(1)
-        return ignored.any(1, keepdim=True).expand_as(label)
+        """(B, 1, *spatial), True where any channel says ignore."""
+        ignored = torch.zeros_like(label, dtype=torch.bool) if self.ignore_index is None else label == self.ignore_index
+        return ignored.unsqueeze(1) if label.ndim == self.dims + 1 else ignored.any(1, keepdim=True)
 
 
 def unpack_batch(batch: Any) -> tuple[Tensor, Any]:

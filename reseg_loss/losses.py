@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from . import functional as RF
 from .errors import ReSegError
 from .features import Features
+from .settings import Weight
 from .terms import alignment_terms
-
-Weight = float | Sequence[float]
 
 
 class ReconLoss(nn.Module):

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-import random
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from .checkpoint import restore_rng, rng_state
 from .errors import ReSegError
 from .labels import plain_label, unpack_batch
 from .losses import ReconLoss
+from .processes import rank, world_size
 from .teacher import Teacher
 
 READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device
@@ -69,7 +66,8 @@ def fit(
                 sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
             total, seen = None, 0
             for batch in loader:
-                image, label = (plain_label(x) for x in unpack_batch(batch))
+                image, label = unpack_batch(batch)
+                image, label = plain_label(image, "an image"), plain_label(label)
                 if run is None:
                     teacher = prepare(image)
                     run = _Run(teacher, loss, optimizer, scheduler, amp, resumed)
@@ -130,6 +128,9 @@ class _Run:
         self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         if resumed:
+            if (self.scheduler is None) != (resumed["scheduler"] is None):
+                one, other = ("without", "with") if self.scheduler is None else ("with", "without")
+                raise ReSegError(f"stage 1 is to go on {one} scheduler=, its file was written {other}; give the same")
             self.optimizer.load_state_dict(resumed["optimizer"])
             self.scaler.load_state_dict(resumed["scaler"])
             if self.scheduler is not None:
@@ -172,67 +173,6 @@ def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
             f"the image has shape {tuple(image.shape)}; the model was shown {teacher.image_channels} image channels"
         )
     teacher.encoding.check_shape(label, image.shape)
-
-
-def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """torch.save that leaves either the old or the new file, whenever it is killed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all."""
-    state = [torch.load(path, map_location="cpu", weights_only=True) if rank() == 0 and os.path.exists(path) else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(state, 0)
-    return state[0]
-
-
-def rng_state() -> dict[str, Any]:
-    """The random states of torch, CUDA, random and (where loaded) numpy, as tensors and plain values."""
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy else None
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "random": random.getstate(),
-        "numpy": (state[0], state[1].tolist(), *state[2:]) if state else None,
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Set what `rng_state` gave."""
-    torch.set_rng_state(state["torch"])
-    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(value, device)
-    version, internal, gauss = state["random"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy = sys.modules.get("numpy")
-    if state["numpy"] and numpy:
-        numpy.random.set_state(tuple(state["numpy"]))
-
-
-def rank() -> int:
-    """This process's rank, 0 without torch.distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """The number of processes, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def broadcast(module: nn.Module) -> None:
-    """Parameters and buffers of rank 0 to every rank."""
-    if world_size() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.data, 0)
 
 
 def _finite(total: Tensor, seen: int, step: int) -> float:

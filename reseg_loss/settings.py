@@ -15,7 +15,7 @@ Weight = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Settings:
-    """What `ReSegWrapper` takes as keywords; the values here are the preset `paper`.
+    """What `ReSegWrapper` takes as keywords. The values here are the preset `paper`, not the default `standardized`.
 
     Attributes:
         weight: factor of the alignment loss in the total loss (lambda of eq. 8).
@@ -87,9 +87,7 @@ class Settings:
     @property
     def output_path(self) -> tuple[int | str, ...] | None:
         """`output` as a path."""
-        if self.output is None or isinstance(self.output, (int, str)):
-            return None if self.output is None else (self.output,)
-        return tuple(self.output)
+        return as_path(self.output)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -137,9 +135,16 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# paper: Li et al., MICCAI 2025, eqs. 1-8. standardized: the same on standardized features; on ACDC with few patients
-# it gained where the raw features did not (README, "What helps").
+# paper: Li et al., MICCAI 2025, eqs. 1-8. standardized: the same on standardized features, the wrapper's default, as
+# on ACDC with few patients it gained where the raw features did not (README, "What helps").
 PRESETS: dict[str, Settings] = {"paper": Settings(), "standardized": Settings(normalize="batch")}
+
+
+def as_path(output: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
+    """A path into what a model returns, from one key or several; None stays."""
+    if output is None:
+        return None
+    return (output,) if isinstance(output, (int, str)) else tuple(output)
 
 
 def settings_of(preset: str, overrides: Mapping[str, Any]) -> Settings:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as RF
-from .checkpoint import plan_from_dict, plan_to_dict, same_taps
+from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
@@ -36,7 +36,7 @@ class DeepSupervision:
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
         num_classes: output channels of each head; 1 for a binary model.
-        taps: as in `FeatureExtractor`; None finds them.
+        taps: as in `ReSegWrapper`; None finds them.
         example_input: an image batch as the model takes it, to find taps and make the heads. It may only be left out
             before `load_state_dict`.
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the
@@ -190,10 +190,11 @@ class DeepSupervision:
         """Restore what `state_dict` gave, settings included; needs no example.
 
         Raises:
-            ReSegError: the state is of another format, or of another number of classes.
+            ReSegError: the state is of another format or model, or of another number of classes. All is then as it
+                was.
+            TapError: the model has not the taps of the state.
         """
-        if state.get("format") != FORMAT:
-            raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
+        check_format(state, FORMAT)
         if state["num_classes"] != self.num_classes:
             raise ReSegError(f"this state is for {state['num_classes']} classes, not {self.num_classes}")
         plan = plan_from_dict(state["taps"])
@@ -203,16 +204,13 @@ class DeepSupervision:
         if extractor is None or self.sides != state["sides"] or not same_taps(extractor.plan, plan):
             extractor, heads = self._make(plan, state["sides"], weights)
         assert heads is not None
-        try:
-            undistributed(heads).heads.load_state_dict(state["heads"])  # pyright: ignore
-        except RuntimeError as error:
-            raise ReSegError(f"this state is of another model: {error}") from error
+        load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
         self._extractor, self._heads = extractor, heads
         self.sides, self.level_weights, self.decay_calls = state["sides"], weights, state["decay_calls"]
         self.soft, self.ignore_index = state["soft"], state["ignore_index"]
-        self._weight, self._calls = state["weight"], state["calls"]
+        self._weight, self._calls, self._labels_checked = state["weight"], state["calls"], False
         self._arm()
 
     def _make(self, plan: TapPlan, sides: str, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
@@ -226,7 +224,8 @@ class DeepSupervision:
         with preserved_rng():
             heads = _Heads(channels, self.num_classes, len(plan.bottleneck.spatial))
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
-        return FeatureExtractor(self._model, plan).attach(), heads.to(like.device, like.dtype)
+        extractor = FeatureExtractor(self._model, plan)
+        return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
 
     def _need_bound(self) -> None:
         if self._extractor is None:

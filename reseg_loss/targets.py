@@ -89,6 +89,10 @@ class Targets:
         self._folded = None
         self._captured.drop()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copied or pickled one makes its own: a compiled function stays bound to the teacher that it was made of
+        return {**self.__dict__, "_compiled": None, "_folded": None}
+
     def _fold(self, encoded: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
         """The teacher's forward with its chains folded, and its taps; made anew when the teacher has changed."""
         teacher = self.teacher

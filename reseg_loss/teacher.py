@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ReSegError
+from .hooks import drop_recorders
 from .labels import LabelEncoding, plain_label
 from .taps.dryrun import preserved_modes, preserved_rng, tensors
 
@@ -59,8 +60,7 @@ class Teacher(nn.Module):
         label = plain_label(label)
         if label.ndim not in (self.encoding.dims + 1, self.encoding.dims + 2):
             raise ReSegError(f"a label of shape {tuple(label.shape)} has no batch of {self.encoding.dims}D label maps")
-        like = self.reference
-        return self.decode(self.encoding.encode(label.to(like.device, non_blocking=True))[0])
+        return self.decode(self.encoding.encode(label.to(self.reference.device, non_blocking=True))[0])
 
     def decode(self, encoded: Tensor) -> Tensor:
         """The image from a label that is encoded already, (B, encoding.channels, *spatial)."""
@@ -115,7 +115,6 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
     refuse_sharded(model)
     body = copy_model(model, "the teacher", "pass teacher=")
     for parameter in body.parameters():
-        parameter.grad = None
         if parameter.is_floating_point():  # what is frozen in the student must still be learnt here
             parameter.requires_grad_(True)
     body.train()
@@ -127,7 +126,9 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
 
 
 def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
-    """A copy that runs what the model runs; `purpose` and `otherwise` (what else can be done) are for the messages.
+    """A copy that runs what the model runs, without its gradients and our hooks.
+
+    `purpose` and `otherwise` (what else can be done) are for the messages.
 
     Raises:
         ReSegError: the model cannot be copied, or a copy would run another forward.
@@ -143,12 +144,16 @@ def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
             f"run the original's; use torch.compile(model) or model.compile(), patch afterwards, or {otherwise}"
         )
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:
         raise ReSegError(
             f"{type(model).__name__} cannot be copied for {purpose} ({type(error).__name__}: {error}); "
             f"drop what it holds from past forwards, or {otherwise}"
         ) from error
+    drop_recorders(copied)
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied
 
 
 def redraw(model: nn.Module) -> list[str]:

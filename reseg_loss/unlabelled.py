@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint import check_format, load_states
 from .errors import ReSegError
-from .features import drop_recorders, unwrap
+from .features import unwrap
 from .labels import unwrapped
 from .losses import check_weight
-from .recon import broadcast
+from .processes import broadcast
+from .settings import as_path
 from .supervision import DeepSupervision, TaskLoss
+from .taps.dryrun import refuse_lazy
 from .teacher import copy_model, is_sharded, select_output
 
 FORMAT = 1  # of the state_dict
@@ -175,7 +178,7 @@ class CutMixConsistency:
         self._forward, self._model = model, unwrap(model)
         self.deep, self.perturb = deep, perturb
         self.ramp_calls, self.ignore_index, self.threshold, self.decay = ramp_calls, ignore_index, threshold, decay
-        self.output = (output,) if isinstance(output, (int, str)) else output
+        self.output = as_path(output)
         self.weight = weight
         self._check_deep()
         self._average = _copy(self._model)
@@ -348,16 +351,12 @@ class CutMixConsistency:
         """Restore what `state_dict` gave, settings included.
 
         Raises:
-            ReSegError: the state is of another format or model.
+            ReSegError: the state is of another format or model. All is then as it was.
         """
-        if state.get("format") != FORMAT:
-            raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
-        try:
-            self._average.load_state_dict(state["average"])
-        except RuntimeError as error:
-            raise ReSegError(f"this state is of another model: {error}") from error
+        check_format(state, FORMAT)
+        load_states((self._average, state["average"]))
         self.ramp_calls, self.ignore_index = state["ramp_calls"], state["ignore_index"]
-        self.threshold, self.decay, self.output = state["threshold"], state["decay"], state["output"]
+        self.threshold, self.decay, self.output = state["threshold"], state["decay"], as_path(state["output"])
         self._weight, self._calls, self._started = state["weight"], state["calls"], state["started"]
 
     def _predict(self, images: Tensor) -> Tensor:
@@ -427,22 +426,16 @@ class CutMixConsistency:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """The mean teacher of a model: a copy without gradients and without our hooks."""
+    """The mean teacher of a model."""
     _refuse_sharded(model)
-    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
-        raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
+    refuse_lazy(model)
     low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
     if low:
         raise ReSegError(
             f"the model has {', '.join(map(str, low))} parameters, in which the small steps of an average are rounded "
             "away; keep them in float32 and use torch.autocast"
         )
-    average = copy_model(model, "the mean teacher", "leave it as it was until this is built")
-    drop_recorders(average)
-    average.requires_grad_(False)
-    for parameter in average.parameters():
-        parameter.grad = None
-    return average
+    return copy_model(model, "the mean teacher", "leave it as it was until this is built").requires_grad_(False)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

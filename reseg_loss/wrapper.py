@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from . import recon, sparse
-from .checkpoint import plan_from_dict, plan_to_dict, same_taps
+from .checkpoint import (
+    check_format,
+    load_states,
+    plan_from_dict,
+    plan_to_dict,
+    read_checkpoint,
+    same_taps,
+    write_atomically,
+)
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
+from .processes import broadcast, rank
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
 from .taps import TapPlan, find_taps
 from .taps.dryrun import call, dry_run, image_of, preserved_rng
@@ -46,7 +55,7 @@ class ReSegWrapper:
 
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
-        taps: the taps, or some of them; see `FeatureExtractor`. None finds them.
+        taps: the taps by kind, or some of them, as the mapping that `FeatureExtractor` takes. None finds them.
         example_input: an image batch as the model takes it, to find taps and build the teacher now. Without it that
             happens at the first batch of `fit_recon`, or in `load_state_dict`.
         preset: "standardized" (the features of both sides, per channel, before they are compared) or "paper" (eqs. 1-8
@@ -195,7 +204,7 @@ class ReSegWrapper:
             raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
         if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
-        resumed = recon.read_checkpoint(checkpoint) if checkpoint is not None else None
+        resumed = read_checkpoint(checkpoint) if checkpoint is not None else None
         if resumed is not None:
             self._continue(resumed["wrapper"], str(checkpoint))
 
@@ -207,8 +216,8 @@ class ReSegWrapper:
             return self.teacher.train()
 
         def save(state: dict[str, Any]) -> None:
-            if checkpoint is not None and recon.rank() == 0:
-                recon.write_atomically({"wrapper": self.state_dict(), **state}, checkpoint)
+            if checkpoint is not None and rank() == 0:
+                write_atomically({"wrapper": self.state_dict(), **state}, checkpoint)
 
         with preserved_rng():
             history = recon.fit(
@@ -232,7 +241,7 @@ class ReSegWrapper:
 
         Under torch.distributed every rank gets rank 0's teacher.
         """
-        recon.broadcast(self.teacher)
+        broadcast(self.teacher)
         self.teacher.freeze()
 
     def reconstruct(self, label: Any) -> Tensor:
@@ -276,8 +285,9 @@ class ReSegWrapper:
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: terms, "alignment" (unweighted), "weight"; with `task_loss` also norms.
 
-        "gradient/task" is the norm of the task loss's gradient at the model's parameters, "gradient/TERM" that of
-        weight times the term's share of the loss over it. Reading them waits for the device.
+        A call that `every` skips leaves those of the one before it, a call at weight 0 none. "gradient/task" is the
+        norm of the task loss's gradient at the model's parameters, "gradient/TERM" that of weight times the term's
+        share of the loss (without the factor `every`) over it. Reading them waits for the device.
         """
         return {**{name: float(value) for name, value in self._last.items()}, "weight": self._weight}
 
@@ -325,13 +335,13 @@ class ReSegWrapper:
                 here. The wrapper is then as it was.
             TapError: the model has not the taps of the state.
         """
-        if state.get("format") != FORMAT:
-            raise ReSegError(f"this state has format {state.get('format')!r}, not {FORMAT}; it is of another version")
+        check_format(state, FORMAT)
         ready = state.get("ready", True)
         if self.ready and state["parts"] is not None and not ready:
             raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
         self._restore(state["parts"], Settings(**state["settings"]))
         self._calls = state["calls"]
+        self._labels_checked = False  # its settings may say otherwise what a label is
         self.weight = self.settings.weight
         if self._parts is not None and ready:
             self.teacher.freeze()
@@ -358,18 +368,16 @@ class ReSegWrapper:
                 )
             plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
             # rebuilt only where it differs: optimizers hold the projection, compiled models their hooks
-            if parts is None or not same_taps(parts.student.plan, plan):
+            if parts is None or not (
+                same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
+            ):
                 encoding = LabelEncoding(
                     settings.label_input, state["num_classes"], state["dims"], settings.ignore_index
                 )
                 channels = state["in_channels"], state["out_channels"], state["image_channels"]
                 parts = self._assemble(plan, self._make_teacher(encoding, settings, *channels), teacher_plan, settings)
-            try:
-                parts.teacher.load_state_dict(state["teacher"])
-                if parts.loss.projection is not None:
-                    _projection(parts).load_state_dict(state["projection"])
-            except RuntimeError as error:
-                raise ReSegError(f"this state is of another model: {error}") from error
+            projection = [] if parts.loss.projection is None else [(_projection(parts), state["projection"])]
+            load_states((parts.teacher, state["teacher"]), *projection)
         if self._parts is not None and self._parts is not parts:
             self._parts.student.remove()
             self._parts.targets.remove()
@@ -422,8 +430,11 @@ class ReSegWrapper:
     def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> _Parts:
         """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
         loss = _alignment(settings, _term_channels(plan, teacher_plan)).to(teacher.reference.device)
+        loss.check_levels(len(plan.selected))  # not only at the first step after stage 1
         targets = Targets(teacher, teacher_plan)
-        student = FeatureExtractor(self._model, plan).attach()
+        student = FeatureExtractor(self._model, plan)
+        if not self._removed:
+            student.attach()
         student.enabled = self._aligns
         return _Parts(student, teacher, targets, loss)
 

@@ -38,7 +38,8 @@ def part(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
 
 def wrapped(model: nn.Module, seed: int = 1, **kwargs: Any) -> ReSegWrapper:
     torch.manual_seed(seed)
-    reseg = ReSegWrapper(model, example_input=batch()[0], **{"weight": 1.0, **kwargs})
+    # raw features: standardized ones are those of each process's own batch, so two of them are not one
+    reseg = ReSegWrapper(model, example_input=batch()[0], preset="paper", **{"weight": 1.0, **kwargs})
     reseg.freeze_teacher()
     return reseg
 

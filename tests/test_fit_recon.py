@@ -12,7 +12,7 @@ from models import UNet, batch, loader, task_loss
 from torch import nn
 
 from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
-from reseg_loss.recon import write_atomically
+from reseg_loss.checkpoint import write_atomically
 
 untrained = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 
@@ -138,6 +138,16 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, bound, workers):
     assert equal(run(data(), path)[1], expected[1])
 
 
+@untrained
+def test_a_run_does_not_continue_with_a_schedule_that_it_had_not_or_without_the_one_it_had(tmp_path):
+    given = [None, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+    for first, then, message in ((*given, "go on with scheduler="), (*given[::-1], "go on without scheduler=")):
+        path = tmp_path / message
+        wrapper().fit_recon(loader(), epochs=1, checkpoint=path, progress=False, scheduler=first)
+        with pytest.raises(ReSegError, match=message):
+            wrapper().fit_recon(loader(), epochs=2, checkpoint=path, progress=False, scheduler=then)
+
+
 def test_a_checkpoint_is_written_atomically(tmp_path):
     path = tmp_path / "deep" / "state.pt"
     write_atomically({"a": 1}, path)
@@ -233,6 +243,8 @@ def test_refusals():
         wrapper(UNet(in_channels=2), example_input=image.expand(-1, 2, -1, -1)).fit_recon(
             [(image, label)], epochs=1, progress=False
         )
+    with pytest.raises(ReSegError, match=r"an image is a tensor .* got ndarray"):
+        wrapper().fit_recon([(image.numpy(), label)], epochs=1, progress=False)
     frozen = wrapper(example_input=image)
     frozen.freeze_teacher()
     with pytest.raises(ReSegError, match="frozen already"):

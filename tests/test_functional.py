@@ -165,6 +165,12 @@ def test_laws(scale, seed):
     assert torch.allclose(RF.alignment_term(scale * s + shift, t, normalize="batch"), standard, rtol=1e-2)
 
 
+def test_an_unknown_normalization_is_refused():
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ReSegError, match="normalize='standardized'"):
+        RF.alignment_term(x, x, normalize="standardized")
+
+
 def test_shapes_never_broadcast():
     for a, b in [((2, 3, 4, 4), (2, 1, 4, 4)), ((2, 3, 4, 4), (1, 3, 4, 4)), ((2, 3, 4, 4), (2, 3, 4, 1))]:
         for function in (RF.recon_loss, RF.alignment_term):

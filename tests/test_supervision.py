@@ -78,6 +78,10 @@ def test_the_models_keys_and_outputs_stay_and_remove_leaves_it_bare():
     model(image)
     with pytest.raises(ReSegError, match="hooks were removed"):
         ds.loss(label, task_loss)
+    late = DeepSupervision(model, 3)
+    late.remove()
+    late.load_state_dict(ds.state_dict())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @settings(deadline=None, max_examples=30)
@@ -192,6 +196,18 @@ def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits()
         DeepSupervision(UNet(), 4).load_state_dict(state)
 
 
+def test_label_values_are_checked_anew_under_the_settings_of_a_state():
+    image, label = batch()
+    label[0, 0, 0] = 255
+    model, ds = ready(soft=True, ignore_index=255)
+    model(image)
+    ds.loss(label, task_loss)
+    ds.load_state_dict(ready(soft=True)[1].state_dict())
+    model(image)
+    with pytest.raises(ReSegError, match="ignore_index="):
+        ds.loss(label, task_loss)
+
+
 def test_it_works_beside_the_wrapper_in_3d_and_under_autocast():
     image, label = batch(dims=3, size=16)
     model = UNet(dims=3)
@@ -238,6 +254,7 @@ def test_heads_that_no_optimizer_knows_are_warned_about_once():
             ds.loss(label, task_loss).backward()
     assert len(caught) == 1
     assert "ds.parameters()" in str(caught[0].message)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(

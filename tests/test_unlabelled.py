@@ -540,6 +540,14 @@ def test_a_run_resumes_to_the_bit():
         mixed.load_state_dict({**state["mixed"], "format": 7})
 
 
+def test_a_state_that_does_not_fit_changes_nothing():
+    _, mixed = made()
+    before = copy.deepcopy(mixed.average.state_dict())
+    with pytest.raises(ReSegError, match="another model"):
+        mixed.load_state_dict(made(UNet(classes=4))[1].state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in mixed.average.state_dict().items())
+
+
 def test_seeds_fix_the_run():
     values = []
     for _ in range(2):

@@ -102,6 +102,12 @@ def preserved_globals(devices: Iterable[str]) -> Iterator[None]:
             setattr(cudnn, name, value)
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise a ReSegError if the model has lazy parameters or buffers."""
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
+
+
 @contextmanager
 def dry_run(model: nn.Module) -> Iterator[None]:
     """Evaluation, no gradients, nothing compiled; afterwards the model and the process are as before.
@@ -109,8 +115,7 @@ def dry_run(model: nn.Module) -> Iterator[None]:
     Raises:
         ReSegError: the model has lazy parameters, which a forward would make for good.
     """
-    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
+    refuse_lazy(model)
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
     devices = {kind for kind in devices if torch.amp.is_autocast_available(kind)}
     with (
