@@ -52,7 +52,8 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         """Log the alignment beside the loss, which contains it."""
         super().on_train_epoch_end(train_outputs)
         if self.reseg is not None:
-            self.print_to_log_file(f"alignment {self.reseg.stats().get('alignment', 0.0):.4f} times {self.reseg.weight}")
+            value = self.reseg.stats().get("alignment", 0.0)  # none at weight 0
+            self.print_to_log_file(f"alignment {value:.4f} times {self.reseg.weight}")
 
     def save_checkpoint(self, filename: str) -> None:
         """As the stock trainer under its name, and atomically."""
