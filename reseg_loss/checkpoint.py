@@ -47,7 +47,9 @@ def same_taps(a: TapPlan, b: TapPlan) -> bool:
 
 def check_format(state: Mapping[str, Any], known: int) -> None:
     """Raise a ReSegError unless a state is of the format that is known."""
-    if state.get("format") != known:
+    if "format" not in state:
+        raise ReSegError("this is no state that state_dict() of this object gave; is it the model's?")
+    if state["format"] != known:
         raise ReSegError(f"this state has format {state.get('format')!r}, not {known}; it is of another version")
 
 
@@ -64,7 +66,9 @@ def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
     except RuntimeError as error:
         for (module, _), state in zip(pairs, before):
             module.load_state_dict(state)
-        raise ReSegError(f"this state is of another model: {error}") from error
+        lines = str(error).splitlines()
+        more = f" (and {len(lines) - 3} lines more)" if len(lines) > 3 else ""
+        raise ReSegError(f"this state is of another model: {' '.join(map(str.strip, lines[:3]))}{more}") from error
 
 
 def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> None:

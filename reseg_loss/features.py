@@ -238,7 +238,7 @@ class FeatureExtractor:
         if several:
             raise ReSegError(
                 "several training forwards were recorded since the last call; mark the one that belongs to the label "
-                "with `with reseg.record():`"
+                "with `with reseg.record():` (of deep supervision, its own `record()`)"
             )
         if forward is None:
             raise ReSegError(

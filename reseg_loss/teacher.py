@@ -82,7 +82,10 @@ class Teacher(nn.Module):
     @property
     def reference(self) -> Tensor:
         """A tensor with the device and dtype that the body computes in."""
-        return next((p for p in self.parameters() if p.is_floating_point()), self.get_buffer("_like"))
+        for parameter in self.parameters():  # no next(): torch 2.6 cannot compile it
+            if parameter.is_floating_point():
+                return parameter
+        return self.get_buffer("_like")
 
     def tensors(self) -> Iterator[Tensor]:
         """All parameters and buffers, without their names, which take twice as long: this is asked in every step."""

@@ -175,6 +175,8 @@ class CutMixConsistency:
             raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
         if not 0 <= threshold <= 1 or not 0 <= decay < 1:
             raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
+        if not isinstance(ignore_index, int):
+            raise ReSegError(f"ignore_index={ignore_index!r}; it is a label value that is no class, 255 for instance")
         self._forward, self._model = model, unwrap(model)
         self.deep, self.perturb = deep, perturb
         self.ramp_calls, self.ignore_index, self.threshold, self.decay = ramp_calls, ignore_index, threshold, decay
@@ -183,7 +185,7 @@ class CutMixConsistency:
         self._check_deep()
         self._average = _copy(self._model)
         self._calls = self._since_update = 0
-        self._started = False
+        self._started = self._ignoring = False
         self._last: dict[str, Tensor | float] = {}
 
     @property
@@ -228,8 +230,9 @@ class CutMixConsistency:
     ) -> Tensor:
         """The weighted loss of a batch of unlabelled images. It runs the mean teacher and the model.
 
-        Both run in the autocast that this is called in, and nothing waits for the device. With `deep`, call
-        `deep.loss` of the labelled images before.
+        Both run in the autocast that this is called in, and nothing waits for the device but the first call, which
+        asks `task_loss` for a gradient to see that it leaves `ignore_index` out. With `deep`, call `deep.loss` of the
+        labelled images before.
 
         Args:
             images: (B, C, *spatial), float, on the model's device, at least 2. Of a list, element 0.
@@ -246,7 +249,7 @@ class CutMixConsistency:
 
         Raises:
             ReSegError: the images are not such a batch, or fail in the model; the model is in evaluation; its output
-                has no logits; `deep` has another `ignore_index`, or a labelled forward that waits for its loss; or
+                has no logits; `task_loss` does not leave `ignore_index` out; `deep` has another `ignore_index`, or a labelled forward that waits for its loss; or
             DistributedDataParallel copies buffers where torch cannot do it twice a step.
             TapError: a tap of `deep` did not fire.
         """
@@ -271,6 +274,9 @@ class CutMixConsistency:
         with self.deep.record() if self.deep is not None else nullcontext():
             output = forward(mixed)
             logits = select_output(output, len(mixed), tuple(mixed.shape[2:]), self.output)
+            if not self._ignoring:
+                _check_ignoring(task_loss, logits.detach(), label, self.ignore_index)
+                self._ignoring = True
             side = self.deep.loss(label, task_loss) if self.deep is not None else 0.0
         sure = label != self.ignore_index
         counts = sure.any()
@@ -436,6 +442,31 @@ def _copy(model: nn.Module) -> nn.Module:
             "away; keep them in float32 and use torch.autocast"
         )
     return copy_model(model, "the mean teacher", "leave it as it was until this is built").requires_grad_(False)
+
+
+def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_index: int) -> None:
+    """Raise a ReSegError unless the loss leaves `ignore_index` out: asked before any prediction is sure, not after.
+
+    Without it, one that fails on the value would do so in the middle of a training, on CUDA without a message.
+    """
+    if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    label = torch.full_like(like, ignore_index)
+    label.flatten(1)[:, : label[0].numel() // 2] = 0
+    must = f"it must leave the label value {ignore_index} out, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does"
+    try:
+        with torch.enable_grad():
+            logits = logits.requires_grad_()
+            (gradient,) = torch.autograd.grad(task_loss(logits, label), logits)
+        ignored = (label == ignore_index).unsqueeze(1) if label.ndim < gradient.ndim else label == ignore_index
+        leaves_out = bool((gradient.isfinite().all() & ~(gradient != 0).logical_and(ignored).any()).item())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ReSegError(f"task_loss failed on a label of shape {tuple(label.shape)}, int64, with pixels that do not "
+                         f"count; {must} ({type(error).__name__}: {error})") from error  # fmt: skip
+    if not leaves_out:
+        raise ReSegError(f"task_loss has a gradient at pixels that do not count, or none that is finite; {must}")
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,8 @@ from .taps.dryrun import call, dry_run, image_of, preserved_rng
 from .taps.named import module_of, parse_taps
 from .targets import Targets
 from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refuse_sharded, select_output
+
+logger = logging.getLogger("reseg_loss")
 
 FORMAT = 1  # of the state_dict
 
@@ -206,7 +209,18 @@ class ReSegWrapper:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
         resumed = read_checkpoint(checkpoint) if checkpoint is not None else None
         if resumed is not None:
+            if not {"wrapper", "history", "step"} <= resumed.keys():
+                raise ReSegError(f"{checkpoint} is no file of stage 1, which would overwrite it; name another")
             self._continue(resumed["wrapper"], str(checkpoint))
+            done = len(resumed["history"]) if epochs is not None else resumed["step"]
+            if done >= (epochs or steps or 0):
+                logger.warning(
+                    "%s holds a finished stage 1 (%d %s): its teacher is used and this loader is not. If it is of "
+                    "other patients, name another file",
+                    checkpoint,
+                    done,
+                    "steps" if epochs is None else "epochs",
+                )
 
         def prepare(image: Tensor) -> Teacher:
             like = next((p for p in self._model.parameters() if p.is_floating_point()), image)
@@ -392,8 +406,9 @@ class ReSegWrapper:
             refuse_sharded(self._model)
             if isinstance(example_input, (tuple, list, Mapping)) and len(example_input) > 1:
                 raise ReSegError(
-                    "the model takes more than the image, which its copy would need beside the label; pass a teacher= "
-                    "that takes the label alone"
+                    "the example holds more than the image. If it is a loader's (image, label), pass the image alone; "
+                    "if the model takes more, its copy would need that beside the label: pass a teacher= that takes "
+                    "the label alone"
                 )
         plan = find_taps(self._model, example_input, taps=self._taps, levels=s.levels, encoder=s.encoder)
         with dry_run(self._model):
@@ -452,6 +467,8 @@ class ReSegWrapper:
             raise ReSegError("the hooks were removed; build a new ReSegWrapper to align again")
         if not self._model.training:
             raise ReSegError("the model is in evaluation; alignment_loss is for training steps, call model.train()")
+        if task_loss is not None and not isinstance(task_loss, Tensor):
+            raise ReSegError(f"task_loss= is the task loss's value, a tensor, here; got {type(task_loss).__name__}")
         label = plain_label(label)
         if self._weight == 0:
             self._last = {}

@@ -258,6 +258,25 @@ def test_the_progress_bar_shows_the_loss(capsys):
 
 
 @untrained
+def test_a_finished_checkpoint_says_that_the_loader_is_not_used(tmp_path, caplog):
+    path = tmp_path / "stage1.pt"
+    wrapper().fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
+    assert not caplog.records
+    wrapper().fit_recon(loader(), epochs=2, checkpoint=path, progress=False)
+    assert not caplog.records
+    wrapper().fit_recon(loader(), epochs=2, checkpoint=path, progress=False)
+    assert "finished stage 1 (2 epochs)" in caplog.text
+
+
+def test_a_file_that_is_not_of_stage_1_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    torch.save({"model": {}, "reseg": {}}, path)
+    with pytest.raises(ReSegError, match="no file of stage 1"):
+        wrapper().fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
+    assert torch.load(path, weights_only=True) == {"model": {}, "reseg": {}}
+
+
+@untrained
 def test_a_checkpoint_of_other_settings_is_refused_and_stage_2_keeps_its_own(tmp_path):
     path = tmp_path / "stage1.pt"
     wrapper(weight=0.05).fit_recon(loader(), epochs=1, checkpoint=path, progress=False)

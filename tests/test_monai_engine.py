@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,8 @@ def test_the_checkpoint_has_the_bare_networks_keys(tmp_path):
     "kwargs", [{"amp": True, "amp_kwargs": {"dtype": torch.bfloat16}}, {"accumulation_steps": 3}], ids=["amp", "acc"]
 )
 def test_amp_and_accumulation_count_every_batch(tmp_path, kwargs):
+    if not kwargs.keys() <= inspect.signature(SupervisedTrainer).parameters.keys():
+        pytest.skip("this MONAI's trainer does not accumulate gradients")
     parts = Parts()
     parts.run(tmp_path, epochs=1, **kwargs)
     assert parts.reseg.calls == parts.ds.calls == 3

@@ -239,6 +239,9 @@ def test_the_rules_of_the_extractor_hold():
     model(image)
     with pytest.raises(ReSegError, match="does not fit an image"):
         ds.loss(label[:1], task_loss)
+    model(image)
+    with pytest.raises(ReSegError, match="a scalar is needed"):
+        ds.loss(label, lambda logits, target: F.cross_entropy(logits, target, reduction="none"))
     model.eval()
     with pytest.raises(ReSegError, match="evaluation"):
         ds.loss(label, task_loss)

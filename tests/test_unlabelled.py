@@ -235,11 +235,11 @@ def test_image_and_pseudo_label_are_exchanged_at_the_same_places():
 
     def remember(logits: Tensor, label: Tensor) -> Tensor:
         got.append((logits.detach(), label))
-        return logits.sum()
+        return task_loss(logits, label)
 
     _, mixed = made(Pixel(), threshold=0.95, perturb=None)
     mixed.loss(images, remember)
-    ((logits, label),) = got
+    _, (logits, label) = got  # the first call asks whether pixels that do not count are left out
     assert torch.equal(label, pseudo_label(logits, 0.95, IGNORED))
     changed = (logits[:, :1] != images).any(1)
     assert torch.equal(logits[:, :1][changed[:, None]], images.roll(1, 0)[changed[:, None]])
@@ -268,7 +268,7 @@ def test_ignored_pixels_have_no_gradient():
         return task_loss(logits, label)
 
     mixed.loss(batch()[0], remember).backward()
-    ((logits, label),) = got
+    _, (logits, label) = got
     assert torch.equal(logits.grad.abs().sum(1) == 0, label == IGNORED)
     assert 0 < (label == IGNORED).sum() < label.numel()
     assert all(p.grad is None for p in mixed.average.parameters())
@@ -601,7 +601,7 @@ def test_the_deep_heads_learn_the_pseudo_label():
         return task_loss(logits, label)
 
     mixed.loss(batch()[0], remember).backward()
-    half, quarter, full = got
+    _, half, quarter, full = got
     assert torch.equal(half, full[:, ::2, ::2])
     assert torch.equal(quarter, full[:, ::4, ::4])
     assert all(p.grad.any() for p in deep.parameters())
@@ -616,9 +616,8 @@ def test_a_labelled_forward_that_waits_is_not_mixed_up():
     with pytest.raises(ReSegError, match=r"deep.loss\(label, task_loss\) before"):
         mixed.loss(image, task_loss)
     deep.loss(label, task_loss)  # still there
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ReSegError, match="ZeroDivisionError"):
         mixed.loss(image, lambda logits, label: 1 / 0)
-
     with pytest.raises(ReSegError, match="no float output"):
         mixed.loss(image, task_loss, forward=lambda x: model(x)[..., :4])  # after the features were recorded
     with pytest.raises(ReSegError, match="no training forward"):
@@ -626,6 +625,26 @@ def test_a_labelled_forward_that_waits_is_not_mixed_up():
 
 
 # --- errors
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        nn.CrossEntropyLoss(),  # fails on 255, once the mean teacher is sure of something
+        lambda logits, label: F.cross_entropy(logits, label.clamp(max=2)),  # takes it for a class
+        lambda logits, label: F.cross_entropy(logits, label, ignore_index=IGNORED) * float("nan"),
+        lambda logits, label: torch.zeros(()),
+    ],
+)
+def test_a_loss_that_does_not_leave_the_ignored_pixels_out_is_refused_at_the_first_call(bad, deep):
+    model = UNet()
+    _, mixed = made(model, deep=supervised(model) if deep else None)
+    for _ in range(2):
+        with pytest.raises(ReSegError, match="must leave the label value 255 out"):
+            mixed.loss(batch()[0], bad)
+    assert mixed.calls == 0
+    mixed.loss(batch()[0], task_loss).backward()
 
 
 @pytest.mark.parametrize(
@@ -647,6 +666,7 @@ def test_images_that_do_not_fit_are_refused(images, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"ignore_index": None}, "no class, 255 for instance"),
         ({"ramp_calls": 0}, "ramp_calls=0"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"decay": 1.0}, "decay=1.0"),
