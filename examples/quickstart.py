@@ -1,7 +1,7 @@
 """Train two U-Nets without and with reseg-loss, and show both side by side.
 
     pip install '.[examples]'
-    python examples/quickstart.py                        # the MNI152 brain template, about 3.5 minutes on 2 cores
+    python examples/quickstart.py                        # the MNI152 brain template, about 4 minutes on 2 cores
     python examples/quickstart.py --data my_slices.npz   # your own data, split by patient
 
 The lines that matter are in `compare` and, inside the loop, in `common/training.py`.

@@ -249,8 +249,9 @@ class CutMixConsistency:
 
         Raises:
             ReSegError: the images are not such a batch, or fail in the model; the model is in evaluation; its output
-                has no logits; `task_loss` does not leave `ignore_index` out; `deep` has another `ignore_index`, or a labelled forward that waits for its loss; or
-            DistributedDataParallel copies buffers where torch cannot do it twice a step.
+                has no logits; `task_loss` does not leave `ignore_index` out; `deep` has another one, or a labelled
+                forward that waits for its loss; or DistributedDataParallel copies buffers where torch cannot do it
+                twice a step.
             TapError: a tap of `deep` did not fire.
         """
         images = _plain_images(images)
