@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
@@ -105,10 +105,11 @@ class Session:
         loss = step.train(variant, seed, teacher)
         self.machine.synchronize()
         trained = time.perf_counter()
-        predicted = {part: self.predict(step, self.parts.part(part)) for part in self.plan.parts}
-        if step.mixed is not None:
-            for part in self.plan.parts:
-                predicted[f"{part}, mean teacher"] = self.predict(step, self.parts.part(part), average=True)
+        predicted = {
+            part + whose: self.predict(step, network, self.parts.part(part))
+            for whose, network in step.networks.items()
+            for part in self.plan.parts
+        }
         if self.other is not None and self.plan.also_test is not None:
             predicted[self.other.name] = self.predict_other(step, self.other, self.plan.also_test["classes"])
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)
@@ -126,10 +127,10 @@ class Session:
         }
         return line, lambda: {part: scored() for part, scored in predicted.items()}
 
-    def predict(self, step: Stage2, patients: tuple[int, ...], average: bool = False) -> Callable[[], dict[str, Any]]:
+    def predict(self, step: Stage2, network: nn.Module, patients: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
         chosen = torch.from_numpy(rows(self.data, patients))
         truth, volume = self.truth[chosen], torch.from_numpy(self.data.volume)[chosen]
-        prediction = step.predict(self.images[chosen.to(self.machine.device)], truth.shape[-1], average).cpu()
+        prediction = step.predict(network, self.images[chosen.to(self.machine.device)], truth.shape[-1]).cpu()
         names, classes = list(self.data.class_names), [(i, i) for i in range(1, self.classes)]
         return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
 
@@ -138,7 +139,7 @@ class Session:
     ) -> Callable[[], dict[str, Any]]:
         images, _ = to_size(other, self.plan.settings.size)
         truth, volume = torch.from_numpy(other.labels), torch.from_numpy(other.volume)
-        prediction = step.predict(images.to(self.machine.device), truth.shape[-1]).cpu()
+        prediction = step.predict(step.model, images.to(self.machine.device), truth.shape[-1]).cpu()
         names = [self.data.class_names[ours - 1] for ours, _ in classes]
         return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
 

@@ -281,12 +281,11 @@ def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
             run[row]()
         if CUDA:
             # what the row holds for good, weights, teacher and its graphs, and what a step needs on top of it
-            now = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             for _ in range(cycle[row]):
                 run[row]()
             torch.cuda.synchronize()
-            memory[row] = (now + in_graphs() - held) + (torch.cuda.max_memory_allocated() - now)
+            memory[row] = torch.cuda.max_memory_allocated() + in_graphs() - held
     times: dict[str, list[float]] = {row: [] for row in run}
     for i in range(steps):
         for row, step in run.items():

@@ -50,7 +50,7 @@ def check_format(state: Mapping[str, Any], known: int) -> None:
     if "format" not in state:
         raise ReSegError("this is no state that state_dict() of this object gave; is it the model's?")
     if state["format"] != known:
-        raise ReSegError(f"this state has format {state.get('format')!r}, not {known}; it is of another version")
+        raise ReSegError(f"this state has format {state['format']!r}, not {known}; it is of another version")
 
 
 def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:

@@ -270,7 +270,8 @@ class CutMixConsistency:
         _refuse_broadcast(forward)
         self._start()
         label = self._predict(images)
-        mixed, label = self._mixed(images, label)
+        mixed, label = self._exchanged(images, label)
+        mixed = self._perturbed(mixed)
         # all of it inside the record, which forgets the features if anything fails: no other label may meet them
         with self.deep.record() if self.deep is not None else nullcontext():
             output = forward(mixed)
@@ -396,16 +397,22 @@ class CutMixConsistency:
             )
         return pseudo_label(logits, self.threshold, self.ignore_index)
 
-    def _mixed(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model learns: boxes exchanged, images perturbed."""
-        box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
-        images = mix(images, box)
-        if self.perturb is not None:
-            shape, images = images.shape, self.perturb(images)
-            if not isinstance(images, Tensor) or images.shape != shape:
-                found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
-                raise ReSegError(f"perturb= gave {found}, not images of the same shape {tuple(shape)}")
-        return images, mix(label, box)
+    def _exchanged(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and their label with boxes of others."""
+        box = self._boxes(images)
+        return mix(images, box), mix(label, box)
+
+    def _boxes(self, images: Tensor) -> Tensor:
+        return boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+
+    def _perturbed(self, images: Tensor) -> Tensor:
+        if self.perturb is None:
+            return images
+        shape, images = images.shape, self.perturb(images)
+        if not isinstance(images, Tensor) or images.shape != shape:
+            found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            raise ReSegError(f"perturb= gave {found}, not images of the same shape {tuple(shape)}")
+        return images
 
     def _check_deep(self) -> None:
         deep = self.deep

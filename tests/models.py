@@ -1,4 +1,4 @@
-"""Small U-shaped models that the tests train."""
+"""Small U-shaped models that the tests train, and what they are trained with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from reseg_loss import ReSegWrapper
 
 
 def block(
@@ -77,6 +79,16 @@ def batch(
 def loader(batches: int = 4, **kwargs: Any) -> torch.utils.data.DataLoader:
     image, label = batch(n=2 * batches, **kwargs)
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(image, label), batch_size=2, shuffle=True)
+
+
+def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
+    """A model and a wrapper with an untrained, frozen teacher, always the same."""
+    torch.manual_seed(0)
+    model = UNet()
+    torch.manual_seed(1)
+    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
+    reseg.freeze_teacher()
+    return model, reseg
 
 
 class Threshold(nn.Module):

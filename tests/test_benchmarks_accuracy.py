@@ -358,7 +358,7 @@ def test_the_mean_teacher_is_scored_as_a_network_of_its_own(folder, tmp_path):
 def test_copy_paste_mixes_labelled_and_unlabelled_images_both_ways(shape):
     mixed = CopyPaste(torch.nn.Conv2d(1, 2, 1), ramp_calls=None, ignore_index=255, perturb=None)
     mixed.labelled = torch.ones(shape), torch.ones(4, *shape[2:], dtype=torch.int64)
-    image, label = mixed._mixed(torch.zeros(shape), torch.zeros(4, *shape[2:], dtype=torch.int64))
+    image, label = mixed._exchanged(torch.zeros(shape), torch.zeros(4, *shape[2:], dtype=torch.int64))
     assert torch.equal(image, label[:, None].expand_as(image).float())
     share = label.float().flatten(1).mean(1)
     axes = len(shape) - 2

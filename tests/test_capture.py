@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch
+from models import UNet, batch, ready
 from torch import Tensor
 
 from reseg_loss import Features, ReSegError, ReSegWrapper, capture, terms
@@ -55,15 +55,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
 
 def forward(x: Tensor) -> Features:
     return Features((2 * x,), (x + 1,), x.square())
-
-
-def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
-    torch.manual_seed(0)
-    model = UNet()
-    torch.manual_seed(1)
-    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
-    reseg.freeze_teacher()
-    return model, reseg
 
 
 def step(model: UNet, reseg: ReSegWrapper, n: int = 2, seed: int = 0) -> list[Tensor]:

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -176,6 +177,16 @@ def test_the_check_for_synchronization_sees_one():
         value.item()
 
 
+def aligned_step(
+    model: nn.Module, reseg: ReSegWrapper, optimizer: torch.optim.Optimizer, image: Tensor, label: Tensor
+) -> Tensor:
+    loss = loss_of(model(image), label) + reseg.alignment_loss(label)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
 def warmed_up(step: Callable[[], Tensor], optimizer: torch.optim.Optimizer, graphed: bool) -> Callable[[], Tensor]:
     """What runs a step after three of them: the step itself, or a CUDA graph of it, whose result stays in place."""
     stream = torch.cuda.Stream()
@@ -207,15 +218,7 @@ def test_a_step_in_a_cuda_graph_replays_as_eager(kwargs):
         model, reseg = ready(dtype=torch.float64, **kwargs)
         optimizer = torch.optim.SGD([*model.parameters(), *reseg.parameters()], 0.05, momentum=0.9)
         image, label = (x.clone() for x in data[0])
-
-        def step(model=model, reseg=reseg, optimizer=optimizer, image=image, label=label) -> Tensor:
-            loss = loss_of(model(image), label) + reseg.alignment_loss(label)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        run = warmed_up(step, optimizer, graphed)
+        run = warmed_up(partial(aligned_step, model, reseg, optimizer, image, label), optimizer, graphed)
         losses = []
         for new_image, new_label in data[1:]:
             image.copy_(new_image)
@@ -600,15 +603,7 @@ def test_a_step_in_a_cuda_graph_contains_a_captured_teachers_forward():
         model, reseg = ready(dtype=torch.float64, capture_teacher=graphed)
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         image, label = (x.clone() for x in data[0])
-
-        def step(model=model, reseg=reseg, optimizer=optimizer, image=image, label=label) -> Tensor:
-            loss = loss_of(model(image), label) + reseg.alignment_loss(label)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        run = warmed_up(step, optimizer, graphed)
+        run = warmed_up(partial(aligned_step, model, reseg, optimizer, image, label), optimizer, graphed)
         assert len(graphs_of(reseg)) == graphed  # of the steps before
         reseg._parts.targets._captured.drop()  # the step's graph needs none of it
         losses = []

@@ -7,20 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, task_loss
+from models import UNet, batch, ready, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import Features, ReSegError, ReSegWrapper, Settings, sparse
-
-
-def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
-    """A model and a wrapper with an untrained, frozen teacher, always the same."""
-    torch.manual_seed(0)
-    model = UNet()
-    torch.manual_seed(1)
-    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
-    reseg.freeze_teacher()
-    return model, reseg
 
 
 def losses(model: nn.Module, reseg: ReSegWrapper, calls: int, n: int = 6, first: int = 0) -> list[float]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from reseg_loss import CutMixConsistency
-from reseg_loss.unlabelled import boxes
 
 
 class CopyPaste(CutMixConsistency):
@@ -17,10 +16,8 @@ class CopyPaste(CutMixConsistency):
 
     labelled: tuple[Tensor, Tensor]
 
-    def _mixed(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        other, truth = self.labelled
-        box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+    def _exchanged(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        (other, truth), box = self.labelled, self._boxes(images)
         turned = torch.arange(len(images), device=images.device) % 2 == 1
         labelled = box ^ turned.view(-1, *[1] * (box.ndim - 1))
-        images, label = torch.where(labelled.unsqueeze(1), other, images), torch.where(labelled, truth, label)
-        return images if self.perturb is None else self.perturb(images), label
+        return torch.where(labelled.unsqueeze(1), other, images), torch.where(labelled, truth, label)

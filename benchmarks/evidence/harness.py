@@ -455,13 +455,14 @@ class Stage2:
         self.loop.run(steps)
         return float(self.loop.losses[max(0, steps - 50) : steps].mean())
 
-    @torch.no_grad()
-    def predict(self, images: Tensor, size: int, average: bool = False) -> Tensor:
-        """Classes (N, size, size) of images (N, S, S), both uint8; of volumes as they are.
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What is scored, by what is added to the part's name: the model, and the mean teacher if there is one."""
+        return {"": self.model, **({} if self.mixed is None else {", mean teacher": self.mixed.average})}
 
-        With `average` they are the mean teacher's.
-        """
-        network = self.mixed.average if average and self.mixed is not None else self.model
+    @torch.no_grad()
+    def predict(self, network: nn.Module, images: Tensor, size: int) -> Tensor:
+        """Classes (N, size, size) of images (N, S, S), both uint8; of volumes as they are."""
         network.eval()
         # all batches of one size, for which algorithms are chosen once
         padded = F.pad(images, (0, 0) * (images.ndim - 1) + (0, -len(images) % EVALUATED))
