@@ -1,4 +1,7 @@
-"""The equations, as pure functions. Every one computes in at least fp32 (fp64 stays fp64) and never broadcasts."""
+"""The equations, as pure functions that never broadcast.
+
+Every one computes in at least fp32 (fp64 stays fp64); only `project` leaves bf16 as it is.
+"""
 
 from __future__ import annotations
 
@@ -111,20 +114,41 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
     return q if out_channels >= in_channels else q.T.contiguous()
 
 
+def projection_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What `project` computes and returns for a feature of `dtype`: bf16 for bf16, else at least fp32.
+
+    In bf16 it is a matmul of tensor cores, whose sums are fp32, and it reads and writes half as much. fp16 could
+    overflow.
+    """
+    return dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
+
+
 def project(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution over any number of spatial axes: (B, C, *spatial) by (D, C) to (B, D, *spatial)."""
-    with _full_precision(x) as (x,):
+    """A 1x1 convolution over any number of spatial axes: (B, C, *spatial) by (D, C) to (B, D, *spatial).
+
+    Args:
+        x: any float dtype.
+        matrix: (D, C); cast to the dtype that is computed in, as autocast does, and so is `bias`.
+        bias: (D,).
+
+    Returns:
+        The projected feature in `projection_dtype(x.dtype)`, in the memory order of `x`.
+    """
+    with _full_precision(x, least=projection_dtype(x.dtype)) as (x,):
         matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
         # the result in the order of x, channels second or last, so that no later step has to copy it
         if x.ndim > 2 and x.is_contiguous():
-            y = torch.matmul(matrix, x.flatten(2)).unflatten(2, x.shape[2:])
-            return y if bias is None else y + bias.view(-1, *[1] * (x.ndim - 2))
+            # not torch.matmul, which puts channels last, with copies, where the matrix is trained
+            maps, cells = matrix.expand(x.shape[0], -1, -1), x.flatten(2)
+            # the bias inside, for in bf16 it may cancel what must not be rounded before
+            y = torch.bmm(maps, cells) if bias is None else torch.baddbmm(bias[:, None], maps, cells)
+            return y.unflatten(2, x.shape[2:])
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
 
 
 @contextmanager
-def _full_precision(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in one dtype of at least fp32, with autocast off; refuses what would broadcast."""
+def _full_precision(*tensors: Tensor, least: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors in one dtype of at least fp32 (or `least`), with autocast off; refuses what would broadcast."""
     first = tensors[0]
     for tensor in tensors:
         if not tensor.is_floating_point():
@@ -134,7 +158,7 @@ def _full_precision(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
                 f"the two sides have different shapes, {tuple(first.shape)} and {tuple(tensor.shape)}; "
                 "they are compared element by element and never broadcast"
             )
-    dtype = torch.float32
+    dtype = least
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     with torch.autocast(first.device.type, enabled=False):

@@ -192,9 +192,9 @@ class CrossAlignmentLoss(nn.Module):
     def _match_channels(self, x: Tensor, channels: int) -> Tensor:
         if x.shape[1] == channels:
             return x
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = RF.projection_dtype(x.dtype)
         key = (channels, x.shape[1], x.device, dtype)
-        if key not in self._fixed:  # kept, so that no later step copies to the device
+        if key not in self._fixed:  # kept, so that no later step copies to the device or casts
             self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
         return RF.project(x, self._fixed[key])
 
@@ -213,7 +213,7 @@ class LinearProjection(nn.Module):
         self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(t)) for name, (_, t) in channels.items()})
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{term: (B, C, *spatial)} to {term: (B, D, *spatial)}, in at least fp32."""
+        """{term: (B, C, *spatial)} to {term: (B, D, *spatial)}, as `functional.project`: bf16 for bf16, else fp32."""
         return {name: RF.project(x, self.weight[name], self.bias[name]) for name, x in features.items()}
 
 

@@ -60,6 +60,15 @@ def term(student: np.ndarray, teacher: np.ndarray, valid: np.ndarray | None = No
     return total / (student.shape[1] * w.sum())
 
 
+def project(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """A 1x1 convolution, cell by cell."""
+    out = np.zeros((x.shape[0], matrix.shape[0], *x.shape[2:]))
+    for b, *cell in np.ndindex(x.shape[0], *x.shape[2:]):
+        at = (b, slice(None), *cell)
+        out[at] = [sum(float(w) * float(v) for w, v in zip(row, x[at])) for row in matrix]
+    return out
+
+
 def alignment(
     student: tuple[Sequence[np.ndarray], Sequence[np.ndarray], np.ndarray],
     teacher: tuple[Sequence[np.ndarray], Sequence[np.ndarray], np.ndarray],

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from reseg_loss import ReSegError
+from reseg_loss import CrossAlignmentLoss, Features, ReSegError
 from reseg_loss import functional as RF
 
 shapes = st.one_of(
@@ -195,15 +196,66 @@ def test_semi_orthogonal_maps_are_orthonormal_seeded_and_leave_the_random_state_
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 2)])
 @pytest.mark.parametrize("last", [False, True])
-def test_project_is_a_1x1_convolution_that_keeps_the_order_of_memory(shape, last):
-    x, matrix, bias = torch.randn(shape), torch.randn(6, 3), torch.randn(6)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_project_is_a_1x1_convolution_that_keeps_the_order_of_memory(shape, last, trained, dtype):
+    x, matrix, bias = torch.randn(shape, dtype=dtype), torch.randn(6, 3, requires_grad=trained), torch.randn(6)
     if last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    conv = torch.nn.functional.conv2d if len(shape) == 4 else torch.nn.functional.conv3d
-    expected = conv(x, matrix.view(6, 3, *[1] * (len(shape) - 2)), bias)
-    actual = RF.project(x, matrix, bias)
-    assert torch.allclose(actual, expected, atol=1e-6)
-    assert (actual.movedim(1, -1) if last else actual).is_contiguous()
+    expected = torch.from_numpy(reference.project(x.double().numpy(), matrix.detach().numpy())).to(x.dtype)
+    shift = bias.to(x.dtype).view(6, *[1] * (len(shape) - 2))
+    with torch.autocast("cpu", torch.float16):  # a step's own autocast does not matter
+        bare, actual = RF.project(x, matrix), RF.project(x, matrix, bias)
+    for found, wanted in ((bare, expected), (actual, expected + shift)):
+        assert found.dtype == {torch.float16: torch.float32}.get(dtype, dtype)
+        tolerance = 0.1 if dtype == torch.bfloat16 else 0.01 if dtype == torch.float16 else 1e-6
+        assert torch.allclose(found, wanted.to(found.dtype), atol=tolerance)
+        assert (found.movedim(1, -1) if last else found).is_contiguous()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_project_computes_in_at_least_fp32_where_the_feature_is_not_bf16(dtype, last):
+    x = torch.randn(2, 3, 4, 5).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    matrix = RF.semi_orthogonal(6, 3)
+    wide = torch.promote_types(dtype, torch.float32)
+    product = torch.matmul if not last else lambda m, cells: (cells.mT @ m.T).mT
+    expected = product(matrix.to(wide), x.to(wide).flatten(2)).view_as(RF.project(x, matrix))
+    assert torch.equal(RF.project(x, matrix), expected)
+    large = torch.full((1, 2, 3, 3), 60000.0, dtype=torch.float16)
+    assert RF.project(large, torch.ones(3, 2)).isfinite().all()
+
+
+class Operations(TorchDispatchMode):
+    """The names of what runs, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "view" not in func.name() and func.name() != "aten::promote_types":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("last", "product"), [(False, "aten::bmm"), (True, "aten::mm")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_fixed_map_costs_one_product_forward_and_one_backward_and_no_copy(dtype, last, product):
+    x = torch.randn(2, 3, 4, 5).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    features, teacher = Features((x,), (x,), x), Features(*[(torch.zeros(2, 6, 4, 5),)] * 2, torch.zeros(2, 6, 4, 5))
+    loss = CrossAlignmentLoss()
+    loss(features, teacher)  # makes the map
+    with Operations() as forward:
+        y = loss._match_channels(x, 6)
+    gradient = torch.ones_like(y)
+    with Operations() as backward:
+        (found,) = torch.autograd.grad(y, x, gradient)
+    assert forward.names == [product]
+    assert [name for name in backward.names if name != "aten::detach"] == [product]
+    assert found.stride() == x.stride()
 
 
 @pytest.mark.parametrize("normalize", [None, "batch"])

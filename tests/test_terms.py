@@ -114,6 +114,21 @@ def test_low_precision_is_within_twice_the_naive_error(backend, dtype, normalize
         assert error(mine, exact) <= 2 * error(other, exact) + 1e-6
 
 
+@pytest.mark.parametrize("low", [0, 1])
+def test_the_sides_may_differ_in_dtype_and_order(backend, low):
+    """A student in bf16, as a map makes it, against a teacher in fp32, and the other way round."""
+    sides = [x.to(DEVICE, torch.float32) for x in pair((2, 5, 7, 6))]
+    sides[low] = sides[low].bfloat16()
+    s, t = sides
+    for normalize in (None, "batch"):
+        value, gradient = run(plain(normalize), s.double(), t.double())
+        for a, b in zip(orders(s), reversed(orders(t))):
+            v, g = run(fused(normalize), a, b)
+            torch.testing.assert_close(v, value, rtol=1e-5, atol=1e-6)
+            # the gradient has the student's dtype; Triton's interpreter truncates to bf16
+            assert error(g, gradient) < (2**-8 if low == 0 else 1e-5)
+
+
 def test_a_mean_far_from_zero_does_not_cancel(backend):
     s, t = pair((4, 3, 40, 40))
     s, t = (s + 3000).to(DEVICE, torch.float32), (t - 3000).to(DEVICE, torch.float32)
