@@ -1,6 +1,6 @@
 """The equations, as pure functions that never broadcast.
 
-Every one computes in at least fp32 (fp64 stays fp64); only `project` leaves bf16 as it is.
+Every one computes in at least fp32 (fp64 stays fp64); only `project` can do with bf16.
 """
 
 from __future__ import annotations
@@ -114,27 +114,19 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
     return q if out_channels >= in_channels else q.T.contiguous()
 
 
-def projection_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What `project` computes and returns for a feature of `dtype`: bf16 for bf16, else at least fp32.
-
-    In bf16 it is a matmul of tensor cores, whose sums are fp32, and it reads and writes half as much. fp16 could
-    overflow.
-    """
-    return dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
-
-
 def project(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution over any number of spatial axes: (B, C, *spatial) by (D, C) to (B, D, *spatial).
 
     Args:
         x: any float dtype.
-        matrix: (D, C); cast to the dtype that is computed in, as autocast does, and so is `bias`.
+        matrix: (D, C). If both are in bf16 it is a bf16 matmul of tensor cores, whose sums are fp32, and reads and
+            writes half as much; otherwise all are cast to at least fp32 (fp16 could overflow).
         bias: (D,).
 
     Returns:
-        The projected feature in `projection_dtype(x.dtype)`, in the memory order of `x`.
+        The projected feature, bf16 or at least fp32, in the memory order of `x`.
     """
-    with _full_precision(x, least=projection_dtype(x.dtype)) as (x,):
+    with _full_precision(x, least=torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32) as (x,):
         matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
         # the result in the order of x, channels second or last, so that no later step has to copy it
         if x.ndim > 2 and x.is_contiguous():

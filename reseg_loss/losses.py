@@ -192,7 +192,8 @@ class CrossAlignmentLoss(nn.Module):
     def _match_channels(self, x: Tensor, channels: int) -> Tensor:
         if x.shape[1] == channels:
             return x
-        dtype = RF.projection_dtype(x.dtype)
+        # a map of bf16 values is as good as another; see `functional.project`
+        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
         key = (channels, x.shape[1], x.device, dtype)
         if key not in self._fixed:  # kept, so that no later step copies to the device or casts
             self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
@@ -213,7 +214,7 @@ class LinearProjection(nn.Module):
         self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(t)) for name, (_, t) in channels.items()})
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{term: (B, C, *spatial)} to {term: (B, D, *spatial)}, as `functional.project`: bf16 for bf16, else fp32."""
+        """{term: (B, C, *spatial)} to {term: (B, D, *spatial)}, in at least fp32."""
         return {name: RF.project(x, self.weight[name], self.bias[name]) for name, x in features.items()}
 
 
