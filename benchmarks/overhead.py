@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "paper, compiled teacher": {"compile_teacher": True},
     "standardized, compiled teacher": {"preset": "standardized", "compile_teacher": True},
     "paper, folded teacher": {"fold_teacher": True},
+    "paper, teacher_batch=6": {"teacher_batch": 6},
     "paper, captured teacher": {"capture_teacher": True},
     "standardized, captured teacher": {"preset": "standardized", "capture_teacher": True},
     "paper, folded and captured teacher": {"fold_teacher": True, "capture_teacher": True},
@@ -75,6 +76,7 @@ NOT_COMPILED = (
     "standardized, compiled teacher",
     "standardized, every=4, subset=0.5",
     "paper, folded teacher",
+    "paper, teacher_batch=6",
     "standardized, captured teacher",
     "paper, folded and captured teacher",
 )
