@@ -42,9 +42,6 @@ class Settings:
         fold_teacher: in low precision run its chains of convolution, batch normalisation and ReLU as one operation.
         capture_teacher: on CUDA replay its forward as a CUDA graph, one for each of at most four sizes of the batch;
             call backward before the next alignment_loss, whose features take the same memory.
-        teacher_batch: run the teacher on at most that many samples at a time, in parts as equal as can be, for less
-            peak memory; None is the whole batch at once. It must treat every sample by itself in evaluation: batch
-            normalisation without running statistics is refused, and what else mixes samples would give other features.
     """
 
     weight: float = 0.035
@@ -69,7 +66,6 @@ class Settings:
     compile_teacher: bool = False
     fold_teacher: bool = False
     capture_teacher: bool = False
-    teacher_batch: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -82,10 +78,6 @@ class Settings:
         part = isinstance(self.subset, float) and 0 < self.subset <= 1
         if self.subset is not None and not part and not (_whole(self.subset) and self.subset >= 1):
             raise ReSegError(f"subset={self.subset!r}; it is a fraction in (0, 1] (float) or a number of samples (int)")
-        if self.teacher_batch is not None and not (_whole(self.teacher_batch) and self.teacher_batch >= 1):
-            raise ReSegError(
-                f"teacher_batch={self.teacher_batch!r}; it is a whole number of samples, at least 1, or None for all"
-            )
 
     @property
     def lower(self) -> torch.dtype | None:
@@ -118,16 +110,7 @@ class Settings:
 STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
 
 # what may change in a wrapper that is built: nothing in it depends on them
-AT_RUN_TIME = (
-    "weight",
-    "every",
-    "subset",
-    "teacher_dtype",
-    "compile_teacher",
-    "fold_teacher",
-    "capture_teacher",
-    "teacher_batch",
-)
+AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "fold_teacher", "capture_teacher")
 
 # dtypes by name, too, as checkpoints have them
 _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {

@@ -13,7 +13,6 @@ from . import capture
 from .features import FeatureExtractor, Features
 from .fold import folded
 from .settings import Settings
-from .split import in_parts
 from .taps import TapPlan
 from .teacher import Teacher
 
@@ -62,7 +61,7 @@ class Targets:
             # no cache of casts: a CUDA graph would read one after it is freed
             cast = torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
             with torch.no_grad(), cast:
-                return in_parts(lambda part: extractor.features_of(lambda: run(part)), encoded, settings.teacher_batch)
+                return extractor.features_of(lambda: run(encoded))
 
         if device.type == "cuda" and low and not self._tried_channels_last:
             # convolutions in low precision are several times faster so, whatever the student's are
@@ -80,8 +79,7 @@ class Targets:
             run, extractor = self._fold(encoded, dtype)
         if settings.capture_teacher and capture.serves(device):
             # a folded body is another one once the teacher has changed
-            runs = extractor if fold else (run, [t.data_ptr() for t in teacher.tensors()])
-            made_of = runs, settings.teacher_batch
+            made_of = extractor if fold else (run, [t.data_ptr() for t in teacher.tensors()])
             return self._captured(features, encoded, made_of, (enabled, dtype)), valid
         return features(encoded), valid
 

@@ -29,7 +29,6 @@ from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
 from .processes import broadcast, rank
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
-from .split import refuse_mixing
 from .taps import TapPlan, find_taps
 from .taps.dryrun import call, dry_run, image_of, preserved_rng
 from .taps.named import module_of, parse_taps
@@ -376,8 +375,6 @@ class ReSegWrapper:
         saved, mine = settings.to_dict(), self.settings.to_dict()
         same = all(saved[name] == mine[name] for name in saved if name not in AT_RUN_TIME)
         parts = self._parts if same else None
-        if parts is not None:
-            refuse_mixing(parts.teacher.body, settings.teacher_batch)
         if state is not None:
             if state["own_teacher"] != (self._own_teacher is not None):
                 raise ReSegError(
@@ -449,7 +446,6 @@ class ReSegWrapper:
         """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
         loss = _alignment(settings, _term_channels(plan, teacher_plan)).to(teacher.reference.device)
         loss.check_levels(len(plan.selected))  # not only at the first step after stage 1
-        refuse_mixing(teacher.body, settings.teacher_batch)
         targets = Targets(teacher, teacher_plan)
         student = FeatureExtractor(self._model, plan)
         if not self._removed:

@@ -524,14 +524,7 @@ def deterministic() -> Iterator[None]:
     torch.backends.cudnn.deterministic = False
 
 
-CAPTURED = [
-    *SETTINGS,
-    {"subset": 0.5},
-    {"every": 2},
-    {"fold_teacher": True},
-    {"teacher_batch": 3},
-    {"fold_teacher": True, "teacher_batch": 3},
-]
+CAPTURED = [*SETTINGS, {"subset": 0.5}, {"every": 2}, {"fold_teacher": True}]
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
@@ -702,68 +695,6 @@ def test_a_compiled_teacher_can_be_captured():
         losses += [aligned(model, reseg, *on_device(seed, torch.float64), None).detach() for seed in range(3)]
     assert torch.allclose(torch.stack(losses[:3]), torch.stack(losses[3:]), rtol=1e-8)
     assert len(graphs_of(reseg)) == 1
-
-
-# --- the teacher on a part of the batch at a time
-
-
-@pytest.mark.parametrize("capture", [False, True])
-@pytest.mark.parametrize("preset", ["paper", "standardized"])
-def test_a_teacher_that_runs_in_parts_gives_the_loss_and_gradients_of_the_whole(preset, capture):
-    results = []
-    for kwargs in ({}, {"teacher_batch": 2, "capture_teacher": capture}):
-        model, reseg = ready(dtype=torch.float64, preset=preset, **kwargs)
-        found = []
-        for seed in range(3):
-            image, label = (x.to(DEVICE) for x in batch(5, seed=seed))
-            model.zero_grad()
-            loss = aligned(model, reseg, image.double(), label, None)
-            loss.backward()
-            found += [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
-        results.append(vector(found))
-    assert torch.allclose(*results, rtol=1e-7, atol=1e-9)
-    assert len(graphs_of(reseg)) == capture
-
-
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_features_of_parts_lie_in_memory_as_those_of_the_whole(amp):
-    model, reseg = ready()
-    image, label = (x.to(DEVICE) for x in batch(5))
-    aligned(model, reseg, image, label, amp)  # the first in low precision puts channels last
-    autocast = amp is not None, amp or torch.float32
-    found = []
-    for most in (None, 2):
-        features, _ = reseg._parts.targets(label, autocast, reseg.settings.override({"teacher_batch": most}))
-        found.append([*features.encoder, *features.decoder, features.bottleneck])
-    for x, y in zip(*found):
-        assert (x.stride(), x.dtype) == (y.stride(), y.dtype)
-        assert float((x.double() - y.double()).norm() / x.double().norm()) < (5e-3 if amp is None else 2e-2)
-        assert amp is None or y.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_teacher_that_runs_in_parts_needs_less_memory(amp):
-    image, label = (x.to(DEVICE) for x in batch(16, size=128))
-    peaks = []
-    for most in (None, 2):
-        model, reseg = ready(lambda: UNet(width=16), teacher_batch=most)
-        aligned(model, reseg, image, label, amp)  # the first makes what torch keeps, too
-        with torch.autocast("cuda", dtype=amp or torch.float16, enabled=amp is not None):
-            model(image)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        reseg.alignment_loss(label)
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[1] < 0.8 * peaks[0], peaks
-
-
-def test_no_step_waits_for_the_device_with_a_teacher_that_runs_in_parts():
-    model, reseg = ready(teacher_batch=1)
-    image, label = on_device()
-    aligned(model, reseg, image, label, None).backward()
-    with no_synchronization():
-        for _ in range(3):
-            aligned(model, reseg, image, label, None).backward()
 
 
 # --- random states and determinism
