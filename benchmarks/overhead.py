@@ -53,7 +53,6 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "paper, captured teacher": {"capture_teacher": True},
     "standardized, captured teacher": {"preset": "standardized", "capture_teacher": True},
     "paper, folded and captured teacher": {"fold_teacher": True, "capture_teacher": True},
-    "paper, captured teacher, teacher_batch=6": {"capture_teacher": True, "teacher_batch": 6},
     "deep supervision": None,
     "paper, every=8": {"every": 8},
     "standardized, every=4, subset=0.5": {"preset": "standardized", "every": 4, "subset": 0.5},
@@ -78,7 +77,6 @@ NOT_COMPILED = (
     "paper, folded teacher",
     "standardized, captured teacher",
     "paper, folded and captured teacher",
-    "paper, captured teacher, teacher_batch=6",
 )
 
 

@@ -1,4 +1,4 @@
-"""Convolution, batch normalisation and ReLU of a frozen network as one operation, where the data flow allows it."""
+"""Convolution, batch normalisation and ReLU (if any) of a frozen network as one, where the data flow allows it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.d
     body = copy.deepcopy(body)
     modules = dict(body.named_modules())
     for conv, norm, relu in names:
-        fused = ConvReLU(modules[conv], modules[norm], dtype)
-        for name, module in ((conv, fused), (norm, nn.Identity()), (relu, nn.Identity())):
+        instead = {conv: FoldedConv(modules[conv], modules[norm], relu is not None, dtype), norm: nn.Identity()}
+        if relu is not None:
+            instead[relu] = nn.Identity()
+        for name, module in instead.items():
             parent, _, last = name.rpartition(".")
             modules[parent]._modules[last] = module
     return body, len(names)
 
 
-def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str, str, str]]:
-    """The names of convolution, normalisation and ReLU wherever nothing else sees what is between them."""
+def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str, str, str | None]]:
+    """The names of convolution, normalisation and ReLU, or None, wherever nothing else sees what is between them."""
     tapped = {(tap.module, tap.is_input) for tap in taps}
     times = Counter(id(call.module) for call in flow.calls)
     shared = Counter(id(module) for _, module in body.named_modules(remove_duplicate=False))
@@ -69,16 +71,16 @@ def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
         norm = only_next(call, nn.BatchNorm2d) if alone(call) else None
-        relu = only_next(norm, nn.ReLU) if norm is not None and norm.module.running_var is not None else None
-        if norm is not None and relu is not None:
-            found.append((call.name, norm.name, relu.name))
+        if norm is not None and norm.module.running_var is not None:
+            relu = only_next(norm, nn.ReLU)
+            found.append((call.name, norm.name, relu.name if relu is not None else None))
     return found
 
 
-class ConvReLU(nn.Module):
-    """ReLU(norm(conv(x))) of a convolution and a batch normalisation in evaluation, in low precision."""
+class FoldedConv(nn.Module):
+    """norm(conv(x)), or its ReLU, of a convolution and a batch normalisation in evaluation, in low precision."""
 
-    def __init__(self, conv: Any, norm: Any, dtype: torch.dtype) -> None:
+    def __init__(self, conv: Any, norm: Any, relu: bool, dtype: torch.dtype) -> None:
         super().__init__()
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         shift = -norm.running_mean.double() * scale
@@ -90,14 +92,15 @@ class ConvReLU(nn.Module):
         weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last).detach())
         self.register_buffer("bias", shift.to(dtype).detach())
-        self.how = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.relu, self.how = relu, (conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in any dtype, to the folded one."""
         x, weight, bias = x.to(self.get_buffer("weight").dtype), self.get_buffer("weight"), self.get_buffer("bias")
-        if x.is_cuda:
+        if self.relu and x.is_cuda:
             return torch.cudnn_convolution_relu(x, weight, bias, *self.how)
-        return F.conv2d(x, weight, bias, *self.how).relu_()
+        y = F.conv2d(x, weight, bias, *self.how)
+        return y.relu_() if self.relu else y
 
 
 def _hooked(call: Call) -> bool:

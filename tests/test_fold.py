@@ -10,7 +10,7 @@ from models import UNet, batch
 from torch import Tensor, nn
 
 from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, Tap
-from reseg_loss.fold import ConvReLU, folded
+from reseg_loss.fold import FoldedConv, folded
 
 
 class Chains(nn.Module):
@@ -18,12 +18,17 @@ class Chains(nn.Module):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        for name in ("plain", "biased", "shared_twice", "branched", "returned", "tapped", "hooked", "affineless"):
+        for name in ("plain", "biased", "affineless", "tapped", "between", "entered", "hooked", "shared_twice",
+                     "branched", "returned"):  # fmt: skip
             conv = nn.Conv2d(4, 4, 3, padding=1, bias=name == "biased")
             norm = nn.BatchNorm2d(4, affine=name != "affineless")
             self.add_module(name, nn.Sequential(conv, norm, nn.ReLU(inplace=name == "plain")))
         self.reflected = nn.Sequential(
             nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        self.relu = nn.ReLU(inplace=True)
+        self.residual = nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
         )
         self.batch_stats = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU())
         self.hooked[1].register_forward_hook(lambda module, args, output: 2 * output)
@@ -36,8 +41,21 @@ class Chains(nn.Module):
                     module.bias.data.normal_()
 
     def forward(self, x: Tensor) -> Any:
-        for name in ("plain", "biased", "affineless", "reflected", "batch_stats", "tapped", "hooked"):
+        for name in (
+            "plain",
+            "biased",
+            "affineless",
+            "reflected",
+            "batch_stats",
+            "tapped",
+            "between",
+            "entered",
+            "hooked",
+        ):
             x = getattr(self, name)(x)
+        # one activation in two places, as in a residual block
+        x = self.relu(self.residual[1](self.residual[0](x)))
+        x = self.relu(x + self.residual[3](self.residual[2](x)))
         x = self.shared_twice(self.shared_twice(x))
         y = self.branched[1](z := self.branched[0](x))
         x = self.branched[2](y) + z
@@ -49,10 +67,12 @@ def test_only_chains_that_nothing_sees_inside_are_folded_and_the_outputs_are_the
     model = Chains().eval()
     x = torch.randn(2, 4, 8, 8)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    copy, count = folded(model, x, [Tap("tapped.1")], torch.float32)
-    names = {name for name, module in copy.named_modules() if isinstance(module, ConvReLU)}
-    assert names == {"plain.0", "biased.0", "affineless.0"}
-    assert count == 3
+    taps = [Tap("tapped.1"), Tap("between.0"), Tap("entered.1", is_input=True)]
+    copy, count = folded(model, x, taps, torch.float32)
+    relu = {name: module.relu for name, module in copy.named_modules() if isinstance(module, FoldedConv)}
+    whole, without = ("plain.0", "biased.0", "affineless.0"), ("tapped.0", "residual.0", "residual.2", "returned.0")
+    assert relu == dict.fromkeys(whole, True) | dict.fromkeys(without, False)
+    assert count == len(relu)
     with torch.no_grad():
         for a, b in zip(model(x), copy(x)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -114,15 +134,40 @@ def test_folding_and_compiling_exclude_each_other():
         ReSegWrapper(UNet(), compile_teacher=True, fold_teacher=True)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+def test_a_folded_convolution_is_within_twice_the_error_of_the_three_in_low_precision(mean, relu):
+    errors = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        conv, norm = nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24)
+        x = torch.randn(2, 16, 20, 20) + mean
+        conv.eval(), norm.train()
+        with torch.no_grad():
+            norm.momentum = None
+            norm(conv(x))  # the statistics of such inputs
+            norm.weight.uniform_(0.5, 2), norm.bias.normal_()
+            chain = nn.Sequential(conv, norm, nn.ReLU() if relu else nn.Identity()).eval()
+            found = FoldedConv(conv, norm, relu, torch.bfloat16)(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                naive = chain(x)
+            exact = chain.double()(x.bfloat16().double())
+        assert found.dtype == naive.dtype == torch.bfloat16
+        errors.append([float((y.double() - exact).norm()) for y in (found, naive)])
+    ours, theirs = torch.tensor(errors).mean(0)
+    assert ours <= 2 * theirs
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_fused_operation_on_cuda_reads_no_uninitialised_memory_and_agrees(dtype):
+def test_the_fused_operation_on_cuda_reads_no_uninitialised_memory_and_agrees(dtype, relu):
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
-    chain = nn.Sequential(conv, norm, nn.ReLU()).eval().double().cuda()
-    fused = ConvReLU(chain[0], chain[1], dtype).cuda()
+    chain = nn.Sequential(conv, norm, nn.ReLU() if relu else nn.Identity()).eval().double().cuda()
+    fused = FoldedConv(chain[0], chain[1], relu, dtype).cuda()
     x = torch.randn(8, 16, 56, 56, device="cuda")
     expected = chain(x.double()).detach()
     poison = torch.full_like(expected, float("nan"), dtype=dtype, memory_format=torch.channels_last)
