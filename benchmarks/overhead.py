@@ -150,7 +150,7 @@ class Bench:
     def rows(self) -> dict[str, dict[str, Any] | None]:
         if self.group.compiled:
             return {row: values for row, values in ROWS.items() if row not in NOT_COMPILED}
-        if self.group.model != "U-Net" and self.group.precision != PRECISIONS[-1]:
+        if self.group.model == "VM-UNet" or (self.group.model != "U-Net" and self.group.precision != PRECISIONS[-1]):
             return {row: values for row, values in ROWS.items() if not (values or {}).get("compile_teacher")}
         if self.group.model != "U-Net" or not CUDA or self.group.precision == "bf16":
             return ROWS

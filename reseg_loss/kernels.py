@@ -11,6 +11,7 @@ torch. Imports triton, so it is imported where it is used only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -180,19 +181,31 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Layout:
         """The layout of `x`, which is contiguous with its channels either second or last."""
-        batch, channels, size = x.shape[0], x.shape[1], x.shape[2:].numel()
-        if x.is_contiguous():
-            rows = min(BLOCK, triton.next_power_of_2(size))
-            return cls(batch, channels, size, channels * size, size, 1, triton.cdiv(size, rows), rows, 1)
-        columns = min(64, triton.next_power_of_2(channels))
-        rows = BLOCK // columns
-        size *= batch
-        return cls(1, channels, size, 0, 1, channels, triton.cdiv(size, rows), rows, columns)
+        return _layout(x.shape[0], x.shape[1], x.shape[2:].numel(), x.is_contiguous())
 
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles of cells, and of channels."""
-        return self.batch * self.tiles, triton.cdiv(self.channels, self.columns)
+        return self.batch * self.tiles, _parts(self.channels, self.columns)
+
+
+@lru_cache(maxsize=256)  # every step asks for the same few, and the host's time counts
+def _layout(batch: int, channels: int, size: int, contiguous: bool) -> Layout:
+    if contiguous:
+        rows = min(BLOCK, _power_of_2(size))
+        return Layout(batch, channels, size, channels * size, size, 1, _parts(size, rows), rows, 1)
+    columns = min(64, _power_of_2(channels))
+    rows = BLOCK // columns
+    size *= batch
+    return Layout(1, channels, size, 0, 1, channels, _parts(size, rows), rows, columns)
+
+
+def _parts(n: int, size: int) -> int:
+    return -(-n // size)  # triton.cdiv is slow outside of kernels
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) -> tuple[Tensor, list[Tensor]]:
@@ -200,7 +213,7 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
     first, coefficients = pairs[0][0], []
     with torch.cuda.device_of(first):  # where Triton launches
         if not normalize:
-            programs = [triton.cdiv(s.numel(), BLOCK * LOOPS) for s, _ in pairs]
+            programs = [_parts(s.numel(), BLOCK * LOOPS) for s, _ in pairs]
             partial = first.new_zeros(len(pairs), max(programs), dtype=torch.float32)
             for (s, t), n, out in zip(pairs, programs, partial):
                 _squares[(n,)](s, t, out, 1 / s.numel(), s.numel(), block=BLOCK, loops=LOOPS)
@@ -208,11 +221,11 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
         layouts = [Layout.of(s) for s, _ in pairs]
         partial = first.new_zeros(len(pairs), max(x.channels for x in layouts), dtype=torch.float32)
         for (s, t), x, out in zip(pairs, layouts, partial):
-            n = triton.cdiv(x.grid[0], LOOPS)
+            n = _parts(x.grid[0], LOOPS)
             moments, c, columns = out.new_empty(n, 6, x.channels), out.new_empty(4, x.channels), 16
             coefficients.append(c)
             _moments[(n, x.grid[1])](s, t, moments, *x[:7], rows=x.rows, columns=x.columns, loops=LOOPS, num_warps=8)
-            _finish[(triton.cdiv(x.channels, columns),)](
+            _finish[(_parts(x.channels, columns),)](
                 moments, out, c, n, x.channels, s.numel() / x.channels, eps, 1 / x.channels, rows=64, columns=columns
             )
     return partial.sum(1), coefficients
@@ -223,7 +236,7 @@ def gradient(s: Tensor, t: Tensor, upstream: Tensor, coefficients: Tensor | None
     out, n = torch.empty_like(s), s.numel()
     with torch.cuda.device_of(s):
         if coefficients is None:
-            _difference[(triton.cdiv(n, BLOCK),)](s, t, out, upstream, 2 / n, n, block=BLOCK)
+            _difference[(_parts(n, BLOCK),)](s, t, out, upstream, 2 / n, n, block=BLOCK)
         else:
             x = Layout.of(s)
             _standardized[x.grid](s, t, out, upstream, coefficients, *x[:7], rows=x.rows, columns=x.columns)
