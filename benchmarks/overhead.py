@@ -10,6 +10,7 @@ the file has already is skipped. On CPU it runs smaller.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import platform
@@ -287,10 +288,14 @@ def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
             memory[row] = torch.cuda.max_memory_allocated() + in_graphs() - held
     times: dict[str, list[float]] = {row: [] for row in run}
+    # a collection takes longer than some steps; a median of single steps leaves it out, a mean of several does not
+    gc.disable()
     for i in range(steps):
+        gc.collect()
         for row, step in run.items():
             if cycle[row] == 1 or i < max(6, steps // cycle[row]):
                 times[row].append(timed(step, cycle[row]))
+    gc.enable()
     base = {row: median(times[row]) for row in ("bare", "naive")}
     results = []
     for row, values in times.items():

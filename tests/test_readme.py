@@ -100,6 +100,19 @@ def test_the_cost_table_is_that_of_the_results():
         assert f"| {row[0]['row']} | {' | '.join(values)} |" in README.splitlines()
 
 
+def test_the_cost_table_of_smp_is_that_of_the_results():
+    file = ROOT / "benchmarks" / "results" / "overhead_h100_captured.json"
+    table = README[README.index("| smp Unet(resnet34), bf16 channels_last |") :].split("\n\n")[0].splitlines()[2:]
+    results = {r["row"]: r for r in json.loads(file.read_text())["results"]}
+    for line in table:
+        r = results[line.split(" | ")[0].removeprefix("| ")]
+        values = (f"{r['ms']:.1f} ms", f"{r['peak_mib']:.0f} MiB")
+        if r["row"] != "bare":
+            values = f"{r['ratio']:.2f}", f"{r['peak_ratio']:.2f}"
+        assert line == f"| {r['row']} | {' | '.join(values)} |"
+    assert len(table) == 9
+
+
 def test_the_examples_numbers_are_those_of_the_results():
     text = (ROOT / "examples" / "README.md").read_text()
     results = json.loads((ROOT / "benchmarks" / "results" / "backbones_h100.json").read_text())["results"]
