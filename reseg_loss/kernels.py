@@ -1,17 +1,20 @@
 """Triton kernels of the alignment terms: every feature is read once for the value and once for the gradient.
 
-Both sides are (B, C, S) in any of two memory orders, given by strides; sums are fp32 whatever the features are. Partial
-sums go through memory, not through atomics, so results are deterministic. `terms.py` calls this, and holds the same in
-torch. Imports triton, so it is imported where it is used only.
+Both sides of a pair are (B, C, S) in any of two memory orders, channels second or last; sums are fp32 whatever the
+features are. Partial sums go through memory, not through atomics, so results are deterministic. All pairs share a
+launch, which costs the host more time than the GPU: a program looks up the pair that it works on. `terms.py` calls
+this, and holds the same in torch. Imports triton, so it is imported where it is used only.
 """
 
 # a kernel's body is not Python, and its arguments are converted on the way
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -21,46 +24,73 @@ from torch import Tensor
 
 BLOCK = 2048  # elements of a tile
 LOOPS = 8  # tiles that one program sums up
+FINISH = 16  # channels that one program finishes
+
+# In the kernels a name in the plural is a tuple with an entry for every pair; `ends` is where the programs of each end.
 
 
 @triton.jit
-def _squares(s, t, partial, scale, n, block: tl.constexpr, loops: tl.constexpr):
-    """partial[program] = scale * sum (s - t)^2 over the program's elements."""
-    start = tl.program_id(0).to(tl.int64) * block * loops
-    total = tl.zeros((block,), tl.float32)
-    for i in range(loops):
-        at = start + i * block + tl.arange(0, block)
-        inside = at < n
-        x = tl.load(s + at, mask=inside, other=0).to(tl.float32)
-        y = tl.load(t + at, mask=inside, other=0).to(tl.float32)
-        total += (x - y) * (x - y)
-    tl.store(partial + tl.program_id(0), tl.sum(total) * scale)
+def _squares(ss, ts, partial, width, scales, sizes, ends, block: tl.constexpr, loops: tl.constexpr):
+    """partial[pair, program] = scale * sum (s - t)^2 over the program's elements."""
+    begin = 0
+    for i in tl.static_range(len(ss)):
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+            program = tl.program_id(0) - begin
+            start = program.to(tl.int64) * block * loops
+            total = tl.zeros((block,), tl.float32)
+            for j in range(loops):
+                at = start + j * block + tl.arange(0, block)
+                inside = at < sizes[i]
+                x = tl.load(ss[i] + at, mask=inside, other=0).to(tl.float32)
+                y = tl.load(ts[i] + at, mask=inside, other=0).to(tl.float32)
+                total += (x - y) * (x - y)
+            tl.store(partial + i * width + program, tl.sum(total) * scales[i])
+        begin = ends[i]
 
 
 @triton.jit
-def _difference(s, t, out, upstream, scale, n, block: tl.constexpr):
-    """out = upstream * scale * (s - t); in fp16 the product is rounded once, with the loss scale in it."""
-    factor = tl.load(upstream).to(tl.float32) * scale
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < n
-    x = tl.load(s + at, mask=inside, other=0).to(tl.float32)
-    y = tl.load(t + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out + at, (factor * (x - y)).to(out.dtype.element_ty), mask=inside)
+def _differences(ss, ts, outs, upstream, terms, scales, sizes, ends, block: tl.constexpr):
+    """out = upstream[term] * scale * (s - t); in fp16 the product is rounded once, with the loss scale in it."""
+    begin = 0
+    for i in tl.static_range(len(ss)):
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+            factor = tl.load(upstream + terms[i]).to(tl.float32) * scales[i]
+            at = (tl.program_id(0) - begin).to(tl.int64) * block + tl.arange(0, block)
+            inside = at < sizes[i]
+            x = tl.load(ss[i] + at, mask=inside, other=0).to(tl.float32)
+            y = tl.load(ts[i] + at, mask=inside, other=0).to(tl.float32)
+            tl.store(outs[i] + at, (factor * (x - y)).to(outs[i].dtype.element_ty), mask=inside)
+        begin = ends[i]
 
 
 @triton.jit
 def _moments(
-    s, t, partial, batch, channels, size, s_batch, s_channel, s_cell, tiles,
-    rows: tl.constexpr, columns: tl.constexpr, loops: tl.constexpr,
+    ss, ts, moments, starts, batches, channels, sizes, blocks, ends,
+    last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, loops: tl.constexpr,
 ):  # fmt: skip
-    """partial[program, :, c] = count, mean of s and t, sum of squared deviations of s and t, and of their product.
+    """The moments of every pair, which begin at its start."""
+    begin = 0
+    for i in tl.static_range(len(ss)):
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+            program = tl.program_id(0) - begin
+            c = (program % blocks[i]) * columns[i] + tl.arange(0, columns[i])
+            _moments_of(
+                ss[i], ts[i], moments + starts[i], program // blocks[i], c, batches[i], channels[i], sizes[i],
+                last[i], rows[i], columns[i], loops,
+            )  # fmt: skip
+        begin = ends[i]
+
+
+@triton.jit
+def _moments_of(
+    s, t, out, program, c, batch, channels, size,
+    last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, loops: tl.constexpr,
+):  # fmt: skip
+    """out[program, :, c] = count, mean of s and t, sum of squared deviations of s and t, and of their product.
 
     Sums are of deviations from the mean of the program's first tile, which is near the channel's: no cancellation.
     """
-    program = tl.program_id(0)
-    c = tl.program_id(1) * columns + tl.arange(0, columns)
-    column = c[None, :].to(tl.int64) * s_channel
-    inside_c = (c < channels)[None, :]
+    tiles = tl.cdiv(size, rows)
     n = 0.0
     shift_s = tl.zeros((columns,), tl.float32)
     shift_t = tl.zeros((columns,), tl.float32)
@@ -70,17 +100,16 @@ def _moments(
     s2 = tl.zeros((rows, columns), tl.float32)
     t2 = tl.zeros((rows, columns), tl.float32)
     st = tl.zeros((rows, columns), tl.float32)
-    for i in range(loops):
-        k = program * loops + i
+    for j in range(loops):
+        k = program * loops + j
         b = k // tiles
         r = (k % tiles) * rows + tl.arange(0, rows)
-        inside_r = ((r < size) & (b < batch))[:, None]
-        inside = inside_r & inside_c
-        at = b.to(tl.int64) * s_batch + r[:, None].to(tl.int64) * s_cell + column
+        inside = ((r < size) & (b < batch))[:, None] & (c < channels)[None, :]
+        at = _at(b, r, c, channels, size, last)
         x = tl.load(s + at, mask=inside, other=0).to(tl.float32)
         y = tl.load(t + at, mask=inside, other=0).to(tl.float32)
         here = tl.where(b < batch, tl.minimum(size - (k % tiles) * rows, rows), 0).to(tl.float32)
-        if i == 0:
+        if j == 0:
             shift_s = tl.sum(x, 0) / here
             shift_t = tl.sum(y, 0) / here
         x = tl.where(inside, x - shift_s[None, :], 0.0)
@@ -92,7 +121,7 @@ def _moments(
         t2 += y * y
         st += x * y
     sum_s, sum_t = tl.sum(s1, 0), tl.sum(t1, 0)
-    out = partial + program.to(tl.int64) * 6 * channels + c
+    out = out + program.to(tl.int64) * 6 * channels + c
     keep = c < channels
     tl.store(out, n + tl.zeros((columns,), tl.float32), mask=keep)
     tl.store(out + channels, shift_s + sum_s / n, mask=keep)
@@ -103,17 +132,43 @@ def _moments(
 
 
 @triton.jit
+def _at(b, r, c, channels, size, last: tl.constexpr):
+    """Offsets (rows, columns) of the cells r of sample b in the channels c."""
+    if last:  # all samples are one plane
+        at = r[:, None].to(tl.int64) * channels + c[None, :]
+    else:
+        at = (b.to(tl.int64) * channels + c[None, :]) * size + r[:, None]
+    return at
+
+
+@triton.jit
 def _finish(
-    partial, value, coefficients, programs, channels, count, eps, scale, rows: tl.constexpr, columns: tl.constexpr
+    moments, starts, partial, width, coefficients, firsts, programs, channels, counts, eps, ends,
+    rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    """The channels' values and coefficients of every pair, which begin at its row and at 4 times its first channel."""
+    begin = 0
+    for i in tl.static_range(len(starts)):
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+            c = (tl.program_id(0) - begin) * columns + tl.arange(0, columns)
+            _finish_of(
+                moments + starts[i], partial + i * width, coefficients + 4 * firsts[i], programs[i], c, channels[i],
+                counts[i], eps, rows, columns,
+            )  # fmt: skip
+        begin = ends[i]
+
+
+@triton.jit
+def _finish_of(
+    moments, value, coefficients, programs, c, channels, count, eps, rows: tl.constexpr, columns: tl.constexpr
 ):
-    """Merge the partial moments (Chan et al. 1979): value[c], and the four numbers per channel of the gradient."""
-    c = tl.program_id(0) * columns + tl.arange(0, columns)
+    """Merge the programs' moments (Chan et al. 1979): value[c], and the four numbers per channel of the gradient."""
     mean_s = tl.zeros((columns,), tl.float32)
     mean_t = tl.zeros((columns,), tl.float32)
     for start in range(0, programs, rows):
         p = start + tl.arange(0, rows)
         inside = (p < programs)[:, None] & (c < channels)[None, :]
-        at = partial + p[:, None].to(tl.int64) * 6 * channels + c[None, :]
+        at = moments + p[:, None].to(tl.int64) * 6 * channels + c[None, :]
         n = tl.load(at, mask=inside, other=0) / count
         mean_s += tl.sum(n * tl.load(at + channels, mask=inside, other=0), 0)
         mean_t += tl.sum(n * tl.load(at + 2 * channels, mask=inside, other=0), 0)
@@ -123,7 +178,7 @@ def _finish(
     for start in range(0, programs, rows):
         p = start + tl.arange(0, rows)
         inside = (p < programs)[:, None] & (c < channels)[None, :]
-        at = partial + p[:, None].to(tl.int64) * 6 * channels + c[None, :]
+        at = moments + p[:, None].to(tl.int64) * 6 * channels + c[None, :]
         n = tl.load(at, mask=inside, other=0)
         x = tl.load(at + channels, mask=inside, other=0) - mean_s[None, :]
         y = tl.load(at + 2 * channels, mask=inside, other=0) - mean_t[None, :]
@@ -134,9 +189,9 @@ def _finish(
     a = 1 / tl.sqrt(var_s + eps)
     b = 1 / tl.sqrt(var_t + eps)
     keep = c < channels
-    tl.store(value + c, scale * (var_s * a * a + var_t * b * b - 2 * cov * a * b), mask=keep)
+    tl.store(value + c, (var_s * a * a + var_t * b * b - 2 * cov * a * b) / channels, mask=keep)
     out = coefficients + c
-    factor = 2 * scale / count
+    factor = 2 / (count * channels)
     tl.store(out, mean_s, mask=keep)
     tl.store(out + channels, mean_t, mask=keep)
     tl.store(out + 2 * channels, factor * (eps * a * a * a * a + cov * a * a * a * b), mask=keep)
@@ -145,63 +200,111 @@ def _finish(
 
 @triton.jit
 def _standardized(
-    s, t, out, upstream, coefficients, batch, channels, size, s_batch, s_channel, s_cell, tiles,
-    rows: tl.constexpr, columns: tl.constexpr,
+    ss, ts, outs, upstream, terms, coefficients, firsts, channels, sizes, blocks, ends,
+    last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """out = upstream * (p (s - mean of s) - q (t - mean of t)), with p and q per channel."""
-    factor = tl.load(upstream).to(tl.float32)
-    k = tl.program_id(0)
-    c = tl.program_id(1) * columns + tl.arange(0, columns)
-    keep = c < channels
-    mean_s = tl.load(coefficients + c, mask=keep, other=0)
-    mean_t = tl.load(coefficients + channels + c, mask=keep, other=0)
-    p = factor * tl.load(coefficients + 2 * channels + c, mask=keep, other=0)
-    q = factor * tl.load(coefficients + 3 * channels + c, mask=keep, other=0)
-    r = (k % tiles) * rows + tl.arange(0, rows)
-    inside = (r < size)[:, None] & keep[None, :]
-    at = (k // tiles).to(tl.int64) * s_batch + r[:, None].to(tl.int64) * s_cell + c[None, :].to(tl.int64) * s_channel
-    x = tl.load(s + at, mask=inside, other=0).to(tl.float32) - mean_s[None, :]
-    y = tl.load(t + at, mask=inside, other=0).to(tl.float32) - mean_t[None, :]
-    tl.store(out + at, (p[None, :] * x - q[None, :] * y).to(out.dtype.element_ty), mask=inside)
+    """out = upstream[term] * (p (s - mean of s) - q (t - mean of t)), with p and q per channel."""
+    begin = 0
+    for i in tl.static_range(len(ss)):
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+            program = tl.program_id(0) - begin
+            factor = tl.load(upstream + terms[i]).to(tl.float32)
+            c = (program % blocks[i]) * columns[i] + tl.arange(0, columns[i])
+            keep = c < channels[i]
+            numbers = coefficients + 4 * firsts[i] + c
+            mean_s = tl.load(numbers, mask=keep, other=0)
+            mean_t = tl.load(numbers + channels[i], mask=keep, other=0)
+            p = factor * tl.load(numbers + 2 * channels[i], mask=keep, other=0)
+            q = factor * tl.load(numbers + 3 * channels[i], mask=keep, other=0)
+            k = program // blocks[i]
+            tiles = tl.cdiv(sizes[i], rows[i])
+            r = (k % tiles) * rows[i] + tl.arange(0, rows[i])
+            inside = (r < sizes[i])[:, None] & keep[None, :]
+            at = _at(k // tiles, r, c, channels[i], sizes[i], last[i])
+            x = tl.load(ss[i] + at, mask=inside, other=0).to(tl.float32) - mean_s[None, :]
+            y = tl.load(ts[i] + at, mask=inside, other=0).to(tl.float32) - mean_t[None, :]
+            tl.store(outs[i] + at, (p[None, :] * x - q[None, :] * y).to(outs[i].dtype.element_ty), mask=inside)
+        begin = ends[i]
 
 
 class Layout(NamedTuple):
-    """A feature as (batch, channels, size) with strides, and how it is cut into tiles of (rows, columns)."""
+    """A feature as (batch, channels, size), and how it is cut into tiles of (rows, columns)."""
 
     batch: int
     channels: int
     size: int
-    s_batch: int
-    s_channel: int
-    s_cell: int
-    tiles: int  # along one plane
+    last: bool  # whether channels come last; then all samples are one plane
     rows: int
     columns: int
 
-    @classmethod
-    def of(cls, x: Tensor) -> Layout:
-        """The layout of `x`, which is contiguous with its channels either second or last."""
-        return _layout(x.shape[0], x.shape[1], x.shape[2:].numel(), x.is_contiguous())
+    @property
+    def tiles(self) -> int:
+        """Along all planes."""
+        return self.batch * _parts(self.size, self.rows)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles of cells, and of channels."""
-        return self.batch * self.tiles, _parts(self.channels, self.columns)
+    def blocks(self) -> int:
+        """Of channels."""
+        return _parts(self.channels, self.columns)
+
+
+class Launches(NamedTuple):
+    """What the standardized kernels take of pairs of some layouts."""
+
+    batches: tuple[int, ...]
+    channels: tuple[int, ...]
+    sizes: tuple[int, ...]
+    last: tuple[bool, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    blocks: tuple[int, ...]
+    programs: tuple[int, ...]  # of the moments, for every block of channels
+    starts: tuple[int, ...]  # of the pairs' moments
+    firsts: tuple[int, ...]  # of the pairs' channels
+    counts: tuple[float, ...]
+    moments: int  # numbers in all
+    for_moments: tuple[int, ...]  # `ends`
+    for_finish: tuple[int, ...]
+    for_gradients: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)  # every step asks for the same few, and the host's time counts
+def _launches(shapes: tuple[tuple[int, int, int, bool], ...]) -> Launches:
+    layouts = [_layout(*shape) for shape in shapes]
+    batches, channels, sizes, last, rows, columns = zip(*layouts)
+    programs = tuple(_parts(x.tiles, LOOPS) for x in layouts)
+    room = [6 * n * x.channels for n, x in zip(programs, layouts)]
+    return Launches(
+        batches, channels, sizes, last, rows, columns,
+        blocks=tuple(x.blocks for x in layouts),
+        programs=programs,
+        starts=tuple(accumulate(room, initial=0))[:-1],
+        firsts=tuple(accumulate(channels, initial=0))[:-1],
+        counts=tuple(float(x.batch * x.size) for x in layouts),
+        moments=sum(room),
+        for_moments=_ends(n * x.blocks for n, x in zip(programs, layouts)),
+        for_finish=_ends(_parts(c, FINISH) for c in channels),
+        for_gradients=_ends(x.tiles * x.blocks for x in layouts),
+    )  # fmt: skip
+
+
 def _layout(batch: int, channels: int, size: int, contiguous: bool) -> Layout:
     if contiguous:
-        rows = min(BLOCK, _power_of_2(size))
-        return Layout(batch, channels, size, channels * size, size, 1, _parts(size, rows), rows, 1)
+        return Layout(batch, channels, size, False, min(BLOCK, _power_of_2(size)), 1)
     columns = min(64, _power_of_2(channels))
-    rows = BLOCK // columns
-    size *= batch
-    return Layout(1, channels, size, 0, 1, channels, _parts(size, rows), rows, columns)
+    return Layout(1, channels, batch * size, True, BLOCK // columns, columns)
+
+
+def _shape(x: Tensor) -> tuple[int, int, int, bool]:
+    return x.shape[0], x.shape[1], x.shape[2:].numel(), x.is_contiguous()
+
+
+def _ends(programs: Iterable[int]) -> tuple[int, ...]:
+    return tuple(accumulate(programs))
 
 
 def _parts(n: int, size: int) -> int:
-    return -(-n // size)  # triton.cdiv is slow outside of kernels
+    return -(-n // size)
 
 
 def _power_of_2(n: int) -> int:
@@ -209,35 +312,61 @@ def _power_of_2(n: int) -> int:
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) -> tuple[Tensor, list[Tensor]]:
-    """The terms of pairs of the same layout, (terms,) in fp32, and with `normalize` what their gradients need."""
-    first, coefficients = pairs[0][0], []
-    with torch.cuda.device_of(first):  # where Triton launches
+    """The terms of pairs, (terms,) in fp32, and with `normalize` what their gradients need, (4 * all channels,).
+
+    Args:
+        pairs: (s, t) of the same shape and order of memory, contiguous with channels second or last.
+        normalize: whether channels are standardized.
+        eps: added to their variance.
+    """
+    ss, ts = zip(*pairs)
+    with torch.cuda.device_of(ss[0]):  # where Triton launches
         if not normalize:
-            programs = [_parts(s.numel(), BLOCK * LOOPS) for s, _ in pairs]
-            partial = first.new_zeros(len(pairs), max(programs), dtype=torch.float32)
-            for (s, t), n, out in zip(pairs, programs, partial):
-                _squares[(n,)](s, t, out, 1 / s.numel(), s.numel(), block=BLOCK, loops=LOOPS)
-            return partial.sum(1), coefficients
-        layouts = [Layout.of(s) for s, _ in pairs]
-        partial = first.new_zeros(len(pairs), max(x.channels for x in layouts), dtype=torch.float32)
-        for (s, t), x, out in zip(pairs, layouts, partial):
-            n = _parts(x.grid[0], LOOPS)
-            moments, c, columns = out.new_empty(n, 6, x.channels), out.new_empty(4, x.channels), 16
-            coefficients.append(c)
-            _moments[(n, x.grid[1])](s, t, moments, *x[:7], rows=x.rows, columns=x.columns, loops=LOOPS, num_warps=8)
-            _finish[(_parts(x.channels, columns),)](
-                moments, out, c, n, x.channels, s.numel() / x.channels, eps, 1 / x.channels, rows=64, columns=columns
-            )
-    return partial.sum(1), coefficients
+            sizes = tuple(s.numel() for s in ss)
+            programs = [_parts(n, BLOCK * LOOPS) for n in sizes]
+            partial, ends = ss[0].new_zeros(len(ss), max(programs), dtype=torch.float32), _ends(programs)
+            scales = tuple(1 / n for n in sizes)
+            _squares[(ends[-1],)](ss, ts, partial, max(programs), scales, sizes, ends, block=BLOCK, loops=LOOPS)
+            return partial.sum(1), []
+        x = _launches(tuple(_shape(s) for s in ss))
+        width = max(x.channels)
+        partial = ss[0].new_zeros(len(ss), width, dtype=torch.float32)
+        moments, coefficients = partial.new_empty(x.moments), partial.new_empty(4 * sum(x.channels))
+        _moments[(x.for_moments[-1],)](
+            ss, ts, moments, x.starts, x.batches, x.channels, x.sizes, x.blocks, x.for_moments,
+            last=x.last, rows=x.rows, columns=x.columns, loops=LOOPS, num_warps=8,
+        )  # fmt: skip
+        _finish[(x.for_finish[-1],)](
+            moments, x.starts, partial, width, coefficients, x.firsts, x.programs, x.channels, x.counts, eps,
+            x.for_finish, rows=64, columns=FINISH,
+        )  # fmt: skip
+    return partial.sum(1), [coefficients]
 
 
-def gradient(s: Tensor, t: Tensor, upstream: Tensor, coefficients: Tensor | None) -> Tensor:
-    """The gradient of one term to `s`, in its dtype and layout, times `upstream`, a scalar on the device."""
-    out, n = torch.empty_like(s), s.numel()
-    with torch.cuda.device_of(s):
-        if coefficients is None:
-            _difference[(_parts(n, BLOCK),)](s, t, out, upstream, 2 / n, n, block=BLOCK)
+def gradients(
+    pairs: Sequence[tuple[Tensor, Tensor]], upstream: Tensor, kept: Sequence[Tensor], wanted: Sequence[int]
+) -> list[Tensor]:
+    """The gradients of the terms `wanted` to their s, in its dtype and order of memory, times their upstream.
+
+    Args:
+        pairs: as in `values`.
+        upstream: (terms,) on the device.
+        kept: what `values` gave.
+        wanted: places in `pairs`.
+    """
+    terms, upstream = tuple(wanted), upstream.contiguous()
+    ss, ts = zip(*(pairs[i] for i in terms))
+    outs = tuple(torch.empty_like(s) for s in ss)
+    with torch.cuda.device_of(ss[0]):
+        if not kept:
+            sizes = tuple(s.numel() for s in ss)
+            ends, scales = _ends(_parts(n, BLOCK) for n in sizes), tuple(2 / n for n in sizes)
+            _differences[(ends[-1],)](ss, ts, outs, upstream, terms, scales, sizes, ends, block=BLOCK)
         else:
-            x = Layout.of(s)
-            _standardized[x.grid](s, t, out, upstream, coefficients, *x[:7], rows=x.rows, columns=x.columns)
-    return out
+            x = _launches(tuple(_shape(s) for s in ss))
+            firsts = tuple(accumulate((s.shape[1] for s, _ in pairs), initial=0))
+            _standardized[(x.for_gradients[-1],)](
+                ss, ts, outs, upstream, terms, kept[0], tuple(firsts[i] for i in terms), x.channels, x.sizes, x.blocks,
+                x.for_gradients, last=x.last, rows=x.rows, columns=x.columns,
+            )  # fmt: skip
+    return list(outs)

@@ -57,21 +57,25 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        n, saved, normalize, upstreams = len(upstream), _saved(ctx), ctx.normalize, upstream.unbind()
-        gradients: list[Tensor | None] = []
-        for i, (s, t) in enumerate(zip(saved[:n], saved[n : 2 * n])):
-            kept = saved[2 * n + i] if normalize else None
-            if not ctx.needs_input_grad[2 + i]:
-                gradients.append(None)
-            elif torch.is_grad_enabled():  # create_graph=True
-                term = RF.alignment_term(s, t, normalize=normalize)
-                gradients += torch.autograd.grad(term, s, upstreams[i].to(term.dtype), create_graph=True)
-            elif ctx.triton:
-                from . import kernels
+        n, saved, normalize = len(upstream), _saved(ctx), ctx.normalize
+        pairs, kept = list(zip(saved[:n], saved[n : 2 * n])), saved[2 * n :]
+        wanted = [i for i in range(n) if ctx.needs_input_grad[2 + i]]
+        gradients: list[Tensor | None] = [None] * n
+        if ctx.triton and not torch.is_grad_enabled():
+            from . import kernels
 
-                gradients.append(kernels.gradient(*_in_order(s, t), upstreams[i], kept))
+            found = kernels.gradients([_in_order(s, t) for s, t in pairs], upstream, kept, wanted)
+            for i, g in zip(wanted, found):
+                gradients[i] = g
+            return (None, None, *gradients)
+        upstreams = upstream.unbind()
+        for i in wanted:
+            s, t = pairs[i]
+            if torch.is_grad_enabled():  # create_graph=True
+                term = RF.alignment_term(s, t, normalize=normalize)
+                (gradients[i],) = torch.autograd.grad(term, s, upstreams[i].to(term.dtype), create_graph=True)
             else:
-                gradients.append(gradient(s, t, upstreams[i], kept))
+                gradients[i] = gradient(s, t, upstreams[i], kept[i] if normalize else None)
         return (None, None, *gradients)
 
 
@@ -158,13 +162,15 @@ def kernels_work(device: torch.device) -> bool:
         from . import kernels
 
         with torch.no_grad():
-            s, t = torch.randn(2, 2, 5, 9, 3, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+            g = torch.Generator().manual_seed(0)
+            shapes = (2, 5, 9, 3), (2, 3, 4, 4)
+            pairs = [(torch.randn(x, generator=g).to(device), torch.randn(x, generator=g).to(device)) for x in shapes]
             for normalize in (False, True):
-                ours, theirs = kernels.values([(s, t)], normalize, RF.EPS), values([(s, t)], normalize)
+                (ours, ours_kept), (theirs, kept) = kernels.values(pairs, normalize, RF.EPS), values(pairs, normalize)
                 torch.testing.assert_close(ours, theirs)
-                mine, other = (f(s, t, v[0], kept[0] if kept else None)
-                               for f, (v, kept) in ((kernels.gradient, ours), (gradient, theirs)))  # fmt: skip
-                torch.testing.assert_close(mine, other)
+                found = kernels.gradients(pairs, theirs, ours_kept, [0, 1])
+                expected = [gradient(*pair, theirs[i], kept[i] if kept else None) for i, pair in enumerate(pairs)]
+                torch.testing.assert_close(found, expected)
     except Exception as error:  # a missing, broken or unfit Triton must not stop a training that torch can do
         logger.warning("the Triton kernels do not serve on %s, torch does instead (%s)", device, error)
         return False
