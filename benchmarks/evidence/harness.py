@@ -43,7 +43,7 @@ class Settings:
     batch: int = 24
     size: int = 224
     width: int = 32
-    model: Literal["unet", "transunet", "swin_unet", "vm_unet", "unet_3d"] = "unet"
+    model: Literal["unet", "smp_unet", "transunet", "swin_unet", "vm_unet", "unet_3d"] = "unet"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01
     weight_decay: float = 1e-4
@@ -118,6 +118,10 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
     """A new network for one image channel."""
     if settings.model == "unet":
         return UNet(classes, 1, settings.width)
+    if settings.model == "smp_unet":
+        import segmentation_models_pytorch as smp
+
+        return smp.Unet("resnet34", encoder_weights=None, in_channels=1, classes=classes)
     if settings.model == "transunet":
         from examples.backbones.transunet import TransUNet
 
