@@ -229,6 +229,28 @@ def test_on_cuda_the_probe_finds_the_kernels_right():
     assert terms.kernels_work(DEVICE)
 
 
+@pytest.mark.parametrize("wrong", ["none", "channels_last", "bf16"])
+def test_the_probe_sees_kernels_that_are_wrong_in_one_memory_order_or_dtype(backend, monkeypatch, wrong):
+    if backend == "torch":
+        pytest.skip("of the kernels")
+    from reseg_loss import kernels
+
+    gradients, shape = kernels.gradients, kernels._shape
+
+    def unfit(pairs: Any, *args: Any) -> Any:
+        if any(s.dtype == torch.bfloat16 for s, _ in pairs):
+            raise RuntimeError("no bf16 here")
+        return gradients(pairs, *args)
+
+    if wrong == "bf16":
+        monkeypatch.setattr(kernels, "gradients", unfit)
+    elif wrong == "channels_last":
+        monkeypatch.setattr(kernels, "_shape", lambda x: (*shape(x)[:3], True))
+    terms.kernels_work.cache_clear()
+    assert terms.kernels_work(DEVICE) is (wrong == "none")
+    terms.kernels_work.cache_clear()
+
+
 def test_kernels_that_fail_are_replaced_by_torch_with_a_warning(monkeypatch, caplog):
     monkeypatch.delattr(reseg_loss, "kernels", raising=False)
     monkeypatch.setitem(sys.modules, "reseg_loss.kernels", None)
