@@ -290,12 +290,14 @@ def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {row: [] for row in run}
     # a collection takes longer than some steps; a median of single steps leaves it out, a mean of several does not
     gc.disable()
-    for i in range(steps):
-        gc.collect()
-        for row, step in run.items():
-            if cycle[row] == 1 or i < max(6, steps // cycle[row]):
-                times[row].append(timed(step, cycle[row]))
-    gc.enable()
+    try:
+        for i in range(steps):
+            gc.collect()
+            for row, step in run.items():
+                if cycle[row] == 1 or i < max(6, steps // cycle[row]):
+                    times[row].append(timed(step, cycle[row]))
+    finally:  # a group that fails is not the last one
+        gc.enable()
     base = {row: median(times[row]) for row in ("bare", "naive")}
     results = []
     for row, values in times.items():

@@ -40,7 +40,15 @@ def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.d
 
 def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str, str, str | None]]:
     """The names of convolution, normalisation and ReLU, or None, wherever nothing else sees what is between them."""
-    tapped = {(tap.module, tap.is_input) for tap in taps}
+    asked = {(tap.module, tap.is_input) for tap in taps}
+    # by what is read, not by the module asked: a block returns what its last module does
+    tapped = {
+        node
+        for call in flow.calls
+        for is_input, ends in ((True, call.inputs), (False, call.outputs))
+        if (call.name, is_input) in asked
+        for _, node in ends
+    }
     times = Counter(id(call.module) for call in flow.calls)
     shared = Counter(id(module) for _, module in body.named_modules(remove_duplicate=False))
     users: dict[int, list[int]] = {}
@@ -56,11 +64,11 @@ def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str
 
     def only_next(call: Call, kind: type) -> Call | None:
         """The call that takes this one's output, if it is of a kind and nobody else does."""
-        if len(call.outputs) != 1 or call.outputs[0][1] in outputs or (call.name, False) in tapped:
+        if len(call.outputs) != 1 or call.outputs[0][1] in outputs | tapped:
             return None
         node = call.outputs[0][1]
         after = [other for other in flow.calls if type(other.module) is kind and [n for _, n in other.inputs] == [node]]
-        if len(after) != 1 or not alone(after[0]) or (after[0].name, True) in tapped:
+        if len(after) != 1 or not alone(after[0]):
             return None
         inside = all(after[0].start <= user < after[0].end for user in users.get(node, ()))
         return after[0] if inside else None

@@ -27,6 +27,8 @@ LOOPS = 8  # tiles that one program sums up
 FINISH = 16  # channels that one program finishes
 
 # In the kernels a name in the plural is a tuple with an entry for every pair; `ends` is where the programs of each end.
+# Triton compiles a kernel anew, for seconds, wherever an integer of its arguments becomes 1 or a multiple of 16, or no
+# longer is. So what goes up and down with batch and image is passed in sixteenths, or rounded up to a multiple of 16.
 
 
 @triton.jit
@@ -34,7 +36,8 @@ def _squares(ss, ts, partial, width, scales, sizes, ends, block: tl.constexpr, l
     """partial[pair, program] = scale * sum (s - t)^2 over the program's elements."""
     begin = 0
     for i in tl.static_range(len(ss)):
-        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+        end = ends[i] // 16
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < end):
             program = tl.program_id(0) - begin
             start = program.to(tl.int64) * block * loops
             total = tl.zeros((block,), tl.float32)
@@ -45,7 +48,7 @@ def _squares(ss, ts, partial, width, scales, sizes, ends, block: tl.constexpr, l
                 y = tl.load(ts[i] + at, mask=inside, other=0).to(tl.float32)
                 total += (x - y) * (x - y)
             tl.store(partial + i * width + program, tl.sum(total) * scales[i])
-        begin = ends[i]
+        begin = end
 
 
 @triton.jit
@@ -53,14 +56,15 @@ def _differences(ss, ts, outs, upstream, terms, scales, sizes, ends, block: tl.c
     """out = upstream[term] * scale * (s - t); in fp16 the product is rounded once, with the loss scale in it."""
     begin = 0
     for i in tl.static_range(len(ss)):
-        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+        end = ends[i] // 16
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < end):
             factor = tl.load(upstream + terms[i]).to(tl.float32) * scales[i]
             at = (tl.program_id(0) - begin).to(tl.int64) * block + tl.arange(0, block)
             inside = at < sizes[i]
             x = tl.load(ss[i] + at, mask=inside, other=0).to(tl.float32)
             y = tl.load(ts[i] + at, mask=inside, other=0).to(tl.float32)
             tl.store(outs[i] + at, (factor * (x - y)).to(outs[i].dtype.element_ty), mask=inside)
-        begin = ends[i]
+        begin = end
 
 
 @triton.jit
@@ -71,14 +75,15 @@ def _moments(
     """The moments of every pair, which begin at its start."""
     begin = 0
     for i in tl.static_range(len(ss)):
-        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+        end = ends[i] // 16
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < end):
             program = tl.program_id(0) - begin
             c = (program % blocks[i]) * columns[i] + tl.arange(0, columns[i])
             _moments_of(
                 ss[i], ts[i], moments + starts[i], program // blocks[i], c, batches[i], channels[i], sizes[i],
                 last[i], rows[i], columns[i], loops,
             )  # fmt: skip
-        begin = ends[i]
+        begin = end
 
 
 @triton.jit
@@ -149,13 +154,14 @@ def _finish(
     """The channels' values and coefficients of every pair, which begin at its row and at 4 times its first channel."""
     begin = 0
     for i in tl.static_range(len(starts)):
-        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+        end = ends[i] // 16
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < end):
             c = (tl.program_id(0) - begin) * columns + tl.arange(0, columns)
             _finish_of(
-                moments + starts[i], partial + i * width, coefficients + 4 * firsts[i], programs[i], c, channels[i],
-                counts[i], eps, rows, columns,
+                moments + starts[i], partial + i * width, coefficients + 4 * firsts[i], programs[i] // 16, c,
+                channels[i], counts[i], eps, rows, columns,
             )  # fmt: skip
-        begin = ends[i]
+        begin = end
 
 
 @triton.jit
@@ -206,7 +212,8 @@ def _standardized(
     """out = upstream[term] * (p (s - mean of s) - q (t - mean of t)), with p and q per channel."""
     begin = 0
     for i in tl.static_range(len(ss)):
-        if (tl.program_id(0) >= begin) & (tl.program_id(0) < ends[i]):
+        end = ends[i] // 16
+        if (tl.program_id(0) >= begin) & (tl.program_id(0) < end):
             program = tl.program_id(0) - begin
             factor = tl.load(upstream + terms[i]).to(tl.float32)
             c = (program % blocks[i]) * columns[i] + tl.arange(0, columns[i])
@@ -224,7 +231,7 @@ def _standardized(
             x = tl.load(ss[i] + at, mask=inside, other=0).to(tl.float32) - mean_s[None, :]
             y = tl.load(ts[i] + at, mask=inside, other=0).to(tl.float32) - mean_t[None, :]
             tl.store(outs[i] + at, (p[None, :] * x - q[None, :] * y).to(outs[i].dtype.element_ty), mask=inside)
-        begin = ends[i]
+        begin = end
 
 
 class Layout(NamedTuple):
@@ -258,7 +265,7 @@ class Launches(NamedTuple):
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     blocks: tuple[int, ...]
-    programs: tuple[int, ...]  # of the moments, for every block of channels
+    programs: tuple[int, ...]  # of the moments, for every block of channels; in sixteenths
     starts: tuple[int, ...]  # of the pairs' moments
     firsts: tuple[int, ...]  # of the pairs' channels
     counts: tuple[float, ...]
@@ -273,11 +280,11 @@ def _launches(shapes: tuple[tuple[int, int, int, bool], ...]) -> Launches:
     layouts = [_layout(*shape) for shape in shapes]
     batches, channels, sizes, last, rows, columns = zip(*layouts)
     programs = tuple(_parts(x.tiles, LOOPS) for x in layouts)
-    room = [6 * n * x.channels for n, x in zip(programs, layouts)]
+    room = [_rounded(6 * n * x.channels) for n, x in zip(programs, layouts)]
     return Launches(
         batches, channels, sizes, last, rows, columns,
         blocks=tuple(x.blocks for x in layouts),
-        programs=programs,
+        programs=tuple(16 * n for n in programs),
         starts=tuple(accumulate(room, initial=0))[:-1],
         firsts=tuple(accumulate(channels, initial=0))[:-1],
         counts=tuple(float(x.batch * x.size) for x in layouts),
@@ -300,7 +307,11 @@ def _shape(x: Tensor) -> tuple[int, int, int, bool]:
 
 
 def _ends(programs: Iterable[int]) -> tuple[int, ...]:
-    return tuple(accumulate(programs))
+    return tuple(16 * n for n in accumulate(programs))
+
+
+def _rounded(n: int) -> int:
+    return 16 * _parts(n, 16)
 
 
 def _parts(n: int, size: int) -> int:
@@ -324,19 +335,19 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
         if not normalize:
             sizes = tuple(s.numel() for s in ss)
             programs = [_parts(n, BLOCK * LOOPS) for n in sizes]
-            partial, ends = ss[0].new_zeros(len(ss), max(programs), dtype=torch.float32), _ends(programs)
-            scales = tuple(1 / n for n in sizes)
-            _squares[(ends[-1],)](ss, ts, partial, max(programs), scales, sizes, ends, block=BLOCK, loops=LOOPS)
+            width, ends, scales = _rounded(max(programs)), _ends(programs), tuple(1 / n for n in sizes)
+            partial = ss[0].new_zeros(len(ss), width, dtype=torch.float32)
+            _squares[(ends[-1] // 16,)](ss, ts, partial, width, scales, sizes, ends, block=BLOCK, loops=LOOPS)
             return partial.sum(1), []
         x = _launches(tuple(_shape(s) for s in ss))
         width = max(x.channels)
         partial = ss[0].new_zeros(len(ss), width, dtype=torch.float32)
         moments, coefficients = partial.new_empty(x.moments), partial.new_empty(4 * sum(x.channels))
-        _moments[(x.for_moments[-1],)](
+        _moments[(x.for_moments[-1] // 16,)](
             ss, ts, moments, x.starts, x.batches, x.channels, x.sizes, x.blocks, x.for_moments,
             last=x.last, rows=x.rows, columns=x.columns, loops=LOOPS, num_warps=8,
         )  # fmt: skip
-        _finish[(x.for_finish[-1],)](
+        _finish[(x.for_finish[-1] // 16,)](
             moments, x.starts, partial, width, coefficients, x.firsts, x.programs, x.channels, x.counts, eps,
             x.for_finish, rows=64, columns=FINISH,
         )  # fmt: skip
@@ -361,11 +372,11 @@ def gradients(
         if not kept:
             sizes = tuple(s.numel() for s in ss)
             ends, scales = _ends(_parts(n, BLOCK) for n in sizes), tuple(2 / n for n in sizes)
-            _differences[(ends[-1],)](ss, ts, outs, upstream, terms, scales, sizes, ends, block=BLOCK)
+            _differences[(ends[-1] // 16,)](ss, ts, outs, upstream, terms, scales, sizes, ends, block=BLOCK)
         else:
             x = _launches(tuple(_shape(s) for s in ss))
             firsts = tuple(accumulate((s.shape[1] for s, _ in pairs), initial=0))
-            _standardized[(x.for_gradients[-1],)](
+            _standardized[(x.for_gradients[-1] // 16,)](
                 ss, ts, outs, upstream, terms, kept[0], tuple(firsts[i] for i in terms), x.channels, x.sizes, x.blocks,
                 x.for_gradients, last=x.last, rows=x.rows, columns=x.columns,
             )  # fmt: skip

@@ -196,7 +196,8 @@ class CrossAlignmentLoss(nn.Module):
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
         key = (channels, x.shape[1], x.device, dtype)
         if key not in self._fixed:  # kept, so that no later step copies to the device or casts
-            self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
+            with torch.inference_mode(False):  # training may use it next
+                self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
         return RF.project(x, self._fixed[key])
 
 

@@ -134,6 +134,36 @@ def test_folding_and_compiling_exclude_each_other():
         ReSegWrapper(UNet(), compile_teacher=True, fold_teacher=True)
 
 
+class Blocks(nn.Module):
+    """Blocks that end within a chain, as a residual branch whose activation comes after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+        self.norm = nn.Sequential(nn.BatchNorm2d(4))
+        self.relu = nn.Sequential(nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.after = nn.ReLU()
+        for norm in (self.norm[0], self.branch[1]):
+            norm.running_mean.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.branch(self.relu(self.norm(self.conv(x)))))
+
+
+@pytest.mark.parametrize("tap", ["conv", "in:norm", "norm", "in:relu", "relu", "branch", "in:after"])
+def test_what_a_block_returns_or_takes_in_is_what_it_was_where_the_block_ends_within_a_chain(tap):
+    torch.manual_seed(0)
+    model, x, tap = Blocks().eval(), torch.randn(2, 3, 8, 8), Tap.parse(tap)
+    seen = []
+    for network in (model, folded(model, x, [tap], torch.float32)[0]):
+        module = network.get_submodule(tap.module)
+        module.register_forward_hook(lambda _, args, output: seen.append((args[0] if tap.is_input else output).clone()))
+        with torch.no_grad():
+            network(x)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 20.0])
 def test_a_folded_convolution_is_within_twice_the_error_of_the_three_in_low_precision(mean, relu):

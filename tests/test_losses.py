@@ -91,6 +91,18 @@ def test_unequal_channels_go_through_the_fixed_map_and_equal_ones_do_not():
     assert not torch.equal(loss(student, teacher), CrossAlignmentLoss(seed=4)(student, teacher))
 
 
+def test_a_fixed_map_that_was_made_in_inference_mode_serves_in_training():
+    loss, (x, t) = CrossAlignmentLoss(), (torch.randn(2, c, 4, 4) for c in (3, 5))
+    pair = Features((x,), (x,), x), Features((t,), (t,), t)
+    with torch.inference_mode():
+        value = loss(*pair)
+    x.requires_grad_()
+    again = loss(*pair)
+    again.backward()
+    assert torch.equal(value, again)
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("mean", [0.0, 50.0])
 @pytest.mark.parametrize("normalize", [None, "batch"])
 @pytest.mark.parametrize("projection", [None, "linear"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import sys
@@ -52,6 +53,23 @@ def test_a_run_writes_results_that_pass_the_check_and_resumes(overhead, tmp_path
         overhead.check(broken)
     with pytest.raises(ValueError, match="'ms'"):
         overhead.check({**report, "results": [{k: v for k, v in report["results"][0].items() if k != "ms"}]})
+
+
+def test_a_group_that_fails_leaves_garbage_collection_on_for_the_next_one(overhead):
+    class Failing:
+        def rows(self):
+            return {"bare": None}
+
+        def step(self, row):
+            def step():
+                if not gc.isenabled():
+                    raise RuntimeError("out of memory")
+
+            return step
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        overhead.measure(Failing(), steps=2, warmup=1)
+    assert gc.isenabled()
 
 
 def test_results_that_are_published_pass_the_check(overhead):

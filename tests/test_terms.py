@@ -212,11 +212,43 @@ def test_an_unknown_backend_is_refused(monkeypatch):
         fused(None)(*pair((2, 3, 4, 5)))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_other_batches_and_sizes_do_not_compile_the_kernels_anew(channels_last):
+    """Triton does that where an integer comes to be 1 or a multiple of 16; these vary with every batch and size."""
+    kernels = pytest.importorskip("reseg_loss.kernels", exc_type=ImportError)
+    for batch, size in [*((b, 3136) for b in range(1, 33)), (1, 100), (3, 7 * 11), (2, 13 * 5 * 3)]:
+        levels = [(batch, c, size * 4 // k, not channels_last) for c, k in ((5, 1), (64, 4), (130, 16))]
+        x = kernels._launches(tuple(levels))
+        assert not any(n % 16 for n in (*x.programs, *x.starts, *x.for_moments, *x.for_finish, *x.for_gradients))
+
+
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 def test_on_cuda_the_probe_finds_the_kernels_right():
     pytest.importorskip("triton")
     terms.kernels_work.cache_clear()
     assert terms.kernels_work(DEVICE)
+
+
+@pytest.mark.parametrize("wrong", ["none", "channels_last", "bf16"])
+def test_the_probe_sees_kernels_that_are_wrong_in_one_memory_order_or_dtype(backend, monkeypatch, wrong):
+    if backend == "torch":
+        pytest.skip("of the kernels")
+    from reseg_loss import kernels
+
+    gradients, shape = kernels.gradients, kernels._shape
+
+    def unfit(pairs: Any, *args: Any) -> Any:
+        if any(s.dtype == torch.bfloat16 for s, _ in pairs):
+            raise RuntimeError("no bf16 here")
+        return gradients(pairs, *args)
+
+    if wrong == "bf16":
+        monkeypatch.setattr(kernels, "gradients", unfit)
+    elif wrong == "channels_last":
+        monkeypatch.setattr(kernels, "_shape", lambda x: (*shape(x)[:3], True))
+    terms.kernels_work.cache_clear()
+    assert terms.kernels_work(DEVICE) is (wrong == "none")
+    terms.kernels_work.cache_clear()
 
 
 def test_kernels_that_fail_are_replaced_by_torch_with_a_warning(monkeypatch, caplog):
