@@ -103,8 +103,10 @@ class FoldedConv(nn.Module):
         self.relu, self.how = relu, (conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in any dtype, to the folded one."""
-        x, weight, bias = x.to(self.get_buffer("weight").dtype), self.get_buffer("weight"), self.get_buffer("bias")
+        """(B, C, H, W) in any dtype, to the folded one; where the network switches autocast off, to the input's."""
+        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
+        dtype = weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
         if self.relu and x.is_cuda:
             return torch.cudnn_convolution_relu(x, weight, bias, *self.how)
         y = F.conv2d(x, weight, bias, *self.how)

@@ -119,7 +119,7 @@ def project(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: any float dtype.
-        matrix: (D, C). If both are in bf16 it is a bf16 matmul of tensor cores, whose sums are fp32, and reads and
+        matrix: (D, C). If both are in bf16 it is torch's bf16 matmul, which tensor cores do and which reads and
             writes half as much; otherwise all are cast to at least fp32 (fp16 could overflow).
         bias: (D,).
 

@@ -164,6 +164,30 @@ def test_what_a_block_returns_or_takes_in_is_what_it_was_where_the_block_ends_wi
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
+class Careful(nn.Module):
+    """A network with a part that it does not want in autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.last(self.part(x.float()).mean((2, 3)))
+
+
+def test_a_part_without_autocast_stays_in_the_dtype_of_its_input():
+    torch.manual_seed(0)
+    model, x = Careful().eval(), torch.randn(2, 3, 8, 8)
+    copy, count = folded(model, x, [], torch.bfloat16)
+    assert count == 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = model(x), copy(x)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 20.0])
 def test_a_folded_convolution_is_within_twice_the_error_of_the_three_in_low_precision(mean, relu):
@@ -178,9 +202,8 @@ def test_a_folded_convolution_is_within_twice_the_error_of_the_three_in_low_prec
             norm(conv(x))  # the statistics of such inputs
             norm.weight.uniform_(0.5, 2), norm.bias.normal_()
             chain = nn.Sequential(conv, norm, nn.ReLU() if relu else nn.Identity()).eval()
-            found = FoldedConv(conv, norm, relu, torch.bfloat16)(x)
             with torch.autocast("cpu", torch.bfloat16):
-                naive = chain(x)
+                found, naive = FoldedConv(conv, norm, relu, torch.bfloat16)(x), chain(x)
             exact = chain.double()(x.bfloat16().double())
         assert found.dtype == naive.dtype == torch.bfloat16
         errors.append([float((y.double() - exact).norm()) for y in (found, naive)])
@@ -202,7 +225,8 @@ def test_the_fused_operation_on_cuda_reads_no_uninitialised_memory_and_agrees(dt
     expected = chain(x.double()).detach()
     poison = torch.full_like(expected, float("nan"), dtype=dtype, memory_format=torch.channels_last)
     del poison  # the output takes its place
-    found = fused(x.contiguous(memory_format=torch.channels_last))
+    with torch.autocast("cuda", dtype):
+        found = fused(x.contiguous(memory_format=torch.channels_last))
     assert found.isfinite().all()
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert float((found.double() - expected).norm() / expected.norm()) < 1e-2

@@ -110,7 +110,7 @@ def test_the_cost_table_of_smp_is_that_of_the_results():
         if r["row"] != "bare":
             values = f"{r['ratio']:.2f}", f"{r['peak_ratio']:.2f}"
         assert line == f"| {r['row']} | {' | '.join(values)} |"
-    assert len(table) == 9
+    assert len(table) == 10
 
 
 def test_the_examples_numbers_are_those_of_the_results():
