@@ -55,7 +55,7 @@ def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str
     for node in flow.nodes:
         for source in node.sources:
             users.setdefault(source, []).append(node.index)
-    outputs = {node for _, node in flow.calls[0].outputs}
+    needed = tapped | {node for _, node in flow.calls[0].outputs}
     modules = dict(body.named_modules())
 
     def alone(call: Call) -> bool:
@@ -64,7 +64,7 @@ def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str
 
     def only_next(call: Call, kind: type) -> Call | None:
         """The call that takes this one's output, if it is of a kind and nobody else does."""
-        if len(call.outputs) != 1 or call.outputs[0][1] in outputs | tapped:
+        if len(call.outputs) != 1 or call.outputs[0][1] in needed:
             return None
         node = call.outputs[0][1]
         after = [other for other in flow.calls if type(other.module) is kind and [n for _, n in other.inputs] == [node]]

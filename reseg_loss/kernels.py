@@ -310,6 +310,10 @@ def _ends(programs: Iterable[int]) -> tuple[int, ...]:
     return tuple(16 * n for n in accumulate(programs))
 
 
+def _grid(ends: tuple[int, ...]) -> tuple[int]:
+    return (ends[-1] // 16,)
+
+
 def _rounded(n: int) -> int:
     return 16 * _parts(n, 16)
 
@@ -337,17 +341,17 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
             programs = [_parts(n, BLOCK * LOOPS) for n in sizes]
             width, ends, scales = _rounded(max(programs)), _ends(programs), tuple(1 / n for n in sizes)
             partial = ss[0].new_zeros(len(ss), width, dtype=torch.float32)
-            _squares[(ends[-1] // 16,)](ss, ts, partial, width, scales, sizes, ends, block=BLOCK, loops=LOOPS)
+            _squares[_grid(ends)](ss, ts, partial, width, scales, sizes, ends, block=BLOCK, loops=LOOPS)
             return partial.sum(1), []
         x = _launches(tuple(_shape(s) for s in ss))
         width = max(x.channels)
         partial = ss[0].new_zeros(len(ss), width, dtype=torch.float32)
         moments, coefficients = partial.new_empty(x.moments), partial.new_empty(4 * sum(x.channels))
-        _moments[(x.for_moments[-1] // 16,)](
+        _moments[_grid(x.for_moments)](
             ss, ts, moments, x.starts, x.batches, x.channels, x.sizes, x.blocks, x.for_moments,
             last=x.last, rows=x.rows, columns=x.columns, loops=LOOPS, num_warps=8,
         )  # fmt: skip
-        _finish[(x.for_finish[-1] // 16,)](
+        _finish[_grid(x.for_finish)](
             moments, x.starts, partial, width, coefficients, x.firsts, x.programs, x.channels, x.counts, eps,
             x.for_finish, rows=64, columns=FINISH,
         )  # fmt: skip
@@ -372,11 +376,11 @@ def gradients(
         if not kept:
             sizes = tuple(s.numel() for s in ss)
             ends, scales = _ends(_parts(n, BLOCK) for n in sizes), tuple(2 / n for n in sizes)
-            _differences[(ends[-1] // 16,)](ss, ts, outs, upstream, terms, scales, sizes, ends, block=BLOCK)
+            _differences[_grid(ends)](ss, ts, outs, upstream, terms, scales, sizes, ends, block=BLOCK)
         else:
-            x = _launches(tuple(_shape(s) for s in ss))
-            firsts = tuple(accumulate((s.shape[1] for s, _ in pairs), initial=0))
-            _standardized[(x.for_gradients[-1] // 16,)](
+            shapes = tuple(_shape(s) for s, _ in pairs)
+            x, firsts = _launches(tuple(shapes[i] for i in terms)), _launches(shapes).firsts
+            _standardized[_grid(x.for_gradients)](
                 ss, ts, outs, upstream, terms, kept[0], tuple(firsts[i] for i in terms), x.channels, x.sizes, x.blocks,
                 x.for_gradients, last=x.last, rows=x.rows, columns=x.columns,
             )  # fmt: skip
