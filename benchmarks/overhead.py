@@ -432,6 +432,16 @@ def plot(report: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def set_up() -> None:
+    """What is set for the whole process."""
+    torch.backends.cudnn.benchmark = True
+    dynamo = torch._dynamo.config
+    # the rows' models share their code: by default the bare row's, without hooks, would serve the others too
+    dynamo.skip_nnmodule_hook_guards = False
+    # and eager mode would take over after a few of them
+    setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file, written after every group; the plot goes beside it")
@@ -450,9 +460,7 @@ def main() -> None:
     parser.add_argument("--plot-only", action="store_true", help="draw what --out has")
     args = parser.parse_args()
     begin = time.monotonic()
-    torch.backends.cudnn.benchmark = True
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, 64)  # rows share the code of a model; by default eager would take over
+    set_up()
     if args.profile:
         profile(Bench(plan(args.models)[0], args.batch, args.size, args.width), args.profile)
         return

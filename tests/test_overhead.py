@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -53,6 +54,21 @@ def test_a_run_writes_results_that_pass_the_check_and_resumes(overhead, tmp_path
         overhead.check(broken)
     with pytest.raises(ValueError, match="'ms'"):
         overhead.check({**report, "results": [{k: v for k, v in report["results"][0].items() if k != "ms"}]})
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
+def test_rows_of_a_compiled_student_do_not_share_the_bare_rows_code(overhead, monkeypatch):
+    torch = overhead.torch
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    dynamo = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+    with dynamo.patch({limit: 1, "skip_nnmodule_hook_guards": True}), torch.backends.cudnn.flags(benchmark=False):
+        torch._dynamo.reset()
+        overhead.set_up()
+        bench = overhead.Bench(overhead.Group("U-Net", "fp32", compiled=True), 1, 32, 4)
+        rows = overhead.measure(bench, steps=6, warmup=1)  # a tap that does not fire is an error
+    torch._dynamo.reset()
+    assert [row["row"] for row in rows] == list(overhead.ROWS)
 
 
 def test_a_group_that_fails_leaves_garbage_collection_on_for_the_next_one(overhead):

@@ -216,6 +216,20 @@ def test_a_kernel_that_runs_and_is_right_is_used(monkeypatch, caplog):
     )
 
 
+def test_a_compiled_model_neither_traces_the_scan_nor_the_trial_of_the_kernel(monkeypatch):
+    compiling = []
+
+    def kernel(*args, **kwargs):
+        compiling.append(torch.compiler.is_compiling())
+        return working_kernel(*args, **kwargs)
+
+    fake_gpu(monkeypatch, kernel)
+    tensors = [t.detach() for t in arguments(6)]
+    found = torch.compile(lambda *t: selective_scan(*t) * 2, backend="eager")(*tensors)
+    assert compiling == [False, False]  # the trial's scan and ours
+    assert worst([found], [2 * sequential(*tensors)]) < 1e-5
+
+
 def no_kernel_image(*args, **kwargs):
     raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 

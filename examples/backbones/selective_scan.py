@@ -27,6 +27,8 @@ _probed: dict[torch.device, Exception | None] = {}
 _chosen: dict[tuple[str, str, torch.device], bool] = {}
 
 
+# opaque to torch.compile, which would unroll the loops of the torch scan (minutes for every length) and trace the probe
+@torch.compiler.disable
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, backend: Backend | None = None
 ) -> Tensor:
