@@ -105,13 +105,13 @@ class Session:
         loss = step.train(variant, seed, teacher)
         self.machine.synchronize()
         trained = time.perf_counter()
-        predicted = {
-            part + whose: self.predict(step, network, self.parts.part(part))
-            for whose, network in step.networks.items()
-            for part in self.plan.parts
-        }
-        if self.other is not None and self.plan.also_test is not None:
-            predicted[self.other.name] = self.predict_other(step, self.other, self.plan.also_test["classes"])
+        predicted = {}
+        for whose, network in step.networks.items():
+            for part in self.plan.parts:
+                predicted[part + whose] = self.predict(step, network, self.parts.part(part))
+            if self.other is not None and self.plan.also_test is not None:
+                classes = self.plan.also_test["classes"]
+                predicted[self.other.name + whose] = self.predict_other(step, network, self.other, classes)
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)
         done = time.perf_counter()
         line = {
@@ -135,11 +135,11 @@ class Session:
         return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
 
     def predict_other(
-        self, step: Stage2, other: Slices, classes: list[tuple[int, int]]
+        self, step: Stage2, network: nn.Module, other: Slices, classes: list[tuple[int, int]]
     ) -> Callable[[], dict[str, Any]]:
         images, _ = to_size(other, self.plan.settings.size)
         truth, volume = torch.from_numpy(other.labels), torch.from_numpy(other.volume)
-        prediction = step.predict(step.model, images.to(self.machine.device), truth.shape[-1]).cpu()
+        prediction = step.predict(network, images.to(self.machine.device), truth.shape[-1]).cpu()
         names = [self.data.class_names[ours - 1] for ours, _ in classes]
         return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
 

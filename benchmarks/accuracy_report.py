@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy_report.py results.jsonl --plan benchmarks/plans/confirm_acdc_5.json --figure out.png
 
-Scores in percent (DSC) and pixels (HD95), over the seeds that a variant was run with; differences are paired, over
+Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired, over
 the seeds that both have, with Student's 95 % interval.
 """
 
@@ -138,11 +138,11 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
             axes.errorbar(difference.mean, row, xerr=difference.half_width, fmt="s", color="#0072B2", capsize=3)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.invert_yaxis()
         axes.set_xlabel(f"DSC on {scores.part}, paired difference to {reference} (95 % interval)", fontsize=8)
         plan = scores.plan
-        what = f"{plan.data}, {plan.patients} patients, augmentation {plan.settings.augmentation}"
-        axes.set_title(f"{what} ({reference}: {fmean(base.values()):.1f})", fontsize=9)
+        what = f"{plan.data}, {plan.patients} patients, {plan.settings.model}, {plan.settings.augmentation} augmentation"
+        axes.set_title(f"{plan.name} ({reference}: {fmean(base.values()):.1f})\n{what}", fontsize=8)
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
     drawn.savefig(path, dpi=110)
 
@@ -152,11 +152,12 @@ def report(scores: Scores) -> str:
     plan = scores.plan
     planned = len(plan.seeds) * len(plan.variants)
     there = sum(len(scores.lines.get(variant.name, ())) for variant in plan.variants)
+    unit = "voxels" if plan.settings.model == "unet_3d" else "pixels"
     parts = [
         f"## {plan.name}: {plan.data}, {plan.patients} labelled patients, {scores.part}",
         plan.question,
         f"Rule, written before: {plan.rule}",
-        f"{there} of {planned} runs are there. A class's column is DSC / HD95 (pixels).",
+        f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
         table(scores) if scores.lines else "Nothing was run.",
     ]
     return "\n\n".join(parts)

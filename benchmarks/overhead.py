@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
-A group is a model in a precision, eager or compiled. Its rows are interleaved step by step; a number is the median of
-at least 30 steps after a warm-up, by CUDA events on a GPU. Results are written after every group, and a group that
+A group is a model in a precision, eager or compiled. Its rows are interleaved, a few steps of each in turn; a number is
+the median of such samples after a warm-up, by CUDA events on a GPU. Results are written after every group, and a group that
 the file has already is skipped. On CPU it runs smaller.
 """
 
@@ -41,6 +41,7 @@ PRECISIONS = ("fp32", "bf16", "bf16 channels_last")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 STAGE_1 = 8  # stage 2 has so many times the steps of stage 1
+IN_A_ROW = 8 if CUDA else 1  # steps of a sample: one alone would have the GPU wait for the host where training does not
 
 # {row: settings of the wrapper, over the preset paper}; a row of None is made by its own method
 ROWS: dict[str, dict[str, Any] | None] = {
@@ -273,7 +274,8 @@ def in_graphs() -> int:
 def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
     """All rows of a group, interleaved so that they share the machine's moods."""
     settings = bench.rows()
-    cycle = {row: (values or {}).get("every", 1) for row, values in settings.items()}
+    cycle = {row: max(IN_A_ROW, (values or {}).get("every", 1)) for row, values in settings.items()}
+    samples = {row: max(6, steps // cycle[row]) for row in settings}
     run, memory = {}, {}
     for row in settings:
         held = torch.cuda.memory_allocated() + in_graphs() if CUDA else 0
@@ -288,13 +290,13 @@ def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
             memory[row] = torch.cuda.max_memory_allocated() + in_graphs() - held
     times: dict[str, list[float]] = {row: [] for row in run}
-    # a collection takes longer than some steps; a median of single steps leaves it out, a mean of several does not
+    # a collection takes longer than some steps
     gc.disable()
     try:
-        for i in range(steps):
+        for i in range(max(samples.values())):
             gc.collect()
             for row, step in run.items():
-                if cycle[row] == 1 or i < max(6, steps // cycle[row]):
+                if i < samples[row]:
                     times[row].append(timed(step, cycle[row]))
     finally:  # a group that fails is not the last one
         gc.enable()
@@ -449,7 +451,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24 if CUDA else 2)
     parser.add_argument("--size", type=int, default=224 if CUDA else 64)
     parser.add_argument("--width", type=int, default=64 if CUDA else 16, help="of the U-Net; under 64 all are small")
-    parser.add_argument("--steps", type=int, default=30 if CUDA else 10)
+    parser.add_argument("--steps", type=int, default=64 if CUDA else 10)
     parser.add_argument("--warmup", type=int, default=6 if CUDA else 3)
     parser.add_argument(
         "--stage2-steps", type=int, default=160 if CUDA else 16, help="of the wall clock of both stages"

@@ -19,6 +19,8 @@ from .taps.record import Call, Record, record
 def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.dtype) -> tuple[nn.Module, int]:
     """A copy of `body` in which every chain that can be is one operation in `dtype`, and how many there are.
 
+    What is not folded shares its parameters and buffers with `body`.
+
     Args:
         body: a network in evaluation; it stays as it is.
         example: an input of it, for one dry forward.
@@ -26,7 +28,7 @@ def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.d
         dtype: float16 or bfloat16.
     """
     names = chains(record(body, example), body, taps)
-    body = copy.deepcopy(body)
+    body = copy.deepcopy(body, {id(held): held for held in (*body.parameters(), *body.buffers())})
     modules = dict(body.named_modules())
     for conv, norm, relu in names:
         instead = {conv: FoldedConv(modules[conv], modules[norm], relu is not None, dtype), norm: nn.Identity()}

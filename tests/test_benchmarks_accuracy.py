@@ -538,10 +538,12 @@ def test_a_line_that_was_cut_short_is_run_again(tmp_path, capsys):
 def test_another_data_set_is_scored_beside(folder, tmp_path):
     out = tmp_path / "results.jsonl"
     other = {"data": "sunnybrook", "classes": [[3, 1]]}
-    assert run(plan_of(seeds=(0,), variants=(CATALOGUE["bare"],), also_test=other), folder, out)
-    scores = read_lines(out)[0]["scores"]["sunnybrook"]
-    assert scores["volumes"] == 90
-    assert scores["classes"] == ["left ventricle"]
+    assert run(plan_of(seeds=(0,), variants=(CATALOGUE["cutmix"],), also_test=other), folder, out)
+    scores = read_lines(out)[0]["scores"]
+    network, average = scores["sunnybrook"], scores["sunnybrook, mean teacher"]
+    assert network["volumes"] == average["volumes"] == 90
+    assert network["classes"] == average["classes"] == ["left ventricle"]
+    assert network["dsc"] != average["dsc"]
 
 
 def test_unlabelled_images_are_asked_for_only_where_there_are_some(folder, tmp_path):
@@ -574,7 +576,7 @@ def test_the_written_plans_can_be_read_and_hold_together(path):
 
 def test_the_keys_of_the_results_there_are_stay_as_they_are():
     key = read_plan(ROOT / "benchmarks/plans/confirm_acdc_5.json").key(4, CATALOGUE["bare"], 224)
-    line = finished(read_lines(ROOT / "benchmarks/results/accuracy_h100.jsonl"))[key]
+    line = finished(read_lines(ROOT / "benchmarks/results/accuracy.jsonl"))[key]
     assert (line["plan"], line["seed"], line["variant"]) == ("confirm_acdc_5", 4, "bare")
 
 

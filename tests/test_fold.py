@@ -73,6 +73,7 @@ def test_only_chains_that_nothing_sees_inside_are_folded_and_the_outputs_are_the
     whole, without = ("plain.0", "biased.0", "affineless.0"), ("tapped.0", "residual.0", "residual.2", "returned.0")
     assert relu == dict.fromkeys(whole, True) | dict.fromkeys(without, False)
     assert count == len(relu)
+    assert copy.reflected[0].weight is model.reflected[0].weight  # no second one in memory
     with torch.no_grad():
         for a, b in zip(model(x), copy(x)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -90,27 +90,17 @@ def test_every_linked_file_exists():
 
 
 def test_the_cost_table_is_that_of_the_results():
-    results = json.loads((ROOT / "benchmarks" / "results" / "overhead_h100.json").read_text())["results"]
-    rows = [[r for r in results if r["row"] == row] for row in dict.fromkeys(r["row"] for r in results)]
-    order = ["fp32", "bf16", "bf16 channels_last"]
-    tables = [sorted(row, key=lambda r: order.index(r["precision"])) for row in rows if len(row) == len(order)]
-    assert len(tables) == 10  # the rest are single means, measured in some precisions
-    for row in tables:
-        values = [f"{r['ms']:.1f} ms" if r["row"] == "bare" else f"{r['ratio']:.2f}" for r in row]
-        assert f"| {row[0]['row']} | {' | '.join(values)} |" in README.splitlines()
-
-
-def test_the_cost_table_of_smp_is_that_of_the_results():
-    file = ROOT / "benchmarks" / "results" / "overhead_h100_captured.json"
-    table = README[README.index("| smp Unet(resnet34), bf16 channels_last |") :].split("\n\n")[0].splitlines()[2:]
-    results = {r["row"]: r for r in json.loads(file.read_text())["results"]}
-    for line in table:
-        r = results[line.split(" | ")[0].removeprefix("| ")]
-        values = (f"{r['ms']:.1f} ms", f"{r['peak_mib']:.0f} MiB")
-        if r["row"] != "bare":
-            values = f"{r['ratio']:.2f}", f"{r['peak_ratio']:.2f}"
-        assert line == f"| {r['row']} | {' | '.join(values)} |"
-    assert len(table) == 10
+    results = json.loads((ROOT / "benchmarks" / "results" / "overhead_h200.json").read_text())["results"]
+    table = README[README.index("| | U-Net, fp32 |") :].split("\n\n")[0].splitlines()
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    groups = [tuple(name.replace("channels_last", "bf16 channels_last").split(", ")) for name in header[1:]]
+    known = {(r["model"], r["precision"], r["row"]): r for r in results}
+    for row, *cells in lines:
+        for group, cell in zip(groups, cells, strict=True):
+            r = known.get((*group, row))
+            measured = "" if r is None else f"{r['ms']:.1f} ms" if row == "bare" else f"{r['ratio']:.2f}"
+            assert cell == measured, (row, group)
+    assert (len(lines), len(groups)) == (11, 7)
 
 
 def test_the_examples_numbers_are_those_of_the_results():
