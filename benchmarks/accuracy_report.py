@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy_report.py results.jsonl --plan benchmarks/plans/confirm_acdc_5.json --figure out.png
 
-Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired, over
-the seeds that both have, with Student's 95 % interval.
+Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired,
+over the seeds that both have, with Student's 95 % interval.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_xlabel(f"DSC on {scores.part}, paired difference to {reference} (95 % interval)", fontsize=8)
-        plan = scores.plan
-        what = f"{plan.data}, {plan.patients} patients, {plan.settings.model}, {plan.settings.augmentation} augmentation"
+        plan, settings = scores.plan, scores.plan.settings
+        what = f"{plan.data}, {plan.patients} patients, {settings.model}, {settings.augmentation} augmentation"
         axes.set_title(f"{plan.name} ({reference}: {fmean(base.values()):.1f})\n{what}", fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.spines[["top", "right"]].set_visible(False)

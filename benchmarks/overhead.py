@@ -3,8 +3,8 @@
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
 A group is a model in a precision, eager or compiled. Its rows are interleaved, a few steps of each in turn; a number is
-the median of such samples after a warm-up, by CUDA events on a GPU. Results are written after every group, and a group that
-the file has already is skipped. On CPU it runs smaller.
+the median of such samples after a warm-up, by CUDA events on a GPU. Results are written after every group, and a group
+that the file has already is skipped. On CPU it runs smaller.
 """
 
 from __future__ import annotations

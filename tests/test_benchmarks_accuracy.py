@@ -538,7 +538,9 @@ def test_a_line_that_was_cut_short_is_run_again(tmp_path, capsys):
 def test_another_data_set_is_scored_beside(folder, tmp_path):
     out = tmp_path / "results.jsonl"
     other = {"data": "sunnybrook", "classes": [[3, 1]]}
-    assert run(plan_of(seeds=(0,), variants=(CATALOGUE["cutmix"],), also_test=other), folder, out)
+    settings = replace(SETTINGS, steps=40, lr=0.05)
+    plan = plan_of(seeds=(0,), variants=(CATALOGUE["cutmix"],), also_test=other, settings=settings)
+    assert run(plan, folder, out)
     scores = read_lines(out)[0]["scores"]
     network, average = scores["sunnybrook"], scores["sunnybrook, mean teacher"]
     assert network["volumes"] == average["volumes"] == 90
