@@ -341,7 +341,7 @@ def both_stages(group: Group, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Wall clock of a whole training, stage 1 included, against the bare one's; nothing compiled is timed."""
     bench, results = Bench(group, args.batch, args.size, args.width), []
     amp = torch.bfloat16 if "bf16" in group.precision else None
-    for row in ("bare", "paper", "standardized", "paper, every=8"):
+    for row in ("bare", "paper", "standardized", "paper, folded teacher", "paper, every=8"):
         settings = {"preset": "paper", **(ROWS[row] or {})}
         model = bench.model().train()
         reseg = None if row == "bare" else ReSegWrapper(model, example_input=bench.image[:1], **settings)
@@ -454,7 +454,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64 if CUDA else 10)
     parser.add_argument("--warmup", type=int, default=6 if CUDA else 3)
     parser.add_argument(
-        "--stage2-steps", type=int, default=160 if CUDA else 16, help="of the wall clock of both stages"
+        "--stage2-steps", type=int, default=400 if CUDA else 16, help="of the wall clock of both stages"
     )
     parser.add_argument("--minutes", type=float, default=8, help="no group is begun later than that")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
