@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +44,22 @@ FILES = {
 }
 
 
+class Scored(NamedTuple):
+    """What networks are scored on: images on the device, and the rest on the CPU."""
+
+    images: Tensor
+    truth: Tensor
+    volume: Tensor
+    classes: list[tuple[int, int]]
+    """(ours, theirs), as `score` takes them."""
+
+
 class Session:
     """What the runs of a plan share: data on the device, captured steps, and the seed's teachers."""
 
     def __init__(self, plan: Plan, folder: Path, machine: Machine, about: dict[str, Any]) -> None:
         self.plan, self.machine, self.about = plan, machine.with_pool(), about
         self.data = find(folder, plan.data)
-        self.other = find(folder, plan.also_test["data"]) if plan.also_test else None
         settings = plan.settings
         self.classes = len(self.data.class_names) + 1
         self.images, labels = to_size(self.data, settings.size)
@@ -59,6 +68,12 @@ class Session:
         steps = max(settings.stage1_steps, *lengths)
         self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
         self.images = self.feed.images
+        self.other: dict[str, Scored] = {}
+        if plan.also_test is not None:
+            other = find(folder, plan.also_test["data"])
+            images, _ = to_size(other, settings.size)
+            truth, volume = torch.from_numpy(other.labels), torch.from_numpy(other.volume)
+            self.other[other.name] = Scored(images.to(machine.device), truth, volume, plan.also_test["classes"])
         self.steps: dict[str, Stage2] = {}
         self.stage_1: dict[tuple[str, str], Stage1] = {}
         self.teachers: dict[tuple[str, str], tuple[dict[str, Tensor], float]] = {}
@@ -105,13 +120,12 @@ class Session:
         loss = step.train(variant, seed, teacher)
         self.machine.synchronize()
         trained = time.perf_counter()
-        predicted = {}
-        for whose, network in step.networks.items():
-            for part in self.plan.parts:
-                predicted[part + whose] = self.predict(step, network, self.parts.part(part))
-            if self.other is not None and self.plan.also_test is not None:
-                classes = self.plan.also_test["classes"]
-                predicted[self.other.name + whose] = self.predict_other(step, network, self.other, classes)
+        scored = {part: self.part(self.parts.part(part)) for part in self.plan.parts} | self.other
+        predicted = {
+            name + whose: self.predict(step, network, on)
+            for whose, network in step.networks.items()
+            for name, on in scored.items()
+        }
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)
         done = time.perf_counter()
         line = {
@@ -125,23 +139,17 @@ class Session:
                 "predict": done - trained,
             },
         }
-        return line, lambda: {part: scored() for part, scored in predicted.items()}
+        return line, lambda: {name: scores() for name, scores in predicted.items()}
 
-    def predict(self, step: Stage2, network: nn.Module, patients: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
+    def part(self, patients: tuple[int, ...]) -> Scored:
         chosen = torch.from_numpy(rows(self.data, patients))
-        truth, volume = self.truth[chosen], torch.from_numpy(self.data.volume)[chosen]
-        prediction = step.predict(network, self.images[chosen.to(self.machine.device)], truth.shape[-1]).cpu()
-        names, classes = list(self.data.class_names), [(i, i) for i in range(1, self.classes)]
-        return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
+        images, volume = self.images[chosen.to(self.machine.device)], torch.from_numpy(self.data.volume)[chosen]
+        return Scored(images, self.truth[chosen], volume, [(i, i) for i in range(1, self.classes)])
 
-    def predict_other(
-        self, step: Stage2, network: nn.Module, other: Slices, classes: list[tuple[int, int]]
-    ) -> Callable[[], dict[str, Any]]:
-        images, _ = to_size(other, self.plan.settings.size)
-        truth, volume = torch.from_numpy(other.labels), torch.from_numpy(other.volume)
-        prediction = step.predict(network, images.to(self.machine.device), truth.shape[-1]).cpu()
-        names = [self.data.class_names[ours - 1] for ours, _ in classes]
-        return lambda: {"classes": names, **score(prediction, truth, volume, classes)}
+    def predict(self, step: Stage2, network: nn.Module, on: Scored) -> Callable[[], dict[str, Any]]:
+        prediction = step.predict(network, on.images, on.truth.shape[-1]).cpu()
+        names = [self.data.class_names[ours - 1] for ours, _ in on.classes]
+        return lambda: {"classes": names, **score(prediction, on.truth, on.volume, on.classes)}
 
     def line(self, seed: int, variant: Variant) -> dict[str, Any]:
         """What is said of a run before it begins."""

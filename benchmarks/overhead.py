@@ -41,6 +41,7 @@ PRECISIONS = ("fp32", "bf16", "bf16 channels_last")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 STAGE_1 = 8  # stage 2 has so many times the steps of stage 1
+RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 IN_A_ROW = 8 if CUDA else 1  # steps of a sample: one alone would have the GPU wait for the host where training does not
 
 # {row: settings of the wrapper, over the preset paper}; a row of None is made by its own method
@@ -441,7 +442,7 @@ def set_up() -> None:
     # the rows' models share their code: by default the bare row's, without hooks, would serve the others too
     dynamo.skip_nnmodule_hook_guards = False
     # and eager mode would take over after a few of them
-    setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit", 64)
+    setattr(dynamo, RECOMPILE_LIMIT, 64)
 
 
 def main() -> None:

@@ -60,9 +60,8 @@ def test_a_run_writes_results_that_pass_the_check_and_resumes(overhead, tmp_path
 def test_rows_of_a_compiled_student_do_not_share_the_bare_rows_code(overhead, monkeypatch):
     torch = overhead.torch
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    dynamo = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
-    with dynamo.patch({limit: 1, "skip_nnmodule_hook_guards": True}), torch.backends.cudnn.flags(benchmark=False):
+    settings = {overhead.RECOMPILE_LIMIT: 1, "skip_nnmodule_hook_guards": True}
+    with torch._dynamo.config.patch(settings), torch.backends.cudnn.flags(benchmark=False):
         torch._dynamo.reset()
         overhead.set_up()
         bench = overhead.Bench(overhead.Group("U-Net", "fp32", compiled=True), 1, 32, 4)
