@@ -1,4 +1,4 @@
-"""What tests share: one thread, and a small data set of slices."""
+"""What tests share: one thread, one seed, and a small data set of slices."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import torch
 
 # small models run slower on several threads than on one, and side by side they would fight for cores
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test that fails, fails again: none depends on which others ran, or on luck."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
