@@ -177,7 +177,10 @@ def find(folder: Path, name: str) -> Slices:
 
 
 def to_size(data: Slices, size: int) -> tuple[Tensor, Tensor]:
-    """Images and labels (N, size, size), uint8; the images by area where they shrink. Volumes stay as they are."""
+    """Images and labels (N, size, size), uint8; volumes stay as they are.
+
+    Images are interpolated bilinearly, antialiased where they shrink; `evidence/pack.py` shrinks by area.
+    """
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     if images.ndim == 4 or images.shape[1:] == (size, size):
         return images, labels

@@ -3,7 +3,7 @@
     python benchmarks/accuracy_report.py results.jsonl --plan benchmarks/plans/confirm_acdc_5.json --figure out.png
 
 Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired,
-over the seeds that both have, with Student's 95 % interval.
+over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import finished, read_lines
 
 REFERENCES = ("bare", "ds x2")
+ORIGINS = ("commit", "device", "compiled")  # entries of a line that may move its numbers
+SHORT = 7  # characters of a commit
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Difference:
     def __str__(self) -> str:
         spread = "" if self.half_width is None else f" ± {self.half_width:.1f}"
         return f"{self.mean:+.1f}{spread}"
+
+    def over(self, seeds: int) -> str:
+        """As text, with the number of pairs where the row has more seeds than that."""
+        few = f" ({self.pairs} pair{'s' * (self.pairs > 1)})" if self.pairs < seeds else ""
+        return f"{self}{few}"
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
@@ -53,12 +61,16 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured of one plan on one part: {variant: {seed: ...}}, in the plan's order of variants."""
+    """What was measured of one plan on one part: {variant: {seed: ...}}, in the plan's order of variants.
+
+    `runs` are the lines of the results that this is of, one per run.
+    """
 
     plan: Plan
     part: str
     classes: tuple[str, ...]
     lines: dict[str, dict[int, dict[str, Any]]]
+    runs: tuple[Mapping[str, Any], ...]
 
     def values(self, variant: str, metric: str) -> dict[int, float]:
         """{seed: value} of "mean_dsc" (in percent) or "mean_hd95"; seeds without any such volume are left out."""
@@ -79,6 +91,7 @@ def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
     wanted = {plan.key(seed, variant, size): (seed, variant.name) for seed, variant in plan.runs() for size in sizes}
     found: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in plan.variants}
     classes: tuple[str, ...] = ()
+    runs: list[Mapping[str, Any]] = []
     for line in lines:
         if line["key"] in wanted and part in line["scores"]:
             seed, name = wanted[line["key"]]
@@ -89,7 +102,8 @@ def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
             if average is not None:
                 found.setdefault(f"{name}: its mean teacher", {})[seed] = average
             classes = tuple(line["scores"][part]["classes"])
-    return Scores(plan, part, classes, {name: seeds for name, seeds in found.items() if seeds})
+            runs.append(line)
+    return Scores(plan, part, classes, {name: seeds for name, seeds in found.items() if seeds}, tuple(runs))
 
 
 def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
@@ -98,23 +112,37 @@ def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
     head = ["variant", "seeds", "DSC ± sd", *(f"to {name}" for name in references)]
     head += ["HD95 ± sd", *(f"to {name}" for name in references), *scores.classes]
     rows = [head, ["---"] * len(head)]
-    for name in scores.lines:
-        row = [name, str(len(scores.lines[name]))]
+    for name, seeds in scores.lines.items():
+        row = [name, str(len(seeds))]
         for metric in ("mean_dsc", "mean_hd95"):
             values = scores.values(name, metric)
             spread = f" ± {stdev(values.values()):.1f}" if len(values) > 1 else ""
-            row.append(f"{fmean(values.values()):.1f}{spread}")
+            row.append(f"{fmean(values.values()):.1f}{spread}" if values else "-")
             for reference in references:
                 difference = paired(values, scores.values(reference, metric))
-                row.append("" if reference == name or difference is None else str(difference))
+                row.append("" if reference == name or difference is None else difference.over(len(seeds)))
         pairs = zip(scores.per_class(name, "dsc"), scores.per_class(name, "hd95"))
         row += ["-" if dsc is None or hd is None else f"{dsc:.1f} / {hd:.1f}" for dsc, hd in pairs]
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") -> None:
-    """Paired differences in DSC to the reference, a panel per plan, seeds as dots."""
+def origins(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Of which commits, devices and compiled settings runs are, with the number of each where they differ."""
+    parts = []
+    for name in ORIGINS:
+        values = [str(run.get(name) or "unknown") for run in runs]
+        counts = Counter(value[:SHORT] if name == "commit" else value for value in values)
+        each = [f"{value} ({count})" if len(counts) > 1 else value for value, count in counts.items()]
+        parts.append(f"{name} {', '.join(each)}")
+    return f"Runs: {'; '.join(parts)}."
+
+
+def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") -> bool:
+    """Paired differences in DSC to the reference, a panel per plan that has one, seeds as dots; False without any."""
+    all_scores = [s for s in all_scores if reference in s.lines and s.values(reference, "mean_dsc")]
+    if not all_scores:
+        return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -145,10 +173,11 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.spines[["top", "right"]].set_visible(False)
     drawn.savefig(path, dpi=110)
+    return True
 
 
 def report(scores: Scores) -> str:
-    """Question, rule and table of a plan."""
+    """Question, rule and table of a plan, and where its runs are from."""
     plan = scores.plan
     planned = len(plan.seeds) * len(plan.variants)
     there = sum(len(scores.lines.get(variant.name, ())) for variant in plan.variants)
@@ -158,7 +187,7 @@ def report(scores: Scores) -> str:
         plan.question,
         f"Rule, written before: {plan.rule}",
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
-        table(scores) if scores.lines else "Nothing was run.",
+        *([table(scores), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
     ]
     return "\n\n".join(parts)
 
@@ -179,8 +208,8 @@ def main() -> None:
         args.table.write_text(text)
     else:
         print(text)
-    if args.figure:
-        figure([s for s in scores if "bare" in s.lines], args.figure)
+    if args.figure and not figure(scores, args.figure):
+        parser.error("--figure: no plan has a run of 'bare' with a DSC, to which differences are drawn")
 
 
 if __name__ == "__main__":

@@ -246,8 +246,10 @@ def whole(extractor: FeatureExtractor) -> Callable[[Callable[[], Any]], Any]:
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     before, terms.BACKEND = terms.BACKEND, name
-    yield
-    terms.BACKEND = before
+    try:
+        yield
+    finally:  # a row that fails is not the last one
+        terms.BACKEND = before
 
 
 def timed(step: Callable[[], Any], steps: int = 1) -> float:
@@ -462,10 +464,18 @@ def main() -> None:
     parser.add_argument("--profile", nargs="+", metavar="ROW", help="print the kernels of these rows and stop")
     parser.add_argument("--plot-only", action="store_true", help="draw what --out has")
     args = parser.parse_args()
+    if args.plot_only and args.out is None:
+        parser.error("--plot-only draws the file that --out names, and there is no --out")
+    if args.plot_only and not args.out.exists():
+        parser.error(f"--plot-only: {args.out} is not there")
     begin = time.monotonic()
     set_up()
     if args.profile:
-        profile(Bench(plan(args.models)[0], args.batch, args.size, args.width), args.profile)
+        bench = Bench(plan(args.models)[0], args.batch, args.size, args.width)
+        unknown = [row for row in args.profile if row not in bench.rows()]
+        if unknown:
+            parser.error(f"--profile: no row {unknown}; those of {bench.group} are {list(bench.rows())}")
+        profile(bench, args.profile)
         return
     triton = importlib.util.find_spec("triton")
     about = {
@@ -493,6 +503,8 @@ def main() -> None:
             args.out.write_text(json.dumps(report, indent=1) + "\n")
 
     if args.plot_only:
+        if not report["results"]:
+            parser.error(f"--plot-only: {args.out} has no results yet")
         plot(report, args.out.with_suffix(".png"))
         return
     if not report["stages"] and "U-Net" in args.models:
@@ -518,7 +530,7 @@ def main() -> None:
         save()
         if CUDA:
             torch.cuda.empty_cache()
-    if args.out and importlib.util.find_spec("matplotlib"):
+    if args.out and report["results"] and importlib.util.find_spec("matplotlib"):
         plot(report, args.out.with_suffix(".png"))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import accuracy
+from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_report import figure, paired, report, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.copy_paste import CopyPaste
@@ -602,6 +603,7 @@ def test_plans_with_mistakes_are_refused(tmp_path):
         ({"variants": [{"name": "x", "unlabelled": "cutmx"}]}, "unlabelled='cutmx'; it is one of"),
         ({"variants": [{"name": "x", "unlabelled_deep": True}]}, "needs deep supervision"),
         ({"variants": ["bare", "bare"]}, "named twice"),
+        ({"variants": ["bare", "ds x2", {"name": "plain"}]}, "'bare' and 'plain' have the same options"),
         ({"decide_on": "training"}, "only validation, test are scored"),
         ({"sedes": [1]}, r"unknown entries \['sedes'\]"),
     ):
@@ -630,21 +632,71 @@ def test_paired_differences_have_students_interval():
     assert str(paired({0: 1.5}, {0: 1.0})) == "+0.5"
 
 
-def test_the_report_says_what_the_lines_say(tmp_path):
-    plan = plan_of(seeds=(0, 1, 2))
-    dsc = {"bare": [0.5, 0.6, 0.7], "ds x2": [0.6, 0.8, 0.9]}
+ABOUT = {"commit": "a0ec69d", "device": "cpu", "compiled": "none"}
+
+
+def lines_of(plan: Plan, values: dict[str, list[float | None]]) -> list[dict[str, Any]]:
+    """What `accuracy.py` would have written of a plan, with the DSC of every seed and ten times that as HD95."""
     lines = []
     for seed, variant in plan.runs():
-        value = dsc[variant.name][seed]
-        scores = {"classes": ["lv"], "dsc": [value], "hd95": [10 * value], "mean_dsc": value, "mean_hd95": 10 * value}
-        line = {"key": plan.key(seed, variant, 16), "stored": 16, "seed": seed, "scores": {"test": scores}}
+        dsc = values[variant.name][seed]
+        hd95 = None if dsc is None else 10 * dsc
+        scores = {"classes": ["lv"], "dsc": [dsc], "hd95": [hd95], "mean_dsc": dsc, "mean_hd95": hd95}
+        line = {"key": plan.key(seed, variant, 16), "stored": 16, "seed": seed, **ABOUT, "scores": {"test": scores}}
         lines.append(line)
+    return lines
+
+
+def test_the_report_says_what_the_lines_say(tmp_path):
+    plan = plan_of(seeds=(0, 1, 2))
+    lines = lines_of(plan, {"bare": [0.5, 0.6, 0.7], "ds x2": [0.6, 0.8, 0.9]})
     other = {**lines[0], "key": plan.key(0, CATALOGUE["ds"], 16)}
     scores = select(plan, [*lines, other], "test")
     text = report(scores)
     assert "6 of 6 runs" in text
     assert "| bare | 3 | 60.0 ± 10.0 |  | -16.7 ± 14.3 | 6.0 ± 1.0 |  | -1.7 ± 1.4 | 60.0 / 6.0 |" in text
     assert "| ds x2 | 3 | 76.7 ± 15.3 | +16.7 ± 14.3 |  | 7.7 ± 1.5 | +1.7 ± 1.4 |  | 76.7 / 7.7 |" in text
-    figure([scores], tmp_path / "figure.png")
+    assert figure([scores], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
     assert "Nothing was run." in report(select(plan, [other], "test"))
+
+
+def test_a_difference_over_fewer_pairs_than_the_row_has_seeds_says_so():
+    plan = plan_of(seeds=(0, 1, 2))
+    lines = lines_of(plan, {"bare": [0.5, 0.6, 0.7], "ds x2": [0.6, 0.8, 0.9]})
+    two, one = report(select(plan, lines[:-1], "test")), report(select(plan, lines[:2] + lines[2::2], "test"))
+    assert "| bare | 3 | 60.0 ± 10.0 |  | -15.0 ± 63.5 (2 pairs) |" in two
+    assert "| ds x2 | 2 | 70.0 ± 14.1 | +15.0 ± 63.5 |" in two, "all of this row's seeds are paired"
+    assert "| bare | 3 | 60.0 ± 10.0 |  | -10.0 (1 pair) |" in one
+
+
+def test_a_variant_without_any_score_is_a_dash_and_draws_no_panel(tmp_path):
+    plan = plan_of(seeds=(0, 1))
+    lines = lines_of(plan, {"bare": [None, None], "ds x2": [0.6, 0.8]})
+    scores = select(plan, lines, "test")
+    assert "| bare | 2 | - |  |  | - |  |  | - |" in report(scores)
+    assert not figure([scores], tmp_path / "figure.png")
+    assert not figure([select(plan, lines[1::2], "test")], tmp_path / "figure.png"), "without a line of 'bare'"
+    assert not figure([], tmp_path / "figure.png")
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_a_figure_without_the_bare_run_is_refused_and_the_table_is_written(tmp_path, monkeypatch, capsys):
+    table, drawn, plan = tmp_path / "table.md", tmp_path / "figure.png", ROOT / "benchmarks/plans/choose_5.json"
+    arguments = [tmp_path / "none.jsonl", "--plan", plan, "--table", table, "--figure", drawn]
+    monkeypatch.setattr("sys.argv", ["accuracy_report.py", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        accuracy_report.main()
+    assert "--figure: no plan has a run of 'bare'" in capsys.readouterr().err
+    assert "Nothing was run." in table.read_text()
+
+
+def test_the_line_under_a_table_says_where_its_runs_are_from():
+    plan = plan_of(seeds=(0, 1))
+    lines = lines_of(plan, {"bare": [0.5, 0.6], "ds x2": [0.6, 0.8]})
+    assert report(select(plan, lines, "test")).endswith("|\n\nRuns: commit a0ec69d; device cpu; compiled none.")
+    lines[0] |= {"commit": None, "device": "H200"}
+    lines[1] |= {"commit": "a0ec69d1234"}
+    assert report(select(plan, lines, "test")).endswith(
+        "Runs: commit unknown (1), a0ec69d (3); device H200 (1), cpu (3); compiled none."
+    )

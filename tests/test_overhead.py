@@ -87,6 +87,31 @@ def test_a_group_that_fails_leaves_garbage_collection_on_for_the_next_one(overhe
     assert gc.isenabled()
 
 
+def test_a_row_that_fails_leaves_the_backend_as_it_was(overhead, monkeypatch):
+    monkeypatch.setattr(overhead.terms, "BACKEND", "before")
+    with pytest.raises(RuntimeError, match="out of memory"), overhead.backend("torch"):
+        raise RuntimeError("out of memory")
+    assert overhead.terms.BACKEND == "before"
+
+
+def test_mistaken_arguments_are_refused_with_a_sentence(overhead, tmp_path, monkeypatch, capsys):
+    empty = tmp_path / "empty.json"
+    keys = ("gpu", "torch", "cuda", "triton", "python", "reseg_loss", "commit", "batch", "size", "width", "steps",
+            "warmup", "stage2_steps")  # fmt: skip
+    about = {"format": overhead.FORMAT, **dict.fromkeys(keys)}
+    empty.write_text(json.dumps({"about": about, "results": [], "stages": [], "failed": []}))
+    for arguments, message in (
+        (["--plot-only"], "there is no --out"),
+        (["--plot-only", "--out", str(tmp_path / "none.json")], "none.json is not there"),
+        (["--plot-only", "--out", str(empty)], "empty.json has no results yet"),
+        (["--profile", "bare", "nonsense"], "no row ['nonsense']; those of U-Net, fp32, eager are ['bare', 'naive',"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["overhead.py", *arguments])
+        with pytest.raises(SystemExit):
+            overhead.main()
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_results_that_are_published_pass_the_check(overhead):
     for file in (ROOT / "benchmarks" / "results").glob("overhead_*.json"):
         report = json.loads(file.read_text())

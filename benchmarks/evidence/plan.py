@@ -84,6 +84,11 @@ def read_plan(path: Path) -> Plan:
     names = [variant.name for variant in plan.variants]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a variant is named twice")
+    named: dict[str, str] = {}  # runs are found by their options: of two names for the same, one would have none
+    for variant in plan.variants:
+        first = named.setdefault(json.dumps(variant.options(), sort_keys=True), variant.name)
+        if first != variant.name:
+            raise ValueError(f"{path.name}: {first!r} and {variant.name!r} have the same options")
     scored = (*plan.parts, *([plan.also_test["data"]] if plan.also_test else []))
     if plan.decide_on not in scored:
         raise ValueError(f"{path.name}: decided on {plan.decide_on!r}, and only {', '.join(scored)} are scored")
