@@ -292,8 +292,9 @@ class FeatureExtractor:
             kept, tensor, version, _ = forward["seen"][str(tap)]
             if kept is tensor and version is not None and tensor._version != version:
                 raise TapError(
-                    f"{tap} was overwritten in place after it was recorded (by an in-place activation?), which it was "
-                    "not in the example's forward; tap the module that overwrites it"
+                    f"{tap} was overwritten in place after it was recorded (by an in-place activation or dropout?), "
+                    "which it was not in the example's forward; tap the module that overwrites it, or name the taps, "
+                    f"this one as Tap({tap.module!r}, ..., mutated=True), so that a clone is kept"
                 )
             # MetaTensor and other subclasses would make every later operation slow
             plain = kept if type(kept) is Tensor else kept.as_subclass(Tensor)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .features import FeatureExtractor
 from .hooks import Recorder
-from .taps import Tap
+from .taps import Tap, TapPlan
 from .taps.record import Call, Record, record
 
 
@@ -25,7 +27,7 @@ def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.d
         body: a network in evaluation; it stays as it is.
         example: an input of it, for one dry forward.
         taps: what is read out of it; a chain with a tap inside stays.
-        dtype: float16 or bfloat16.
+        dtype: float16 or bfloat16, to save time; another to see whether folding changes anything.
     """
     names = chains(record(body, example), body, taps)
     body = copy.deepcopy(body, {id(held): held for held in (*body.parameters(), *body.buffers())})
@@ -38,6 +40,24 @@ def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.d
             parent, _, last = name.rpartition(".")
             modules[parent]._modules[last] = module
     return body, len(names)
+
+
+def same_features(body: nn.Module, other: nn.Module, taps: TapPlan, example: Tensor) -> bool:
+    """Whether a folded copy computes what `body` does, up to rounding.
+
+    The data flow does not show code that reads a folded module's weights, as tied ones are read.
+    """
+    tensors = []
+    for network in (body, other):
+        extractor = FeatureExtractor(network, taps, when="always").attach()
+        try:
+            features = extractor.features_of(partial(network, example))
+        finally:
+            extractor.remove()
+        tensors.append([*features.encoder, *features.decoder, features.bottleneck])
+    near = 0.01 if example.dtype.itemsize >= 4 else 0.1  # TF32, or a network in low precision
+    pairs = [(a.double(), b.double()) for a, b in zip(*tensors)]
+    return all(bool((a - b).norm() <= near * a.norm()) for a, b in pairs)
 
 
 def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str, str, str | None]]:

@@ -62,37 +62,52 @@ def token_grids(image: Sequence[int]) -> dict[int, tuple[int, ...]]:
     return grids
 
 
-def interpret(
+def readings(
     shape: Sequence[int], batch: int, image: Sequence[int], grids: dict[int, tuple[int, ...]] | None = None
-) -> Grid | None:
-    """The layout of a tensor of `shape`, for a batch of images of size `image`; None if it is no feature map.
+) -> list[Grid]:
+    """Every way in which a tensor of `shape` lies over a batch of images of size `image`, the likeliest first.
 
+    Several are as likely where channels and sizes are equal: (B, 64, 64, 64) of 256x256 images is NCHW or NHWC.
     `grids` adds token counts to those of `token_grids(image)`, for models with uncommon strides.
     """
     dims = len(image)
     shape, image = tuple(shape), tuple(image)
-    if not shape or shape[0] != batch:
-        return None
-    if len(shape) == dims + 1 and shape[1:] == image:
-        return Grid(image, 1, NO_CHANNELS[dims], (1,) * dims)
-    if len(shape) == dims + 2:
-        first, last = strides(shape[2:], image), strides(shape[1:-1], image)
-        if first and (len(set(first)) == 1 or not (last and len(set(last)) == 1)):
-            return Grid(shape[2:], shape[1], CHANNELS_FIRST[dims], first)
-        return Grid(shape[1:-1], shape[-1], CHANNELS_LAST[dims], last) if last else None
-    if len(shape) != 3:
-        return None
-    known = {**token_grids(image), **(grids or {})}
     found: list[Grid] = []
-    for count, channels, layout in (
-        (shape[1], shape[2], "NLC"),
-        (shape[1] - 1, shape[2], "CLS+NLC"),
-        (shape[2], shape[1], "NCL"),
-    ):
-        stride = strides(known[count], image) if count in known else None
-        if stride:
-            found.append(Grid(known[count], channels, layout, stride))
-    return min(found, key=lambda g: any(s & (s - 1) for s in g.stride), default=None)
+    if not shape or shape[0] != batch:
+        return found
+    if len(shape) == dims + 2:
+        for size, channels, layout in (
+            (shape[2:], shape[1], CHANNELS_FIRST[dims]),
+            (shape[1:-1], shape[-1], CHANNELS_LAST[dims]),
+        ):
+            if stride := strides(size, image):
+                found.append(Grid(size, channels, layout, stride))
+        return sorted(found, key=lambda g: len(set(g.stride)) > 1)
+    if len(shape) == 3:
+        known = {**token_grids(image), **(grids or {})}
+        for count, channels, layout in (
+            (shape[1], shape[2], "NLC"),
+            (shape[1] - 1, shape[2], "CLS+NLC"),
+            (shape[2], shape[1], "NCL"),
+        ):
+            if count in known and (stride := strides(known[count], image)):
+                found.append(Grid(known[count], channels, layout, stride))
+        found.sort(key=lambda g: any(s & (s - 1) for s in g.stride))
+    if len(shape) == dims + 1 and shape[1:] == image:
+        found.insert(0, Grid(image, 1, NO_CHANNELS[dims], (1,) * dims))
+    return found
+
+
+def interpret(
+    shape: Sequence[int],
+    batch: int,
+    image: Sequence[int],
+    grids: dict[int, tuple[int, ...]] | None = None,
+    layout: str = "",
+) -> Grid | None:
+    """The likeliest of the `readings` (of those in `layout`, if it is given); None if it is no feature map."""
+    found = readings(shape, batch, image, grids)
+    return next((grid for grid in found if layout in ("", grid.layout)), None)
 
 
 def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:

@@ -106,9 +106,8 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
     The same seed and shape give the same matrix; it is unique, for the signs of the decomposition are fixed.
     """
     generator = torch.Generator().manual_seed(seed)
-    tall = torch.randn(
-        max(out_channels, in_channels), min(out_channels, in_channels), generator=generator, dtype=torch.float64
-    )
+    shape = max(out_channels, in_channels), min(out_channels, in_channels)
+    tall = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")  # whatever the default device is
     q, r = torch.linalg.qr(tall)
     q = q * r.diagonal().sign()
     return q if out_channels >= in_channels else q.T.contiguous()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .errors import ReSegError
 
+_FEW_OPERATORS = (torch.uint16, torch.uint32, torch.uint64)  # torch compares and adds hardly anything in them
+
 
 def unwrapped(value: Any) -> Any:
     """Element 0 of a list or tuple, and a tensor of a subclass (MetaTensor) as a plain one; else the value itself."""
@@ -100,6 +102,8 @@ class LabelEncoding:
 
         The mask is None without `ignore_index`. Nothing here reads values back from the device.
         """
+        if label.dtype in _FEW_OPERATORS:
+            label = label.long()
         if self._per_class(label):
             classes = label.float()
             encoded = classes if self.mode == "onehot" else classes.argmax(1, keepdim=True).float()

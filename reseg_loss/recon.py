@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -23,6 +24,7 @@ from .teacher import Teacher
 READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 SAMPLED_BATCHES, SAMPLED_PIXELS = 50, 128  # of each, for the best constant image
 CHECKED_STEPS = 100  # whose label values are looked at
+RECENT_STEPS = 20  # whose loss is that of the end of stage 1
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -30,6 +32,7 @@ OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch
 def fit(
     loader: Iterable[Any],
     prepare: Callable[[Tensor], Teacher],
+    after_first: Callable[[], None],
     loss: ReconLoss,
     *,
     epochs: int | None,
@@ -43,8 +46,9 @@ def fit(
 ) -> list[float]:
     """Train what `prepare` returns for the first batch; the mean loss of every epoch.
 
-    `resumed` is what an earlier `save` was given; with it the run goes on after its last epoch. The caller keeps
-    random states, freezes the teacher and makes files of what `save` gets.
+    `after_first` is called once, after the first step, whose gradients are still there. `resumed` is what an earlier
+    `save` was given; with it the run goes on after its last epoch. The caller keeps random states, freezes the teacher
+    and makes files of what `save` gets.
 
     Raises:
         ReSegError: the loader is empty, a batch has another form, or the loss is not finite.
@@ -52,6 +56,7 @@ def fit(
     history: list[float] = list(resumed["history"]) if resumed else []
     step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
     run: _Run | None = None
+    recent: deque[Tensor] = deque(maxlen=RECENT_STEPS)
     generator = torch.Generator().manual_seed(0)  # of the pixels that `_compare_with_constant` sees
     if resumed:
         restore_rng(resumed["rng"])
@@ -75,9 +80,12 @@ def fit(
                 if not history and step < CHECKED_STEPS:
                     run.teacher.encoding.check_values(label)
                 value, valid = run.step(image, label)
+                if not recent:
+                    after_first()
                 if len(constants) < SAMPLED_BATCHES:
                     constants.append(_pixels(image, valid, generator))
                 total = value if total is None else total + value
+                recent.append(value)
                 seen, step = seen + 1, step + 1
                 bar.update()
                 if seen % READ_EVERY == 0:
@@ -90,8 +98,9 @@ def fit(
             bar.set_postfix(loss=f"{history[-1]:.4f}")
             if save is not None:
                 save({**run.state(), "history": history, "step": step, "constants": constants, "rng": rng_state()})
-    if history and constants:
-        _compare_with_constant(history[-1], torch.cat(constants, 1), loss)
+    if history and constants:  # the last steps', for a pass may hold the whole training
+        last = float(torch.stack([*recent]).mean()) if recent else history[-1]
+        _compare_with_constant(last, torch.cat(constants, 1), loss)
     return history
 
 
@@ -192,7 +201,8 @@ def _pixels(image: Tensor, valid: Tensor | None, generator: torch.Generator) -> 
     if valid is not None:
         flat = flat[:, (valid > 0).flatten().to(flat.device)]
     if flat.shape[1] > SAMPLED_PIXELS:
-        flat = flat[:, torch.randint(flat.shape[1], (SAMPLED_PIXELS,), generator=generator).to(flat.device)]
+        index = torch.randint(flat.shape[1], (SAMPLED_PIXELS,), generator=generator, device="cpu")
+        flat = flat[:, index.to(flat.device)]
     return flat.float().cpu()
 
 
@@ -200,7 +210,8 @@ def _compare_with_constant(last: float, pixels: Tensor, loss: ReconLoss) -> None
     """Warn when the teacher has learnt no more than the best constant image (of quantiles and mean, per channel)."""
     if pixels.shape[1] == 0:
         raise ReSegError("every pixel of every label is ignored (ignore_index), so the teacher has learnt nothing")
-    candidates = torch.cat([pixels.quantile(torch.linspace(0, 1, 101), 1), pixels.mean(1)[None]])
+    levels = torch.linspace(0, 1, 101, dtype=pixels.dtype, device=pixels.device)
+    candidates = torch.cat([pixels.quantile(levels, 1), pixels.mean(1)[None]])
     errors = pixels[None] - candidates[..., None]
     best = (loss.alpha * errors.square() + loss.beta * errors.abs()).mean(2).min(0).values.mean()
     if last >= float(best):

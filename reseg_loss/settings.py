@@ -30,7 +30,8 @@ class Settings:
         beta: weight of the L1 error in stage 1 (eq. 3).
         label_input: "index" feeds the class index as one channel, "onehot" one channel per class.
         ignore_index: label value that does not count.
-        output: path to the segmentation in what the model returns, as an index, a key or a tuple of them.
+        output: path to the segmentation in what the model returns, as an index, a key or a tuple of them. None is the
+            first float tensor of the image's size; stage 1 raises where that does not depend on every tap.
         teacher_init: "random" draws the copy's weights anew, "copy" keeps the model's.
         levels: strides of the levels to align; None is the default choice of `TapPlan.select`.
         encoder: "skip" aligns what the skip connections carry, "stage" the last block of each encoder level.

@@ -22,8 +22,8 @@ def draw(batch: int, subset: float | int, seed: int, call: int) -> list[int] | N
     count = max(1, round(subset * batch)) if isinstance(subset, float) else subset
     if count >= batch:
         return None
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + call)
-    return sorted(torch.randperm(batch, generator=generator)[:count].tolist())
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + call) % 2**64)
+    return sorted(torch.randperm(batch, generator=generator, device="cpu")[:count].tolist())
 
 
 def take(features: Features, index: Tensor) -> Features:

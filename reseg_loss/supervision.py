@@ -257,6 +257,8 @@ class DeepSupervision:
         inputs = {f"{side}_{i + 1}": x for side, xs in sides.items() for i, x in enumerate(xs)}
         if self.sides == "all":
             inputs["bottleneck"] = features.bottleneck
+        for level, x in zip(self.extractor.plan.selected, features.decoder):
+            _check_covers(level.stride, x.shape[2:], image[2:])
         self._heads = distributed(self._heads, device)
         self._unmoved.check(self._heads.parameters())
         enabled, dtype = recorded.autocast
@@ -291,6 +293,16 @@ class _Heads(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: head(features[name]) for name, head in self.heads.items()}
+
+
+def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:
+    """Raise a ReSegError for features that reach two cells or more beyond the image: the label would be stretched."""
+    if any(abs(n - full / s) >= 2 for n, full, s in zip(size, image, stride)):
+        raise ReSegError(
+            f"the decoder's features of stride {tuple(stride)} have size {tuple(size)} for an image of size "
+            f"{tuple(image)}, so their cells do not lie on the label's: the model seems to pad inside. Pad image and "
+            "label yourself, to a multiple of the largest stride"
+        )
 
 
 def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:

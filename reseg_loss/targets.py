@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import capture
 from .features import FeatureExtractor, Features
-from .fold import folded
+from .fold import folded, same_features
 from .settings import Settings
 from .taps import TapPlan
 from .teacher import Teacher
@@ -33,7 +33,8 @@ class Targets:
         self.extractor.enabled = False  # on while the teacher runs only
         self._compiled: Callable[[Tensor], None] | None = None
         self._tried_channels_last = False
-        self._folded: tuple[Any, nn.Module, FeatureExtractor] | None = None  # what it was made of, the body, its taps
+        # what it was made of, and body and taps, unless it cannot be
+        self._folded: tuple[Any, tuple[nn.Module, FeatureExtractor] | None] | None = None
         self._captured = capture.Captured()
 
     def __call__(
@@ -49,6 +50,8 @@ class Targets:
         teacher, device = self.teacher, label.device
         if teacher.reference.device != device:
             teacher.to(device)
+        if teacher.body.training:  # a body of the user's may be part of another module, whose train() reaches it
+            teacher.eval()
         encoded, valid = teacher.encoding.encode(label)
         enabled, dtype = autocast if settings.lower is None else (True, settings.lower)
         dtype = dtype if enabled else teacher.reference.dtype
@@ -74,12 +77,12 @@ class Targets:
             except RuntimeError as error:  # a view() that counts on the usual order
                 logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
                 teacher.to_channels_last(False)
-        fold = settings.fold_teacher and low
-        if fold:
+        if settings.fold_teacher and low:
             run, extractor = self._fold(encoded, dtype)
         if settings.capture_teacher and capture.serves(device):
             # a folded body is another one once the teacher has changed
-            made_of = extractor if fold else (run, [t.data_ptr() for t in teacher.tensors()])
+            is_folded = extractor is not self.extractor
+            made_of = extractor if is_folded else (run, [t.data_ptr() for t in teacher.tensors()])
             return self._captured(features, encoded, made_of, (enabled, dtype)), valid
         return features(encoded), valid
 
@@ -102,11 +105,28 @@ class Targets:
 
         made_of = dtype, [(t.data_ptr(), t._version) for t in teacher.tensors()]
         if self._folded is None or self._folded[0] != made_of:
-            with torch.no_grad():
-                body, count = folded(teacher.body, before(encoded[:1]), self.extractor.taps, dtype)
-            logger.info("%d chains of the teacher are folded", count)
-            extractor = FeatureExtractor(body, self.extractor.plan, when="always").attach()
-            extractor.enabled = False
-            self._folded = made_of, body, extractor
-        _, body, extractor = self._folded
+            with torch.no_grad(), torch.autocast(encoded.device.type, enabled=False):
+                self._folded = made_of, self._make_folded(before(encoded[:1]), dtype)
+        if self._folded[1] is None:
+            return teacher.run, self.extractor
+        body, extractor = self._folded[1]
         return lambda encoded: body(before(encoded)), extractor
+
+    def _make_folded(self, example: Tensor, dtype: torch.dtype) -> tuple[nn.Module, FeatureExtractor] | None:
+        """The folded body and its taps; None, and a warning, where it would not compute what the teacher does."""
+        body, taps, plan = self.teacher.body, self.extractor.taps, self.extractor.plan
+        why: object = "its features would be others; does a forward use the weights of other modules?"
+        try:  # in the precision that the teacher has, in which folding changes next to nothing
+            same = same_features(body, folded(body, example, taps, example.dtype)[0], plan, example)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a forward may ask a convolution for anything that a folded one has not
+            same, why = False, error
+        if not same:
+            logger.warning("the teacher cannot be folded and runs as it is: %s", why)
+            return None
+        made, count = folded(body, example, taps, dtype)
+        logger.info("%d chains of the teacher are folded", count)
+        extractor = FeatureExtractor(made, plan, when="always").attach()
+        extractor.enabled = False
+        return made, extractor

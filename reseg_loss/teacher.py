@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .errors import ReSegError
 from .hooks import drop_recorders
@@ -166,7 +167,10 @@ def redraw(model: nn.Module) -> list[str]:
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset) and not inspect.signature(reset).parameters:
-                reset()
+                with parametrize.cached():  # a parametrized weight is computed anew at every access otherwise
+                    reset()
+                    for name in getattr(module, "parametrizations", ()):
+                        setattr(module, name, getattr(module, name))
     return [name for name, p in model.named_parameters() if p._version == versions[name]]
 
 
@@ -193,28 +197,37 @@ def refuse_sharded(model: nn.Module) -> None:
 def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
     """The tensor (B, C, *spatial) in what a model returns: the first float tensor of the image's size, or at `path`.
 
-    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0.
+    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. An index is for models that return
+    several tensors; where one returns the image-sized tensor alone, in evaluation say, it is that tensor.
 
     Raises:
         ReSegError: there is none.
     """
     for key in path or ():
+        if isinstance(key, int) and _is_image(output, batch, spatial):
+            break
         try:
             output = output[key] if not isinstance(key, str) or hasattr(output, "keys") else getattr(output, key)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ReSegError(f"output={path}: there is no {key!r} in a {type(output).__name__}") from error
     found = list(tensors(output))
     for _, tensor in found:
-        if tensor.is_floating_point() and tensor.shape[0] == batch:
-            if tensor.ndim == len(spatial) + 2 and tuple(tensor.shape[2:]) == spatial:
-                return tensor
-            if tensor.ndim == len(spatial) + 3 and tuple(tensor.shape[3:]) == spatial:
-                return tensor[:, 0]
+        if _is_image(tensor, batch, spatial):
+            return tensor
+        if tensor.ndim == len(spatial) + 3 and _is_image(tensor[:, 0], batch, spatial):
+            return tensor[:, 0]
     shapes = ", ".join(f"{''.join(f'[{k}]' for k in keys)} {tuple(t.shape)}" for keys, t in found) or "no tensor"
     raise ReSegError(
         f"no float output of the image's size {spatial} among {shapes.strip()}; pass output= with the path to it "
         "(an index, a key or a tuple of them), or a model that returns one"
     )
+
+
+def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
+    """Whether a value is a float tensor (B, C, *spatial)."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != len(spatial) + 2:
+        return False
+    return value.shape[0] == batch and tuple(value.shape[2:]) == spatial
 
 
 @contextmanager

@@ -89,8 +89,12 @@ class ReSegWrapper:
             for entries in parse_taps(named).values():
                 for tap in entries:
                     module_of(module, tap)
-        if teacher is self._model:
-            raise ReSegError("the model cannot be its own teacher, which is frozen; leave teacher= out for a copy")
+        own = {id(parameter) for parameter in self._model.parameters()}
+        if teacher is self._model or (teacher is not None and any(id(p) in own for p in teacher.parameters())):
+            raise ReSegError(
+                "teacher= is the model or shares parameters with it, which stage 1 would train and then freeze; leave "
+                "teacher= out for a copy"
+            )
         self._taps, self._own_teacher, self._teacher_taps = taps, teacher, teacher_taps
         self._parts: _Parts | None = None
         self._removed = False
@@ -197,7 +201,8 @@ class ReSegWrapper:
             The mean loss of every epoch.
 
         Raises:
-            ReSegError: the loss is not finite, a batch has a form or values that do not fit, or the teacher is frozen.
+            ReSegError: the loss is not finite, a batch has a form or values that do not fit, the teacher is frozen, or
+                the output that it is trained by does not depend on all tapped modules.
         """
         if (epochs is None) == (steps is None):
             raise ReSegError("say how long to train: epochs= or steps=, one of them")
@@ -237,6 +242,7 @@ class ReSegWrapper:
             history = recon.fit(
                 loader,
                 prepare,
+                self._check_reached,
                 self.recon_loss,
                 epochs=epochs,
                 steps=steps,
@@ -249,6 +255,25 @@ class ReSegWrapper:
             )
         self.freeze_teacher()
         return history
+
+    def _check_reached(self) -> None:
+        """Raise a ReSegError if the gradients of the reconstruction are None in a whole tapped module.
+
+        Where a model returns several images, the one that is read may not depend on every tap: those would stay random.
+        """
+        parts = self._known()
+        unreached = []
+        for tap in parts.targets.extractor.taps:
+            trainable = [p for p in module_of(parts.teacher.body, tap).parameters() if p.requires_grad]
+            if not tap.is_input and trainable and all(p.grad is None for p in trainable):
+                unreached.append(str(tap))
+        if unreached:
+            raise ReSegError(
+                f"stage 1 would leave {', '.join(unreached)} of the teacher as it is: the output that is trained to be "
+                "the image does not depend on it. If the model returns several tensors of the image's size, pass "
+                "output= the path to the one at the end of its decoder (output=-1, output='main', ...); otherwise name "
+                "other taps"
+            )
 
     def freeze_teacher(self) -> None:
         """End stage 1 after a loop of your own, or keep an untrained teacher as a control.
@@ -404,11 +429,13 @@ class ReSegWrapper:
         shape, spatial = image.shape, tuple(image.shape[2:])
         if own is None:
             refuse_sharded(self._model)
-            if isinstance(example_input, (tuple, list, Mapping)) and len(example_input) > 1:
+            held = example_input.values() if isinstance(example_input, Mapping) else example_input
+            arguments = list(held) if isinstance(example_input, (tuple, list, Mapping)) else [image]
+            if len(arguments) > 1 or not isinstance(arguments[0], Tensor):
                 raise ReSegError(
-                    "the example holds more than the image. If it is a loader's (image, label), pass the image alone; "
-                    "if the model takes more, its copy would need that beside the label: pass a teacher= that takes "
-                    "the label alone"
+                    "the example holds more than the image, or the image within something. If it is a loader's (image, "
+                    "label), pass the image alone; if the model takes more, its copy would need that beside the label: "
+                    "pass a teacher= that takes the label alone"
                 )
         plan = find_taps(self._model, example_input, taps=self._taps, levels=s.levels, encoder=s.encoder)
         with dry_run(self._model):

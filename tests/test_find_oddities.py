@@ -7,7 +7,7 @@ import itertools
 import random
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from test_find_taps import check_hooks
 from torch import Tensor, nn
 
-from reseg_loss import ReSegError, TapError
+from reseg_loss import FeatureExtractor, Features, ReSegError, TapError
 from reseg_loss.taps import Tap, TapPlan, find_taps, named_modules
 from reseg_loss.taps.__main__ import main
 from reseg_loss.taps.dryrun import dry_run
@@ -1028,3 +1028,106 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fuse.1 (8)" in lines[3]
     assert main(["test_find_oddities:OneLevel", "--shape", "1,3,32,32"]) == 1
     assert "Name the taps by hand" in capsys.readouterr().err
+
+
+class ChannelsLast(nn.Module):
+    """Features with channels last between convolutions of channels first, as in ConvNeXt and Swin."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        w = [width, 2 * width, 4 * width]
+        self.stem = nn.Conv2d(3, width, 4, 4)
+        self.down = nn.ModuleList([nn.Linear(4 * a, b) for a, b in itertools.pairwise(w)])
+        self.mix = nn.ModuleList([nn.Conv2d(c, c, 3, padding=1, groups=c) for c in w])
+        self.stages = nn.ModuleList([nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU()) for c in w])
+        self.up = nn.ModuleList([nn.Linear(b, a) for a, b in itertools.pairwise(w)])
+        self.fuse = nn.ModuleList([nn.Sequential(nn.Linear(2 * a, a), nn.GELU()) for a in w[:2]])
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.stem(x).permute(0, 2, 3, 1), []
+        for i, (mix, stage) in enumerate(zip(self.mix, self.stages)):
+            x = stage(x + mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            skips.append(x)
+            if i < 2:
+                x = self.down[i](torch.cat([x[:, a::2, b::2] for a in (0, 1) for b in (0, 1)], -1))
+        for i in (1, 0):
+            x = self.up[i](x).repeat_interleave(2, 1).repeat_interleave(2, 2)
+            x = self.fuse[i](torch.cat([x, skips[i]], -1))
+        return F.interpolate(self.head(x.permute(0, 3, 1, 2)), scale_factor=4)
+
+
+@pytest.mark.parametrize("width", [6, 8, 16])  # at 32x32 a level of stride 4 has 8x8 cells, at 64x64 16x16
+@pytest.mark.parametrize("size", [32, 64])
+def test_channels_that_are_as_many_as_the_cells_of_a_side_are_told_from_them(width: int, size: int) -> None:
+    plan = found(ChannelsLast(width), 2, 3, size, size)
+    taps = [tap for level in plan.levels for tap in (level.encoder, level.decoder)]
+    assert {tap.layout for tap in [*taps, plan.bottleneck]} == {"NHWC"}
+    assert [tap.channels for tap in taps] == [width, width, 2 * width, 2 * width]
+
+
+def test_convolutions_of_as_many_channels_as_cells_stay_channels_first() -> None:
+    for width in (4, 8, 16):
+        plan = found(Small(width))
+        assert {tap.layout for level in plan.levels for tap in (level.encoder, level.decoder)} == {"NCHW"}
+
+
+class Tokens(Small):
+    """A transformer at the bottom, of as many tokens as it has channels and the image a side: 64."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True)
+        self.transformer = nn.TransformerEncoder(layer, 1)
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = super().encode(x)
+        last = features[-1]
+        tokens = self.transformer(last.flatten(2).transpose(1, 2))
+        features[-1] = tokens.transpose(1, 2).unflatten(2, last.shape[2:])
+        return features
+
+
+def test_tokens_as_many_as_channels_and_pixels_of_a_side_are_no_image() -> None:
+    plan = found(Tokens(), 2, 3, 64, 64)
+    assert names(plan) == NAMES
+    assert plan.bottleneck == replace(plan.bottleneck, module="transformer", spatial=(8, 8), channels=64, layout="NLC")
+
+
+def features_of(model: nn.Module, taps: dict[str, Any], image: Tensor, example: bool) -> tuple[TapPlan, Features]:
+    with FeatureExtractor(model, taps, image if example else None) as extractor:
+        model(image)
+        features = extractor.pop()
+        return extractor.plan, features
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_layout_and_a_mark_of_the_users_stay(example: bool) -> None:
+    model, image = ChannelsLast(8), torch.randn(2, 3, 32, 32)
+    kept = []
+    model.fuse[0].register_forward_hook(lambda module, args, output: kept.append(output))
+    named: dict[str, Any] = {
+        "encoder": [Tap("stages.0", layout="NHWC", mutated=True), "stages.1"],
+        "decoder": [Tap("fuse.0", layout="NHWC"), "fuse.1"],
+        "bottleneck": "stages.2",
+    }
+    plan, features = features_of(model, named, image, example)
+    assert plan.levels[0].encoder.mutated
+    assert torch.equal(features.decoder[0], kept[-1].movedim(-1, 1))
+    named["bottleneck"] = Tap("stages.2", layout="NLC")
+    with pytest.raises(TapError, match="no feature map in layout NLC"):
+        features_of(model, named, image, example)
+
+
+class Padding(Small):
+    """Pads to multiples of 16 inside, and crops."""
+
+    def forward(self, x: Tensor) -> Any:
+        height, width = x.shape[2:]
+        return super().forward(F.pad(x, (0, -width % 16, 0, -height % 16)))[..., :height, :width]
+
+
+def test_a_model_that_pads_inside_is_told_which_example_shows_its_u() -> None:
+    with pytest.raises(TapError, match=r"pads inside, show it an example whose sides are multiples of 32"):
+        find_taps(Padding(), torch.randn(1, 3, 50, 45))
+    assert names(found(Padding(), 2, 3, 64, 64)) == NAMES

@@ -11,8 +11,10 @@ import torch
 from models import UNet, batch, loader, task_loss
 from torch import nn
 
-from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
+from reseg_loss import ReconLoss, ReSegError, ReSegWrapper, sparse
 from reseg_loss.checkpoint import write_atomically
+from reseg_loss.functional import semi_orthogonal
+from reseg_loss.recon import _pixels
 
 untrained = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 
@@ -333,3 +335,80 @@ def test_the_best_constant_is_not_that_of_the_margin():
     adam = lambda p: torch.optim.Adam(p, 0.02)  # noqa: E731
     history = wrapper(UNet(classes=2)).fit_recon([(image, label)], epochs=12, optimizer=adam, progress=False)
     assert history[-1] < 0.1  # and no warning, which would be an error
+
+
+class Several(UNet):
+    """Heads of three levels, all at the image's size and the coarsest first, as nested U-Nets return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Conv2d(c, 3, 1) for c in (16, 8)])
+
+    def forward(self, x: torch.Tensor):
+        outputs = []
+
+        def head(module, args, output):
+            level = len(outputs)
+            outputs.append(nn.functional.interpolate(self.heads[level](output), size=x.shape[2:]))
+
+        handles = [self.decoder[i].register_forward_hook(head) for i in (0, 1)]
+        outputs.append(super().forward(x))
+        for handle in handles:
+            handle.remove()
+        return outputs if self.training else outputs[-1]
+
+
+@untrained
+def test_an_output_that_does_not_depend_on_every_tap_is_refused_and_another_may_be_named():
+    with pytest.raises(ReSegError, match=r"leave decoder.1 of the teacher as it is.* pass output="):
+        wrapper(Several()).fit_recon(loader(1), epochs=1, progress=False)
+    reseg = wrapper(Several(), output=-1, example_input=batch()[0])  # in evaluation there is one output
+    before = weights(reseg)
+    reseg.fit_recon(loader(1), epochs=1, progress=False)
+    assert {name for name, value in weights(reseg).items() if torch.equal(value, before[name])} == {
+        f"body.heads.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    }
+
+
+def test_an_endless_loader_is_judged_by_its_end():
+    image, label = batch(8)
+
+    def endless():
+        while True:
+            yield image, label
+
+    torch.manual_seed(0)
+    history = wrapper().fit_recon(endless(), steps=80, progress=False, optimizer=lambda p: torch.optim.Adam(p, 5e-3))
+    assert len(history) == 1  # a warning would be an error
+
+
+@untrained
+def test_another_default_dtype_does():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        reseg = wrapper(UNet())
+        reseg.fit_recon(loader(1), epochs=1, progress=False)
+    finally:
+        torch.set_default_dtype(before)
+    assert reseg.ready
+
+
+def test_numbers_of_our_own_generators_are_drawn_where_these_are_whatever_the_default_device_is():
+    image = batch()[0]
+    with torch.device("meta"):  # as good as a GPU here
+        assert _pixels(image, None, torch.Generator("cpu").manual_seed(0)).shape == (1, 128)
+        assert len(sparse.draw(4, 0.5, seed=0, call=0)) == 2
+        assert semi_orthogonal(2, 3).device.type == "cpu"
+
+
+def test_parametrized_weights_are_drawn_anew():
+    model = UNet()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.utils.parametrizations.weight_norm(module)
+    teacher = wrapper(model, example_input=batch()[0]).teacher.body
+    own = dict(model.named_parameters())
+    same = [n for n, p in teacher.named_parameters() if "original1" in n and torch.equal(p, own[n])]
+    assert same == []
+    assert any("original1" in name for name in own)

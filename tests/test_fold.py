@@ -231,3 +231,50 @@ def test_the_fused_operation_on_cuda_reads_no_uninitialised_memory_and_agrees(dt
     assert found.isfinite().all()
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert float((found.double() - expected).norm() / expected.norm()) < 1e-2
+
+
+class Tied(UNet):
+    """The deepest decoder block's input goes through the weight of a convolution of the encoder."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.encoder[2][0].weight
+
+        def there_and_back(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+            return nn.functional.conv2d(nn.functional.conv_transpose2d(y, weight, padding=1), weight, padding=1)
+
+        handle = self.up[0].register_forward_hook(there_and_back)
+        try:
+            return super().forward(x)
+        finally:
+            handle.remove()
+
+
+class Asking(UNet):
+    """Its forward reads an attribute of a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.expand(-1, self.encoder[0][0].in_channels, -1, -1))
+
+
+@pytest.mark.parametrize("network", [Tied, Asking, UNet])
+def test_a_teacher_that_reads_its_weights_elsewhere_runs_unfolded(network, caplog):
+    image, label = batch(4)
+    values = []
+    for fold in (False, True):
+        torch.manual_seed(0)
+        model = network()
+        reseg = ReSegWrapper(model, example_input=image, preset="paper", teacher_dtype="bfloat16", fold_teacher=fold)
+        for module in reseg.teacher.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.fill_(0.05)
+        reseg.freeze_teacher()
+        model(image)
+        values.append(torch.stack([*reseg.alignment_loss(label, components=True).values()]))
+        assert reseg._parts.targets._folded is None or fold
+    unfolded = "the teacher cannot be folded and runs as it is" in caplog.text
+    assert unfolded is (network is not UNet)
+    if unfolded:
+        assert torch.equal(*values)
+    else:
+        torch.testing.assert_close(*values, rtol=0.02, atol=0)
+        assert not torch.equal(*values)

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reseg_loss import ReSegError
-from reseg_loss.formats import CHANNELS_FIRST, CHANNELS_LAST, Grid, grid_of_tokens, interpret, to_channels_first
+from reseg_loss.formats import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    Grid,
+    grid_of_tokens,
+    interpret,
+    readings,
+    to_channels_first,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,13 @@ def test_interpret(shape, image, expected):
 def test_learned_token_grids_are_used():
     assert interpret((2, 12, 5), 2, (15, 20)) is None
     assert interpret((2, 12, 5), 2, (15, 20), {12: (3, 4)}) == Grid((3, 4), 5, "NLC", (5, 5))
+
+
+def test_equal_sides_can_be_read_in_several_ways_and_a_layout_that_is_given_decides():
+    assert [grid.layout for grid in readings((2, 8, 8, 8), 2, (32, 32))] == ["NCHW", "NHWC"]
+    assert [grid.layout for grid in readings((2, 64, 64), 2, (64, 64))] == ["NHW", "NLC", "NCL"]
+    assert interpret((2, 8, 8, 8), 2, (32, 32), layout="NHWC") == Grid((8, 8), 8, "NHWC", (4, 4))
+    assert interpret((2, 8, 8, 8), 2, (32, 32), layout="NLC") is None
 
 
 @given(st.sampled_from([2, 3]), st.integers(1, 3), st.integers(1, 4), st.data())

@@ -89,3 +89,11 @@ def test_lists_and_batches():
         unpack_batch({"img": 1, "seg": 2})
     with pytest.raises(ReSegError, match="tuple of 3"):
         unpack_batch((1, 2, 3))
+
+
+@pytest.mark.parametrize("mode", ["index", "onehot"])
+def test_unsigned_labels_are_read_as_others(mode):
+    encoding = LabelEncoding(mode, 3, 2, ignore_index=255)
+    encoding.check_values(INDEX.to(torch.uint16))
+    for ours, expected in zip(encoding.encode(INDEX.to(torch.uint16)), encoding.encode(INDEX)):
+        assert torch.equal(ours, expected)

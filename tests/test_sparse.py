@@ -282,3 +282,8 @@ def test_settings_are_plain_values_in_a_state():
     values = Settings(teacher_dtype=torch.float16, subset=0.5).to_dict()
     assert values["teacher_dtype"] == "float16"
     assert Settings(**values).lower is torch.float16
+
+
+def test_any_whole_number_is_a_seed():
+    for seed in (-1, 2**45, 2**63):
+        assert len(sparse.draw(6, 0.5, seed, 7)) == 3

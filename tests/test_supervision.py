@@ -318,3 +318,21 @@ def test_a_forward_that_enters_autocast_itself_is_seen_as_such():
     ds.extractor.forget()
     model(image)
     (reseg.alignment_loss(label) + ds.loss(label, task_loss)).backward()
+
+
+class PadsInside(UNet):
+    """Pads to multiples of 16, and crops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        return super().forward(F.pad(x, (0, -width % 16, 0, -height % 16)))[..., :height, :width]
+
+
+def test_a_label_is_not_stretched_over_what_a_model_pads_inside():
+    model, ds = ready(PadsInside())
+    image, label = batch(size=48)
+    model(image[..., :45, :46])  # to 48: less than two cells
+    ds.loss(label[..., :45, :46], task_loss)
+    model(image[..., :36, :48])  # from 36 to 48: six cells of stride 2
+    with pytest.raises(ReSegError, match=r"stride \(2, 2\) have size \(24, 24\) .* \(36, 48\).*Pad image and label"):
+        ds.loss(label[..., :36, :48], task_loss)

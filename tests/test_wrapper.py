@@ -552,7 +552,9 @@ def test_what_cannot_work_is_refused_at_once():
         ({"taps": {"encoder": ["nope"]}}, "no module 'nope'"),
         ({"divisor": -1}, "divisor"),
         ({"weight": "a"}, "weight='a'"),
-        ({"teacher": model}, "its own teacher"),
+        ({"teacher": model}, "shares parameters with it"),
+        ({"teacher": nn.Sequential(model.encoder[0], nn.Conv2d(4, 1, 1))}, "shares parameters with it"),
+        ({"example_input": ({"image": image},)}, "more than the image"),
         ({"example_input": (image, 1.0)}, "more than the image"),
         ({"example_input": image, "output": "mask"}, "'mask'"),
         ({"example_input": image, "encoder_to_decoder": [1.0] * 3}, "3 weights, but the features have 2 levels"),
@@ -584,3 +586,34 @@ def test_parameters_that_reset_parameters_does_not_reach_are_named():
         normed = nn.utils.weight_norm(nn.Conv2d(1, 1, 1))
     assert redraw(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(1, 1, 1))) == []
     assert set(redraw(nn.Sequential(normed, Odd(2, 2)))) >= {"0.weight_g", "0.weight_v", "1.weight"}
+
+
+def test_a_teacher_of_the_users_that_another_module_puts_in_training_stays_in_evaluation():
+    image, label = batch()
+    own = UNet(classes=1)
+    model, reseg = ready(teacher=own)
+    model(image)
+    expected = reseg.alignment_loss(label)
+    own.train()  # as the train() of a module that holds model and teacher does
+    before = own.encoder[0][1].running_mean.clone()
+    model(image)
+    assert torch.equal(reseg.alignment_loss(label), expected)
+    assert torch.equal(own.encoder[0][1].running_mean, before)
+
+
+class Auxiliary(UNet):
+    """Returns a number beside the logits."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = super().forward(x)
+        return {"auxiliary": logits.mean(), "out": logits}
+
+
+def test_a_number_before_the_logits_is_passed_over():
+    image, label = batch()
+    model = Auxiliary()
+    reseg = ReSegWrapper(model, example_input=image)
+    assert reseg.teacher.encoding.num_classes == 3
+    reseg.freeze_teacher()
+    model(image)
+    assert reseg.alignment_loss(label) > 0

@@ -21,7 +21,10 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
         TapError: fewer than two levels, a second descent, or a bottleneck that no hook sees or of a single cell.
     """
     if shape is None or shape.score()[0] < 1:
-        raise TapError(_explain(graph, "no decoder was found that goes up in resolution and takes in skip features"))
+        what = "no decoder was found that goes up in resolution and takes in skip features"
+        if any(side % 32 for side in graph.image):  # which is all that such a model's features have in common
+            what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
+        raise TapError(_explain(graph, what))
     trunk, notes, levels = shape.trunk, [], []
     for size in sorted(shape.floors, reverse=True):
         level, note = _level(shape, shape.floors[size], encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..formats import Grid
 from .graph import Graph
 from .record import Call, Keys
 from .tap import Tap
@@ -44,9 +45,9 @@ def tap_at(graph: Graph, node: int, inputs: bool = True, views: bool = True) -> 
     return None
 
 
-def tap_of(graph: Graph, call: Call, keys: Keys, node: int, is_input: bool) -> Tap:
-    """The tap for what `call` returned, or took in, under `keys`."""
-    grid = graph.grid(node)
+def tap_of(graph: Graph, call: Call, keys: Keys, node: int, is_input: bool, grid: Grid | None = None) -> Tap:
+    """The tap for what `call` returned, or took in, under `keys`; `grid` is how it lies over the image, if given."""
+    grid = grid or graph.grid(node)
     assert grid is not None, "callers ask only for feature maps"
     if is_input and keys == (0,):
         keys = ()  # the short way to write the first argument

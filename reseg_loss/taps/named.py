@@ -74,12 +74,13 @@ def seen(
     """The tap with what its tensor's shape tells, for a batch of images of size `image`; a layout given stays.
 
     Raises:
-        TapError: the tensor is no feature map over the image.
+        TapError: the tensor is no feature map over the image, in the layout given.
     """
-    grid = interpret(shape, batch, image, grids)
+    grid = interpret(shape, batch, image, grids, tap.layout)
     if grid is None:
+        given = f" in layout {tap.layout}" if tap.layout else ""
         raise TapError(
-            f"{tap} has shape {tuple(shape)}, which is no feature map of a batch of {batch} images of size "
+            f"{tap} has shape {tuple(shape)}, which is no feature map{given} of a batch of {batch} images of size "
             f"{tuple(image)}: its size is not the image's divided by a whole number. Tap another module"
         )
     return replace(
@@ -136,10 +137,14 @@ def resolve(graph: Graph, model: nn.Module, tap: Tap) -> Tap:
         verb = "takes in" if tap.is_input else "returns"
         raise TapError(f"tap {tap}: {tap.module!r} {verb} {shown or 'no tensor'}; choose one of these by its key")
     keys, node = hit
-    if graph.grid(node) is None:
-        shape = graph.nodes[node].shape
-        raise TapError(f"tap {tap}: a tensor of shape {shape} is no feature map of an image of size {graph.image}")
-    return replace(tap_of(graph, call, keys, node, tap.is_input), module=name_of(model, tap))
+    grid = graph.read(node, tap.layout) if tap.layout else graph.grid(node)
+    if grid is None:
+        shape, given = graph.nodes[node].shape, f" in layout {tap.layout}" if tap.layout else ""
+        raise TapError(
+            f"tap {tap}: a tensor of shape {shape} is no feature map{given} of an image of size {graph.image}"
+        )
+    found = tap_of(graph, call, keys, node, tap.is_input, grid)
+    return replace(found, module=name_of(model, tap), mutated=tap.mutated or found.mutated)
 
 
 def replaced(plan: TapPlan, side: Literal["encoder", "decoder"], taps: Sequence[Tap]) -> TapPlan:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import TapError
+from ..formats import CHANNELS_FIRST
 
 _SYNTAX = re.compile(r"(?P<input>in:)?(?P<module>[^\[\]@]*)(?P<keys>(\[[^\[\]]+\])*)(@(?P<call>\d+))?")
 
@@ -19,13 +20,15 @@ class Tap:
         module: path of the module in the root, as in `named_modules()`.
         spatial: spatial size of the tensor at the example input; empty while not yet seen.
         channels: its number of channels; 0 while not yet seen.
-        layout: its layout, one of `reseg_loss.formats.LAYOUTS`; empty while not yet seen.
+        layout: its layout, one of `reseg_loss.formats.LAYOUTS`; empty while not yet seen. One that is given stays: a
+            shape alone, without an example, does not tell NCHW from NHWC where channels and sides are as many.
         stride: image size over `spatial`, per axis; empty while not yet seen.
         keys: path into a tuple, list, dict or dataclass. For an input the first key is the argument's position or
             name; no key means the first argument.
         call: which call of the module within one forward, counted from 0.
         is_input: tap what the module takes in, not what it returns.
-        mutated: the tensor is overwritten in place later in the forward, so the extractor keeps a clone.
+        mutated: the tensor is overwritten in place later in the forward, so the extractor keeps a clone. May be given
+            where that happens in training only.
     """
 
     module: str
@@ -142,4 +145,5 @@ def _short(stride: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _describe(tap: Tap) -> str:
-    return f"{tap} ({tap.channels})"
+    usual = tap.layout in ("", *CHANNELS_FIRST.values())
+    return f"{tap} ({tap.channels})" if usual else f"{tap} ({tap.channels}, {tap.layout})"
