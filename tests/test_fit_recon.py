@@ -378,8 +378,8 @@ def test_an_endless_loader_is_judged_by_its_end():
             yield image, label
 
     torch.manual_seed(0)
-    history = wrapper().fit_recon(endless(), steps=80, progress=False, optimizer=lambda p: torch.optim.Adam(p, 5e-3))
-    assert len(history) == 1  # a warning would be an error
+    history = wrapper().fit_recon(endless(), steps=40, progress=False)  # a warning would be an error
+    assert history[0] > 0.69  # the mean of all steps: worse than the best constant image
 
 
 @untrained
