@@ -29,6 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
 from benchmarks.evidence.commit import head_commit
+from benchmarks.evidence.compiler import set_up
 from examples.backbones.swin_unet import SwinUNet
 from examples.backbones.transunet import TransUNet
 from examples.backbones.unet import UNet
@@ -41,7 +42,6 @@ PRECISIONS = ("fp32", "bf16", "bf16 channels_last")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 STAGE_1 = 8  # stage 2 has so many times the steps of stage 1
-RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 IN_A_ROW = 8 if CUDA else 1  # steps of a sample: one alone would have the GPU wait for the host where training does not
 
 # {row: settings of the wrapper, over the preset paper}; a row of None is made by its own method
@@ -435,16 +435,6 @@ def plot(report: dict[str, Any], file: Path) -> None:
     figure.suptitle(f"{gpu}, torch {report['about']['torch']}, batch {report['about']['batch']}")
     figure.tight_layout()
     figure.savefig(file, dpi=100)
-
-
-def set_up() -> None:
-    """What is set for the whole process."""
-    torch.backends.cudnn.benchmark = True
-    dynamo = torch._dynamo.config
-    # the rows' models share their code: by default the bare row's, without hooks, would serve the others too
-    dynamo.skip_nnmodule_hook_guards = False
-    # and eager mode would take over after a few of them
-    setattr(dynamo, RECOMPILE_LIMIT, 64)
 
 
 def main() -> None:

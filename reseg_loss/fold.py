@@ -5,63 +5,62 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import FeatureExtractor
+from .features import Features
 from .hooks import Recorder
-from .taps import Tap, TapPlan
-from .taps.record import Call, Record, record
+from .taps import Tap
+from .taps.record import Call, record
+
+# the names of a convolution, its normalisation and its ReLU, or None without one
+Chain = tuple[str, str, str | None]
 
 
-def folded(body: nn.Module, example: Tensor, taps: Iterable[Tap], dtype: torch.dtype) -> tuple[nn.Module, int]:
-    """A copy of `body` in which every chain that can be is one operation in `dtype`, and how many there are.
+def folded(body: nn.Module, chains: Iterable[Chain], dtype: torch.dtype) -> nn.Module:
+    """A copy of `body` in which every chain is one operation in `dtype`.
 
     What is not folded shares its parameters and buffers with `body`.
 
     Args:
         body: a network in evaluation; it stays as it is.
-        example: an input of it, for one dry forward.
-        taps: what is read out of it; a chain with a tap inside stays.
+        chains: those that `find_chains` found in it.
         dtype: float16 or bfloat16, to save time; another to see whether folding changes anything.
     """
-    names = chains(record(body, example), body, taps)
     body = copy.deepcopy(body, {id(held): held for held in (*body.parameters(), *body.buffers())})
     modules = dict(body.named_modules())
-    for conv, norm, relu in names:
+    for conv, norm, relu in chains:
         instead = {conv: FoldedConv(modules[conv], modules[norm], relu is not None, dtype), norm: nn.Identity()}
         if relu is not None:
             instead[relu] = nn.Identity()
         for name, module in instead.items():
             parent, _, last = name.rpartition(".")
             modules[parent]._modules[last] = module
-    return body, len(names)
+    return body
 
 
-def same_features(body: nn.Module, other: nn.Module, taps: TapPlan, example: Tensor) -> bool:
-    """Whether a folded copy computes what `body` does, up to rounding.
+def same_features(ours: Features, theirs: Features) -> bool:
+    """Whether a folded network's features are those of the network in the same precision, up to rounding.
 
     The data flow does not show code that reads a folded module's weights, as tied ones are read.
     """
-    tensors = []
-    for network in (body, other):
-        extractor = FeatureExtractor(network, taps, when="always").attach()
-        try:
-            features = extractor.features_of(partial(network, example))
-        finally:
-            extractor.remove()
-        tensors.append([*features.encoder, *features.decoder, features.bottleneck])
-    near = 0.01 if example.dtype.itemsize >= 4 else 0.1  # TF32, or a network in low precision
-    pairs = [(a.double(), b.double()) for a, b in zip(*tensors)]
-    return all(bool((a - b).norm() <= near * a.norm()) for a, b in pairs)
+    near = 0.01 if theirs.bottleneck.dtype.itemsize >= 4 else 0.1  # TF32, or a network in low precision
+    a, b = ([x.double() for x in (*f.encoder, *f.decoder, f.bottleneck)] for f in (theirs, ours))
+    return all(bool((x - y).norm() <= near * x.norm()) for x, y in zip(a, b))
 
 
-def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str, str, str | None]]:
-    """The names of convolution, normalisation and ReLU, or None, wherever nothing else sees what is between them."""
+def find_chains(body: nn.Module, example: Tensor, taps: Iterable[Tap]) -> list[Chain]:
+    """The chains between whose parts nothing else sees.
+
+    Args:
+        body: a network in evaluation; it stays as it is.
+        example: an input of it, for one dry forward.
+        taps: what is read out of it; a chain with a tap inside stays.
+    """
+    flow = record(body, example)
     asked = {(tap.module, tap.is_input) for tap in taps}
     # by what is read, not by the module asked: a block returns what its last module does
     tapped = {
@@ -73,10 +72,7 @@ def chains(flow: Record, body: nn.Module, taps: Iterable[Tap]) -> list[tuple[str
     }
     times = Counter(id(call.module) for call in flow.calls)
     shared = Counter(id(module) for _, module in body.named_modules(remove_duplicate=False))
-    users: dict[int, list[int]] = {}
-    for node in flow.nodes:
-        for source in node.sources:
-            users.setdefault(source, []).append(node.index)
+    users = flow.users()
     needed = tapped | {node for _, node in flow.calls[0].outputs}
     modules = dict(body.named_modules())
 

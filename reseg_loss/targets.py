@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import capture
 from .features import FeatureExtractor, Features
-from .fold import folded, same_features
+from .fold import find_chains, folded, same_features
 from .settings import Settings
 from .taps import TapPlan
 from .teacher import Teacher
@@ -29,12 +29,11 @@ class Targets:
 
     def __init__(self, teacher: Teacher, plan: TapPlan) -> None:
         self.teacher = teacher
-        self.extractor = FeatureExtractor(teacher.body, plan, when="always").attach()
-        self.extractor.enabled = False  # on while the teacher runs only
+        self.extractor = _extractor(teacher.body, plan)
         self._compiled: Callable[[Tensor], None] | None = None
         self._tried_channels_last = False
-        # what it was made of, and body and taps, unless it cannot be
-        self._folded: tuple[Any, tuple[nn.Module, FeatureExtractor] | None] | None = None
+        # what it was made of, and what `_fold` returns
+        self._folded: tuple[Any, tuple[Callable[[Tensor], None], FeatureExtractor]] | None = None
         self._captured = capture.Captured()
 
     def __call__(
@@ -97,36 +96,45 @@ class Targets:
         return {**self.__dict__, "_compiled": None, "_folded": None}
 
     def _fold(self, encoded: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
-        """The teacher's forward with its chains folded, and its taps; made anew when the teacher has changed."""
-        teacher = self.teacher
+        """The teacher's forward with its chains folded, and its taps; made anew when the teacher has changed.
+
+        Where that would not compute what the teacher does, a warning, and the teacher as it is.
+        """
+        made_of = dtype, [(t.data_ptr(), t._version) for t in self.teacher.tensors()]
+        if self._folded is None or self._folded[0] != made_of:
+            with torch.no_grad(), torch.autocast(encoded.device.type, enabled=False):
+                self._folded = made_of, self._make_folded(encoded[:1], dtype)
+        return self._folded[1]
+
+    def _make_folded(self, example: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
+        teacher, plan = self.teacher, self.extractor.plan
 
         def before(encoded: Tensor) -> Tensor:
             return teacher.before(encoded.to(teacher.reference.dtype))
 
-        made_of = dtype, [(t.data_ptr(), t._version) for t in teacher.tensors()]
-        if self._folded is None or self._folded[0] != made_of:
-            with torch.no_grad(), torch.autocast(encoded.device.type, enabled=False):
-                self._folded = made_of, self._make_folded(before(encoded[:1]), dtype)
-        if self._folded[1] is None:
+        def unfolded(why: object) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
+            logger.warning("the teacher cannot be folded and runs as it is: %s", why)
             return teacher.run, self.extractor
-        body, extractor = self._folded[1]
-        return lambda encoded: body(before(encoded)), extractor
 
-    def _make_folded(self, example: Tensor, dtype: torch.dtype) -> tuple[nn.Module, FeatureExtractor] | None:
-        """The folded body and its taps; None, and a warning, where it would not compute what the teacher does."""
-        body, taps, plan = self.teacher.body, self.extractor.taps, self.extractor.plan
-        why: object = "its features would be others; does a forward use the weights of other modules?"
+        example = before(example)
         try:  # in the precision that the teacher has, in which folding changes next to nothing
-            same = same_features(body, folded(body, example, taps, example.dtype)[0], plan, example)
+            chains = find_chains(teacher.body, example, self.extractor.taps)
+            trial = folded(teacher.body, chains, example.dtype)
+            ours = _extractor(trial, plan).features_of(lambda: trial(example))
+            same = same_features(ours, self.extractor.features_of(lambda: teacher.body(example)))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a forward may ask a convolution for anything that a folded one has not
-            same, why = False, error
+            return unfolded(error)
         if not same:
-            logger.warning("the teacher cannot be folded and runs as it is: %s", why)
-            return None
-        made, count = folded(body, example, taps, dtype)
-        logger.info("%d chains of the teacher are folded", count)
-        extractor = FeatureExtractor(made, plan, when="always").attach()
-        extractor.enabled = False
-        return made, extractor
+            return unfolded("its features would be others; does a forward use the weights of other modules?")
+        made = folded(teacher.body, chains, dtype)
+        logger.info("%d chains of the teacher are folded", len(chains))
+        return lambda encoded: made(before(encoded)), _extractor(made, plan)
+
+
+def _extractor(body: nn.Module, plan: TapPlan) -> FeatureExtractor:
+    """Of a network that is asked for its features now and then: on in `features_of` alone."""
+    extractor = FeatureExtractor(body, plan, when="always").attach()
+    extractor.enabled = False
+    return extractor

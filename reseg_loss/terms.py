@@ -163,9 +163,11 @@ def kernels_work(device: torch.device) -> bool:
 
         with torch.no_grad():
             g = torch.Generator().manual_seed(0)
-            shapes = (2, 5, 9, 3), (2, 3, 4, 4)
-            s, t = ([torch.randn(x, generator=g, device="cpu").to(device) for x in shapes] for _ in range(2))
-            pairs = [*zip(s, t)]
+
+            def drawn(shape: tuple[int, ...]) -> Tensor:
+                return torch.randn(shape, generator=g, device="cpu").to(device)
+
+            pairs = [(drawn(shape), drawn(shape)) for shape in ((2, 5, 9, 3), (2, 3, 4, 4))]
             # the other memory order is other code, and bf16 is what not every device can do
             s, t = (x.bfloat16().contiguous(memory_format=torch.channels_last) for x in pairs[1])
             pairs[1] = s, t

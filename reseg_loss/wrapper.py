@@ -89,8 +89,7 @@ class ReSegWrapper:
             for entries in parse_taps(named).values():
                 for tap in entries:
                     module_of(module, tap)
-        own = {id(parameter) for parameter in self._model.parameters()}
-        if teacher is self._model or (teacher is not None and any(id(p) in own for p in teacher.parameters())):
+        if teacher is not None and (teacher is self._model or _share_parameters(teacher, self._model)):
             raise ReSegError(
                 "teacher= is the model or shares parameters with it, which stage 1 would train and then freeze; leave "
                 "teacher= out for a copy"
@@ -429,9 +428,12 @@ class ReSegWrapper:
         shape, spatial = image.shape, tuple(image.shape[2:])
         if own is None:
             refuse_sharded(self._model)
-            held = example_input.values() if isinstance(example_input, Mapping) else example_input
-            arguments = list(held) if isinstance(example_input, (tuple, list, Mapping)) else [image]
-            if len(arguments) > 1 or not isinstance(arguments[0], Tensor):
+            arguments: list[Any] = [image]
+            if isinstance(example_input, Mapping):
+                arguments = [*example_input.values()]
+            elif isinstance(example_input, (tuple, list)):
+                arguments = [*example_input]
+            if len(arguments) > 1 or arguments[0] is not image:
                 raise ReSegError(
                     "the example holds more than the image, or the image within something. If it is a loader's (image, "
                     "label), pass the image alone; if the model takes more, its copy would need that beside the label: "
@@ -571,6 +573,11 @@ def _alignment(settings: Settings, channels: Mapping[str, tuple[int, int]]) -> C
         channels=channels,
         seed=settings.seed,
     )
+
+
+def _share_parameters(a: nn.Module, b: nn.Module) -> bool:
+    of_a = {id(parameter) for parameter in a.parameters()}
+    return any(id(parameter) in of_a for parameter in b.parameters())
 
 
 def _projection(parts: _Parts) -> nn.Module:

@@ -91,6 +91,14 @@ def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
     return model, reseg
 
 
+class PadsInside:
+    """Beside a network among the bases: it pads to multiples of 16, and crops."""
+
+    def forward(self, x: Tensor) -> Any:
+        height, width = x.shape[2:]
+        return super().forward(F.pad(x, (0, -width % 16, 0, -height % 16)))[..., :height, :width]  # pyright: ignore
+
+
 class Threshold(nn.Module):
     """A segmenter that needs no training: class 1 where the image is above one half."""
 

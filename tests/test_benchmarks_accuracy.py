@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_report import figure, paired, report, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
+from benchmarks.evidence.compiler import compiler_settings
 from benchmarks.evidence.copy_paste import CopyPaste
 from benchmarks.evidence.data import Slices, load, rows, split
-from benchmarks.evidence.harness import COMPILER, Machine, Settings, Stage2, initial_weights, schedule
+from benchmarks.evidence.harness import Machine, Settings, Stage2, initial_weights, schedule
 from benchmarks.evidence.losses import entropy, segmentation_loss
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.pack import pack
@@ -413,7 +414,7 @@ def test_compiled_variants_in_one_process_give_the_same_numbers(folder, tmp_path
     compiled = Machine(torch.device("cpu"), "all", backend="aot_eager")
     values = []
     for name, machine in (("eager", None), ("compiled", compiled)):
-        with torch._dynamo.config.patch(COMPILER):
+        with torch._dynamo.config.patch(compiler_settings()):
             run(plan, folder, tmp_path / name, machine=machine)
         values.append([line["task_loss"] for line in finished(read_lines(tmp_path / name)).values()])
     torch._dynamo.reset()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from models import PadsInside
 from test_find_taps import check_hooks
 from torch import Tensor, nn
 
@@ -1119,12 +1120,8 @@ def test_a_layout_and_a_mark_of_the_users_stay(example: bool) -> None:
         features_of(model, named, image, example)
 
 
-class Padding(Small):
-    """Pads to multiples of 16 inside, and crops."""
-
-    def forward(self, x: Tensor) -> Any:
-        height, width = x.shape[2:]
-        return super().forward(F.pad(x, (0, -width % 16, 0, -height % 16)))[..., :height, :width]
+class Padding(PadsInside, Small):
+    """Its features are those of a larger image."""
 
 
 def test_a_model_that_pads_inside_is_told_which_example_shows_its_u() -> None:

@@ -10,7 +10,13 @@ from models import UNet, batch
 from torch import Tensor, nn
 
 from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, Tap
-from reseg_loss.fold import FoldedConv, folded
+from reseg_loss.fold import FoldedConv, find_chains, folded
+
+
+def fold(body: nn.Module, example: Tensor, taps: list[Tap], dtype: torch.dtype) -> tuple[nn.Module, int]:
+    """The folded network, and the number of its chains."""
+    chains = find_chains(body, example, taps)
+    return folded(body, chains, dtype), len(chains)
 
 
 class Chains(nn.Module):
@@ -68,7 +74,7 @@ def test_only_chains_that_nothing_sees_inside_are_folded_and_the_outputs_are_the
     x = torch.randn(2, 4, 8, 8)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     taps = [Tap("tapped.1"), Tap("between.0"), Tap("entered.1", is_input=True)]
-    copy, count = folded(model, x, taps, torch.float32)
+    copy, count = fold(model, x, taps, torch.float32)
     relu = {name: module.relu for name, module in copy.named_modules() if isinstance(module, FoldedConv)}
     whole, without = ("plain.0", "biased.0", "affineless.0"), ("tapped.0", "residual.0", "residual.2", "returned.0")
     assert relu == dict.fromkeys(whole, True) | dict.fromkeys(without, False)
@@ -93,7 +99,7 @@ def test_taps_on_the_activation_itself_are_read_from_a_folded_chain(inplace):
     model(image)
     expected = extractor.pop()
     extractor.enabled = False
-    copy, count = folded(model, image, extractor.taps, torch.float32)
+    copy, count = fold(model, image, extractor.taps, torch.float32)
     assert count == 7
     with torch.no_grad():
         found = FeatureExtractor(copy, extractor.plan, when="always").attach().features_of(lambda: copy(image))
@@ -157,7 +163,7 @@ def test_what_a_block_returns_or_takes_in_is_what_it_was_where_the_block_ends_wi
     torch.manual_seed(0)
     model, x, tap = Blocks().eval(), torch.randn(2, 3, 8, 8), Tap.parse(tap)
     seen = []
-    for network in (model, folded(model, x, [tap], torch.float32)[0]):
+    for network in (model, fold(model, x, [tap], torch.float32)[0]):
         module = network.get_submodule(tap.module)
         module.register_forward_hook(lambda _, args, output: seen.append((args[0] if tap.is_input else output).clone()))
         with torch.no_grad():
@@ -181,7 +187,7 @@ class Careful(nn.Module):
 def test_a_part_without_autocast_stays_in_the_dtype_of_its_input():
     torch.manual_seed(0)
     model, x = Careful().eval(), torch.randn(2, 3, 8, 8)
-    copy, count = folded(model, x, [], torch.bfloat16)
+    copy, count = fold(model, x, [], torch.bfloat16)
     assert count == 1
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, found = model(x), copy(x)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.evidence.compiler import compiler_settings
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,7 +62,7 @@ def test_a_run_writes_results_that_pass_the_check_and_resumes(overhead, tmp_path
 def test_rows_of_a_compiled_student_do_not_share_the_bare_rows_code(overhead, monkeypatch):
     torch = overhead.torch
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    settings = {overhead.RECOMPILE_LIMIT: 1, "skip_nnmodule_hook_guards": True}
+    settings = {**dict.fromkeys(compiler_settings(), 1), "skip_nnmodule_hook_guards": True}
     with torch._dynamo.config.patch(settings), torch.backends.cudnn.flags(benchmark=False):
         torch._dynamo.reset()
         overhead.set_up()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import UNet, batch, task_loss
+from models import PadsInside, UNet, batch, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import DeepSupervision, ReSegError, ReSegWrapper
@@ -320,16 +320,12 @@ def test_a_forward_that_enters_autocast_itself_is_seen_as_such():
     (reseg.alignment_loss(label) + ds.loss(label, task_loss)).backward()
 
 
-class PadsInside(UNet):
-    """Pads to multiples of 16, and crops."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        return super().forward(F.pad(x, (0, -width % 16, 0, -height % 16)))[..., :height, :width]
+class PaddingUNet(PadsInside, UNet):
+    """A U-Net for images of any size."""
 
 
 def test_a_label_is_not_stretched_over_what_a_model_pads_inside():
-    model, ds = ready(PadsInside())
+    model, ds = ready(PaddingUNet())
     image, label = batch(size=48)
     model(image[..., :45, :46])  # to 48: less than two cells
     ds.loss(label[..., :45, :46], task_loss)

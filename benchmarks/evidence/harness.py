@@ -23,6 +23,7 @@ from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, Fea
 from reseg_loss.unlabelled import pseudo_label
 
 from .batches import Augmentation, Feed
+from .compiler import set_up
 from .copy_paste import CopyPaste
 from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .variants import Variant
@@ -52,9 +53,6 @@ class Settings:
 
 Compiled = Literal["all", "losses", "none"]
 
-# every kind of variant compiles the same classes once more, and only the hooks differ
-COMPILER = {"recompile_limit": 128, "accumulated_recompile_limit": 1024, "skip_nnmodule_hook_guards": False}
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -77,9 +75,7 @@ class Machine:
     def make(cls, compiled: Compiled = "none") -> Machine:
         if not torch.cuda.is_available():
             return cls(torch.device("cpu"))
-        for name, value in COMPILER.items():
-            setattr(torch._dynamo.config, name, value)
-        torch.backends.cudnn.benchmark = True
+        set_up()
         return cls(torch.device("cuda"), compiled)
 
     def with_pool(self) -> Machine:

@@ -70,17 +70,12 @@ class Graph:
     @cached_property
     def _equal_sided(self) -> dict[int, formats.Grid]:
         """The grids of nodes whose channels equal their size: by the operators around them, for the shape is silent."""
-        users: dict[int, list[int]] = {}
-        for node in self.nodes:
-            for source in node.sources:
-                users.setdefault(source, []).append(node.index)
-        grids: dict[int, formats.Grid] = {}
+        users, grids = self.record.users(), {}
         for node in self.nodes:
             if not _equal_sides(node.shape):
                 continue
             ways = formats.readings(node.shape, self.batch, self.image, self._tokens)
-            ways = [grid for grid in ways if self._believed(grid)]
-            if not ways:
+            if not (ways := [grid for grid in ways if self._believed(grid)]):
                 continue
             hints = [
                 _told(node.operator),
