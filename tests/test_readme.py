@@ -15,6 +15,7 @@ from reseg_loss import ReSegWrapper
 
 ROOT = Path(__file__).parents[1]
 RUNS = ("bare", "deep supervision", "reseg")
+CL = "bf16 channels_last"
 README = (ROOT / "README.md").read_text()
 
 
@@ -89,18 +90,22 @@ def test_every_linked_file_exists():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_the_cost_table_is_that_of_the_results():
+@pytest.mark.parametrize(
+    ("corner", "precision", "compiled", "size"), [("", None, False, (11, 7)), ("compiled student", CL, True, (8, 5))]
+)
+def test_the_cost_tables_are_those_of_the_results(corner, precision, compiled, size):
     results = json.loads((ROOT / "benchmarks" / "results" / "overhead_h200.json").read_text())["results"]
-    table = README[README.index("| | U-Net, fp32 |") :].split("\n\n")[0].splitlines()
+    table = README[README.index(f"| {corner} | U-Net".replace("|  |", "| |")) :].split("\n\n")[0].splitlines()
     header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    groups = [tuple(name.replace("channels_last", "bf16 channels_last").split(", ")) for name in header[1:]]
-    known = {(r["model"], r["precision"], r["row"]): r for r in results}
+    names = header[1:] if precision is None else [f"{name}, {precision}" for name in header[1:]]
+    groups = [tuple(name.replace(", channels_last", f", {CL}").split(", ")) for name in names]
+    known = {(r["model"], r["precision"], r["row"]): r for r in results if r["compiled"] == compiled}
     for row, *cells in lines:
         for group, cell in zip(groups, cells, strict=True):
             r = known.get((*group, row))
             measured = "" if r is None else f"{r['ms']:.1f} ms" if row == "bare" else f"{r['ratio']:.2f}"
             assert cell == measured, (row, group)
-    assert (len(lines), len(groups)) == (11, 7)
+    assert (len(lines), len(groups)) == size
 
 
 def test_the_examples_numbers_are_those_of_the_results():
