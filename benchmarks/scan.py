@@ -52,7 +52,7 @@ def main() -> None:
     times: dict[str, list[float]] = {backend: [] for backend in steps}
     for _ in range(args.steps):
         for backend, step in steps.items():
-            times[backend].append(timed(step, device))
+            times[backend].append(timed(step))
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

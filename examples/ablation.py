@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if rank() == 0:
             content = {"seeds": args.seeds, "dsc_by_terms": subsets, "dsc_by_weight": weights}
             (args.out / "ablation.json").write_text(json.dumps(content, indent=1) + "\n")
-            figure = ablation_figure(subsets, weights, f"{args.network.name}, {data.name}, preset {args.preset}")
+            figure = ablation_figure(
+                subsets, weights, f"{args.network.name}, {args.datasets[args.seeds[0]].name}, preset {args.preset}"
+            )
             save_figure(figure, args.out / "ablation.png")
             for title, table in (("terms", subsets), ("weight", weights)):
                 print(f"\n{title:22} DSC in %, mean over {len(args.seeds)} seeds, and each")

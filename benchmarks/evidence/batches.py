@@ -129,7 +129,8 @@ class Feed:
         self, images: Tensor, labels: Tensor, steps: int, batch: int, augmentation: Augmentation, device: torch.device
     ) -> None:
         self.images, self.labels = images.to(device), labels.to(device)
-        self.steps, self.batch, self.augmentation = steps, batch, augmentation
+        self.steps, self.batch = steps, batch
+        self.augmentation: Augmentation = augmentation
         # the supervised batch; the second batch, from other patients or from the same
         axes = images.ndim - 1
         self.labelled, self.others, self.again = (Tables.empty(steps, batch, axes, device) for _ in range(3))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from examples.backbones.unet import UNet
 from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, Features, ReconLoss, ReSegWrapper
+from reseg_loss.teacher import Teacher
 from reseg_loss.unlabelled import pseudo_label
 
 from .batches import Augmentation, Feed
@@ -139,7 +140,7 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
 def on_device(settings: Settings, classes: int, device: torch.device) -> nn.Module:
     """A new network, in 2D with channels last; in 3D its instance normalisations would undo that."""
     layout = torch.contiguous_format if settings.model == "unet_3d" else torch.channels_last
-    return make_model(settings, classes).to(device, memory_format=layout)
+    return make_model(settings, classes).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
 @lru_cache(maxsize=4)
@@ -273,7 +274,7 @@ class Stage1:
         return state, float(self.loop.losses[-50:].mean())
 
 
-def reset_teacher(teacher: nn.Module, settings: Settings, classes: int, seed: int) -> None:
+def reset_teacher(teacher: Teacher, settings: Settings, classes: int, seed: int) -> None:
     """New weights, other than the student's."""
     teacher.body.load_state_dict(initial_weights(settings, classes, seed + 100_000))
     _redraw(teacher.before, seed)

@@ -127,7 +127,7 @@ def _tiny(scan: Any, device: torch.device) -> list[Tensor]:
 
 
 def _kernel_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
 
     single = [t.float().contiguous() for t in (x, dt, A, B, C, D)]
     return selective_scan_fn(*single, delta_bias=dt_bias.float(), delta_softplus=True).to(x.dtype)
@@ -172,7 +172,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, delta, A, B, C = ctx.saved_tensors
         dx, ddelta, dA, dB, dC = (torch.zeros_like(t) for t in (x, delta, A, B, C))
         dy = dy.unsqueeze(1)

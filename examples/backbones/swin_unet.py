@@ -116,8 +116,8 @@ class SwinBlock(SwinTransformerBlock):
     def __init__(self, dim: int, grid: int, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__(dim, (grid, grid), num_heads=heads, window_size=window, shift_size=shift, drop_path=drop_path)
         self.grid = grid
-        self.register_buffer("attn_mask", self.attn_mask)
-        self.attn.register_buffer("relative_position_index", self.attn.relative_position_index)
+        for module, name in ((self, "attn_mask"), (self.attn, "relative_position_index")):
+            module.register_buffer(name, getattr(module, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) to (B, L, C)."""

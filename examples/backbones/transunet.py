@@ -110,7 +110,7 @@ class Unit(nn.Module):
         self.conv2 = _conv(mid, mid, 3, stride)
         self.gn3 = _norm(cout)
         self.conv3 = _conv(mid, cout, 1)
-        self.downsample = self.gn_proj = None
+        self.downsample: nn.Module | None = None
         if stride != 1 or cin != cout:
             self.downsample = _conv(cin, cout, 1, stride)
             self.gn_proj = nn.GroupNorm(cout, cout, eps=1e-5)  # as published: every channel is a group
@@ -179,7 +179,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         for linear in (self.ffn.fc1, self.ffn.fc2):  # as ViT begins
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.normal_(linear.bias, std=1e-6)
+            nn.init.normal_(linear.get_parameter("bias"), std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.attention_norm(x))

@@ -184,7 +184,7 @@ class SS2D(nn.Module):
         dt, b, c = torch.einsum("bkdl,kcd->bkcl", xs, self.x_proj_weight).split(self.sizes, 2)
         dt = torch.einsum("bkrl,kdr->bkdl", dt, self.dt_projs_weight)
         rates, dt_bias = -self.A_logs.float().exp(), self.dt_projs_bias.flatten()
-        y = selective_scan(xs.flatten(1, 2), dt.flatten(1, 2), rates, b, c, self.Ds, dt_bias, self.scan)
+        y = selective_scan(xs.flatten(1, 2), dt.flatten(1, 2), rates, b, c, self.Ds, dt_bias, self.scan)  # pyright: ignore[reportCallIssue]
         y = cross_merge(y.unflatten(1, (4, -1)), height, width)
         return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)) * F.silu(gate))
 

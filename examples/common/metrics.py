@@ -69,12 +69,12 @@ def score_volume(
 
 
 def _overlap_and_distance(ours: np.ndarray, theirs: np.ndarray, voxel: Spacing) -> tuple[float, float]:
-    pair = [torch.from_numpy(mask)[None, None] for mask in (ours, theirs)]
+    a, b = (torch.from_numpy(mask)[None, None] for mask in (ours, theirs))
     with warnings.catch_warnings():
         # MONAI 1.6 calls its own helper with an argument that it has deprecated
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        distance = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=voxel)
-    return compute_dice(*pair).item(), distance.item()
+        distance = compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=voxel)
+    return compute_dice(a, b).item(), distance.item()
 
 
 def summarize(scores: Sequence[VolumeScores]) -> Summary:

@@ -43,8 +43,8 @@ def comparison_figure(
 ) -> Figure:
     """One slice (H, W) with its truth at the left, and a row per architecture beside it."""
     lines = max(2, len(rows))  # image and truth stand above each other
-    figure = Figure(figsize=(13.2, 1.88 * lines + 0.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    figure = Figure(figsize=(13.2, 1.88 * lines + 0.3))
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(lines, 8, width_ratios=[1, 1, 1, 1, 1, 1, 1.15, 1.15])
 
@@ -77,8 +77,8 @@ class OverlayRow:
 def overlays_figure(rows: Sequence[OverlayRow], class_names: Sequence[str]) -> Figure:
     """A row per case; columns: the image, then every label map over the image."""
     names = list(rows[0].labels)
-    figure = Figure(figsize=(2.4 * (1 + len(names)), 2.4 * len(rows) + 0.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    figure = Figure(figsize=(2.4 * (1 + len(names)), 2.4 * len(rows) + 0.4))
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 1 + len(names), squeeze=False)
     for line, (row, cells) in enumerate(zip(rows, axes)):

@@ -137,7 +137,7 @@ class PatchBatches(TrainingBatches):
         index = self._slice_at(place)
         rng = np.random.default_rng([self.seed, 1, place])
         image, label, voxels = self.images[index], self.labels[index], self.foreground[index]
-        room = np.array(label.shape) - self.patch
+        room = np.subtract(label.shape, self.patch)
         start = rng.integers(0, room + 1)
         if len(voxels) and rng.random() < 0.5:
             center = voxels[int(rng.integers(len(voxels)))].numpy()
@@ -161,6 +161,7 @@ def predict_volume(model: nn.Module, image: np.ndarray, patch: Patch) -> np.ndar
     volume = torch.from_numpy(image)[None].to(device)
     logits = sliding_window_inference(volume, patch, 4, model, overlap=0.5, mode="gaussian")
     model.train(was_training)
+    assert isinstance(logits, Tensor)  # it may be several where the model gives several
     return logits.argmax(1)[0].byte().cpu().numpy()
 
 
