@@ -240,6 +240,11 @@ class FeatureExtractor:
                 "several training forwards were recorded since the last call; mark the one that belongs to the label "
                 "with `with reseg.record():` (of deep supervision, its own `record()`)"
             )
+        if forward is None and not self.attached:
+            raise ReSegError(
+                "there are no hooks on the model: call attach() of this extractor (`.extractor`) before the forward. A "
+                "model that is copied or loaded whole together with its attributes gets none of its own accord"
+            )
         if forward is None:
             raise ReSegError(
                 "no training forward was recorded since the last call. Call the model itself (not model.forward) once, "
@@ -331,7 +336,9 @@ class FeatureExtractor:
         self.__dict__.update(state)
         self._handles = []
         self._finalizer = weakref.finalize(self, _detach, self._recording, self._handles)
-        if attached:  # a copy of model and extractor together works like the two
+        # a copy of model and extractor together works like the two. A model that holds the extractor is not copied yet
+        # when its attribute is: it has no place for hooks, and `attach` sets them later
+        if attached and "_forward_hooks" in vars(self._model):
             self.attach()
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -162,4 +163,6 @@ def settings_of(preset: str, overrides: Mapping[str, Any]) -> Settings:
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's do not load with weights_only
+        return int(value) if isinstance(value, Integral) else float(value)
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -16,8 +16,9 @@ from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import check_weight
+from .outputs import activation_of, dry_output, refuse_probabilities
 from .taps import TapPlan, find_taps
-from .taps.dryrun import preserved_rng
+from .taps.dryrun import image_of, preserved_rng, tensors
 from .taps.named import parse_taps
 
 FORMAT = 1  # of the state_dict
@@ -52,7 +53,7 @@ class DeepSupervision:
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
-        ReSegError: weights do not fit the levels, or a choice is unknown.
+        ReSegError: weights do not fit the levels, a choice is unknown, or the model ends in a sigmoid or softmax.
     """
 
     def __init__(
@@ -75,15 +76,18 @@ class DeepSupervision:
         if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
             raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
         self._model = unwrap(model)
-        self.num_classes, self.sides, self.decay_calls = num_classes, sides, decay_calls
+        # plain integers, for a state that loads with weights_only
+        self.num_classes, self.sides = int(num_classes), sides
+        self.decay_calls = None if decay_calls is None else int(decay_calls)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
-        self.soft, self.ignore_index = soft, ignore_index
+        self.soft, self.ignore_index = soft, None if ignore_index is None else int(ignore_index)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
         self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
+            self._refuse_probabilities(example_input)
             self._extractor, self._heads = self._make(plan, sides, self.level_weights)
 
     @property
@@ -226,6 +230,12 @@ class DeepSupervision:
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         extractor = FeatureExtractor(self._model, plan)
         return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
+
+    def _refuse_probabilities(self, example_input: Any) -> None:
+        image = image_of(example_input)
+        found = [x for _, x in tensors(dry_output(self._model, example_input)) if x.shape[2:] == image.shape[2:]]
+        if found and all(map(activation_of, found)):  # not where it returns logits, too
+            refuse_probabilities(found[0], "your task loss takes probabilities, while the heads give logits")
 
     def _need_bound(self) -> None:
         if self._extractor is None:

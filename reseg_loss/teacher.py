@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 from .errors import ReSegError
 from .hooks import drop_recorders
 from .labels import LabelEncoding, plain_label
-from .taps.dryrun import preserved_modes, preserved_rng, tensors
+from .outputs import select_output
+from .taps.dryrun import preserved_modes, preserved_rng
 
 logger = logging.getLogger("reseg_loss")
 
@@ -31,6 +32,7 @@ class Teacher(nn.Module):
         out_channels: what the body gives out, likewise against `image_channels`.
         image_channels: channels of the image.
         output: path to the image-sized tensor in the body's output; None finds it (`select_output`).
+        bounded: the body's output is one of an activation, and needs the convolution after it to be any image.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Teacher(nn.Module):
         out_channels: int,
         image_channels: int,
         output: Sequence[int | str] | None = None,
+        bounded: bool = False,
     ) -> None:
         super().__init__()
         conv = nn.Conv2d if encoding.dims == 2 else nn.Conv3d
@@ -49,7 +52,7 @@ class Teacher(nn.Module):
         kwargs: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.encoding, self.output, self.frozen = encoding, output, False
         self.in_channels, self.out_channels, self.image_channels = in_channels, out_channels, image_channels
-        same_in, same_out = in_channels == encoding.channels, out_channels == image_channels
+        same_in, same_out = in_channels == encoding.channels, out_channels == image_channels and not bounded
         self.before = nn.Identity() if same_in else conv(encoding.channels, in_channels, 1, **kwargs)
         self.body = body
         self.after = nn.Identity() if same_out else conv(out_channels, image_channels, 1, **kwargs)
@@ -192,42 +195,6 @@ def refuse_sharded(model: nn.Module) -> None:
             "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
             "or pass teacher="
         )
-
-
-def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
-    """The tensor (B, C, *spatial) in what a model returns: the first float tensor of the image's size, or at `path`.
-
-    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. An index is for models that return
-    several tensors; where one returns the image-sized tensor alone, in evaluation say, it is that tensor.
-
-    Raises:
-        ReSegError: there is none.
-    """
-    for key in path or ():
-        if isinstance(key, int) and _is_image(output, batch, spatial):
-            break
-        try:
-            output = output[key] if not isinstance(key, str) or hasattr(output, "keys") else getattr(output, key)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ReSegError(f"output={path}: there is no {key!r} in a {type(output).__name__}") from error
-    found = list(tensors(output))
-    for _, tensor in found:
-        if _is_image(tensor, batch, spatial):
-            return tensor
-        if tensor.ndim == len(spatial) + 3 and _is_image(tensor[:, 0], batch, spatial):
-            return tensor[:, 0]
-    shapes = ", ".join(f"{''.join(f'[{k}]' for k in keys)} {tuple(t.shape)}" for keys, t in found) or "no tensor"
-    raise ReSegError(
-        f"no float output of the image's size {spatial} among {shapes.strip()}; pass output= with the path to it "
-        "(an index, a key or a tuple of them), or a model that returns one"
-    )
-
-
-def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
-    """Whether a value is a float tensor (B, C, *spatial)."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != len(spatial) + 2:
-        return False
-    return value.shape[0] == batch and tuple(value.shape[2:]) == spatial
 
 
 @contextmanager

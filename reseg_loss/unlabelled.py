@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from .errors import ReSegError
 from .features import unwrap
 from .labels import unwrapped
 from .losses import check_weight
+from .outputs import refuse_probabilities, select_output
 from .processes import broadcast
 from .settings import as_path
 from .supervision import DeepSupervision, TaskLoss
 from .taps.dryrun import refuse_lazy
-from .teacher import copy_model, is_sharded, select_output
+from .teacher import copy_model, is_sharded
 
 FORMAT = 1  # of the state_dict
 FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
@@ -175,11 +177,13 @@ class CutMixConsistency:
             raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
         if not 0 <= threshold <= 1 or not 0 <= decay < 1:
             raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
-        if not isinstance(ignore_index, int):
+        if not isinstance(ignore_index, Integral):
             raise ReSegError(f"ignore_index={ignore_index!r}; it is a label value that is no class, 255 for instance")
         self._forward, self._model = model, unwrap(model)
         self.deep, self.perturb = deep, perturb
-        self.ramp_calls, self.ignore_index, self.threshold, self.decay = ramp_calls, ignore_index, threshold, decay
+        # plain values, for a state that loads with weights_only
+        self.ramp_calls, self.ignore_index = None if ramp_calls is None else int(ramp_calls), int(ignore_index)
+        self.threshold, self.decay = float(threshold), float(decay)
         self.output = as_path(output)
         self.weight = weight
         self._check_deep()
@@ -193,7 +197,8 @@ class CutMixConsistency:
         """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
 
         Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
-        images. `loss` sets its modes back to the model's. `mixed.average.compile()` compiles it.
+        images; at weight 0 they are the model's. `loss` sets its modes back to the model's. `mixed.average.compile()`
+        compiles it.
         """
         return self._average
 
@@ -277,6 +282,8 @@ class CutMixConsistency:
             output = forward(mixed)
             logits = select_output(output, len(mixed), tuple(mixed.shape[2:]), self.output)
             if not self._ignoring:
+                what = "pseudo-labels are taken from logits (output= names others that it returns)"
+                refuse_probabilities(logits, what)
                 _check_ignoring(task_loss, logits.detach(), label, self.ignore_index)
                 self._ignoring = True
             side = self.deep.loss(label, task_loss) if self.deep is not None else 0.0
@@ -309,6 +316,9 @@ class CutMixConsistency:
         _same("parameters", mine, theirs)
         pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)  # pyright: ignore
+        if self._weight == 0:  # no forward of its own brings its buffers up to date
+            for mine, theirs in zip(self._average.buffers(), self._model.buffers()):
+                mine.copy_(theirs)
         self._since_update = 0
 
     @torch.no_grad()

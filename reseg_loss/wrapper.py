@@ -27,13 +27,14 @@ from .errors import ReSegError, TapError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
+from .outputs import activation_of, dry_output, select_output
 from .processes import broadcast, rank
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
 from .taps import TapPlan, find_taps
-from .taps.dryrun import call, dry_run, image_of, preserved_rng
+from .taps.dryrun import image_of, preserved_rng
 from .taps.named import module_of, parse_taps
 from .targets import Targets
-from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refuse_sharded, select_output
+from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refuse_sharded
 
 logger = logging.getLogger("reseg_loss")
 
@@ -413,7 +414,9 @@ class ReSegWrapper:
                     settings.label_input, state["num_classes"], state["dims"], settings.ignore_index
                 )
                 channels = state["in_channels"], state["out_channels"], state["image_channels"]
-                parts = self._assemble(plan, self._make_teacher(encoding, settings, *channels), teacher_plan, settings)
+                bounded = "after.weight" in state["teacher"]  # else its channels alone tell
+                teacher = self._make_teacher(encoding, settings, *channels, bounded)
+                parts = self._assemble(plan, teacher, teacher_plan, settings)
             projection = [] if parts.loss.projection is None else [(_projection(parts), state["projection"])]
             load_states((parts.teacher, state["teacher"]), *projection)
         if self._parts is not None and self._parts is not parts:
@@ -440,24 +443,27 @@ class ReSegWrapper:
                     "pass a teacher= that takes the label alone"
                 )
         plan = find_taps(self._model, example_input, taps=self._taps, levels=s.levels, encoder=s.encoder)
-        with dry_run(self._model):
-            output = call(self._model, example_input)
-        classes = select_output(output, shape[0], spatial, s.output_path).shape[1]
+        output = select_output(dry_output(self._model, example_input), shape[0], spatial, s.output_path)
+        classes, bounded = output.shape[1], activation_of(output) is not None
         encoding = LabelEncoding(s.label_input, classes, len(spatial), s.ignore_index)
         if own is None:
-            return self._assemble(plan, self._make_teacher(encoding, s, shape[1], classes, shape[1]), plan, s)
+            return self._assemble(plan, self._make_teacher(encoding, s, shape[1], classes, shape[1], bounded), plan, s)
         channels = input_channels(own, default=encoding.channels)
         label = torch.zeros(shape[0], channels, *spatial, device=image.device, dtype=image.dtype)
-        with dry_run(own):
-            output = own(label)
-        out_channels = select_output(output, shape[0], spatial).shape[1]
+        out_channels = select_output(dry_output(own, label), shape[0], spatial).shape[1]
         theirs = find_taps(own, label, taps=self._teacher_taps, encoder=s.encoder)
         if not self._teacher_taps:
             theirs = theirs.select([level.stride for level in plan.selected])
         return self._assemble(plan, self._make_teacher(encoding, s, channels, out_channels, shape[1]), theirs, s)
 
     def _make_teacher(
-        self, encoding: LabelEncoding, settings: Settings, in_channels: int, out_channels: int, image_channels: int
+        self,
+        encoding: LabelEncoding,
+        settings: Settings,
+        in_channels: int,
+        out_channels: int,
+        image_channels: int,
+        bounded: bool = False,
     ) -> Teacher:
         """A teacher around a copy of the model, or around the user's module."""
         own = self._own_teacher
@@ -469,6 +475,7 @@ class ReSegWrapper:
                 out_channels=out_channels,
                 image_channels=image_channels,
                 output=settings.output_path if own is None else None,
+                bounded=bounded,
             )
 
     def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> _Parts:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import UNet, batch, task_loss
 from torch import Tensor
 
-from reseg_loss import DeepSupervision, ReSegError, ReSegWrapper
+from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
 
 L = pytest.importorskip("lightning.pytorch")
 from reseg_loss.integrations.lightning import ReSegCallback  # noqa: E402
@@ -202,6 +203,54 @@ def test_a_compiled_network_that_ran_in_the_sanity_check_is_served(tmp_path, exa
     module = Compiled()
     fit(module, tmp_path, [ReSegCallback(steps=2)], epochs=1)
     assert module.reseg.calls == module.ds.calls == 3
+
+
+class Unlabelled(Bare):
+    """With a mean teacher, on the labelled images for brevity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed = CutMixConsistency(self.net, ramp_calls=6, ignore_index=255, threshold=0.4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        torch.manual_seed(self.mixed.calls)
+        return super().training_step(batch, batch_idx) + self.mixed.loss(batch[0], ignoring)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.mixed.update()
+
+
+def ignoring(logits: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), label, ignore_index=255)
+
+
+def test_a_mean_teacher_is_in_the_checkpoint_and_goes_on(tmp_path):
+    torch.manual_seed(0)
+    whole = Unlabelled()
+    losses = fit(whole, tmp_path / "whole", [ReSegCallback()])
+    torch.manual_seed(0)
+    with pytest.raises(KilledError):
+        fit(Unlabelled(), tmp_path / "cut", [ReSegCallback(), KillAt(2, 1)])
+    fresh = Unlabelled()
+    rest = fit(fresh, tmp_path / "cut", [ReSegCallback()], resume=str(tmp_path / "cut" / "last.ckpt"))
+    assert same(rest, losses[-3:])
+    assert fresh.mixed.calls == 9
+    assert same(fresh.mixed.average.state_dict().values(), whole.mixed.average.state_dict().values())
+
+
+def test_of_several_training_loaders_stage_1_wants_to_know_which(tmp_path):
+    class Two(Segmenter):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["labelled"], batch_idx)
+
+    loaders = {"labelled": data(), "unlabelled": data()}
+    arguments = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    arguments |= {"default_root_dir": tmp_path, "enable_checkpointing": False}
+    with pytest.raises(ReSegError, match=r"several training loaders.*ReSegCallback\(loader=\.\.\.\)"):
+        L.Trainer(callbacks=[ReSegCallback(steps=2)], **arguments).fit(Two(), loaders)
+    module = Two()
+    L.Trainer(callbacks=[ReSegCallback(loader=data(), steps=2)], **arguments).fit(module, loaders)
+    assert module.reseg.ready
 
 
 def test_gradient_accumulation_counts_every_batch(tmp_path):

@@ -715,3 +715,16 @@ def test_a_forgotten_update_is_warned_about_once():
         mixed.loss(image, task_loss)
     mixed.loss(image, task_loss)  # warnings are errors here
     mixed.update()
+
+
+def test_at_weight_0_the_mean_teacher_has_the_models_statistics():
+    model, mixed = made(weight=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for seed in range(3):
+        image, label = batch(seed=seed)
+        (task_loss(model(image), label) + mixed.loss(image, task_loss)).backward()
+        optimizer.step()
+        mixed.update()
+    pairs = list(zip(mixed.average.buffers(), model.buffers(), strict=True))
+    assert pairs
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -14,8 +14,9 @@ import torch
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import PRESETS, ReSegError, ReSegWrapper, TapError
-from reseg_loss.teacher import redraw, select_output
+from reseg_loss import PRESETS, CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, TapError
+from reseg_loss.outputs import select_output
+from reseg_loss.teacher import redraw
 
 
 def ready(model: nn.Module | None = None, image: Tensor | None = None, **kwargs) -> tuple[nn.Module, ReSegWrapper]:
@@ -26,7 +27,7 @@ def ready(model: nn.Module | None = None, image: Tensor | None = None, **kwargs)
     return model, reseg
 
 
-def saved(reseg: ReSegWrapper) -> dict:
+def saved(reseg: ReSegWrapper | DeepSupervision | CutMixConsistency) -> dict:
     """The state through a file that may hold tensors and plain values only."""
     file = io.BytesIO()
     torch.save(reseg.state_dict(), file)
@@ -617,3 +618,15 @@ def test_a_number_before_the_logits_is_passed_over():
     reseg.freeze_teacher()
     model(image)
     assert reseg.alignment_loss(label) > 0
+
+
+def test_numbers_of_numpy_go_into_states_as_plain_ones():
+    np = pytest.importorskip("numpy")
+    whole, part = np.int64(7), np.float64(0.9)
+    reseg = ReSegWrapper(UNet(), example_input=batch()[0], ignore_index=whole, weight=part, every=2, alpha=part)
+    ds = DeepSupervision(
+        UNet(), np.int64(3), example_input=batch()[0], ignore_index=whole, decay_calls=whole, weights=[part] * 2
+    )
+    mixed = CutMixConsistency(UNet(), ramp_calls=whole, ignore_index=whole, threshold=part, decay=part, weight=part)
+    for each in (reseg, ds, mixed):
+        assert saved(each)

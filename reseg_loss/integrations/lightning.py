@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 
 from ..errors import ReSegError
 from ..supervision import DeepSupervision
+from ..unlabelled import CutMixConsistency
 from ..wrapper import ReSegWrapper
 
 
 class ReSegCallback(Callback):
-    """Runs stage 1 before the first training step, and keeps the teacher and the heads in the checkpoint.
+    """Runs stage 1 before the first training step; keeps teacher, heads and mean teacher in the checkpoint.
 
-    It serves every `ReSegWrapper` and `DeepSupervision` that is an attribute of the LightningModule. Their states lie
-    in `checkpoint["callbacks"]`, never in the module's state_dict, and a resumed run has no stage 1. A wrapper whose
-    weight is 0 when training starts gets no stage 1.
+    It serves every `ReSegWrapper`, `DeepSupervision` and `CutMixConsistency` that is an attribute of the
+    LightningModule when `setup` is called. Their states lie in `checkpoint["callbacks"]`, never in the module's
+    state_dict, and a resumed run has no stage 1. A wrapper whose weight is 0 when training starts gets none either.
 
     Args:
-        loader: batches for stage 1; None takes the trainer's training loader.
+        loader: batches for stage 1; None takes the trainer's training loader, if it is one.
         **fit_recon: of `ReSegWrapper.fit_recon`, `epochs=` or `steps=` above all.
 
     Raises:
-        ReSegError: the module has neither, or not those of the checkpoint.
+        ReSegError: the module has none of them, or not those of the checkpoint; stage 1 finds several training
+            loaders.
     """
 
     def __init__(self, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
         self.loader, self.fit_recon = loader, fit_recon
-        self._found: dict[str, ReSegWrapper | DeepSupervision] = {}
+        self._found: dict[str, ReSegWrapper | DeepSupervision | CutMixConsistency] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find them."""
-        kinds = (ReSegWrapper, DeepSupervision)
+        kinds = (ReSegWrapper, DeepSupervision, CutMixConsistency)
         self._found = {name: value for name, value in vars(pl_module).items() if isinstance(value, kinds)}
         if not self._found:
             raise ReSegError(
-                f"{type(pl_module).__name__} has neither a ReSegWrapper nor a DeepSupervision among its attributes; "
-                "in its __init__ write self.reseg = ReSegWrapper(self.net)"
+                f"{type(pl_module).__name__} has no ReSegWrapper, DeepSupervision or CutMixConsistency among its "
+                "attributes; in its __init__ write self.reseg = ReSegWrapper(self.net)"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the heads to where the trainer has brought the module, before the optimizer's state is restored."""
+        """Bring heads and mean teacher to where the module is, before the optimizer's state is restored."""
         for each in self._found.values():
-            if isinstance(each, DeepSupervision):
+            if isinstance(each, (DeepSupervision, CutMixConsistency)):
                 each.to(pl_module.device, pl_module.dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,6 +55,11 @@ class ReSegCallback(Callback):
         for each in self._found.values():
             if isinstance(each, ReSegWrapper) and each.weight != 0 and not each.ready:
                 loader: Any = trainer.train_dataloader if self.loader is None else self.loader
+                if isinstance(loader, (Mapping, list, tuple, CombinedLoader)) and self.loader is None:
+                    raise ReSegError(
+                        "the trainer has several training loaders, and stage 1 needs the one of images and labels: "
+                        "ReSegCallback(loader=...)"
+                    )
                 each.fit_recon(loader, **{"progress": trainer.progress_bar_callback is not None, **self.fit_recon})
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +67,7 @@ class ReSegCallback(Callback):
         return {
             name: each.state_dict()
             for name, each in self._found.items()
-            if isinstance(each, DeepSupervision) or each.ready
+            if not isinstance(each, ReSegWrapper) or each.ready
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -100,6 +100,8 @@ class TapPlan:
             below = [level for level in self.levels if max(level.stride) > 1]
             full = [level for level in self.levels if max(level.stride) == 1]
             chosen = below[:3] if len(below) >= 2 else (full + below)[:3]
+        elif isinstance(strides, int):
+            raise TapError(f"levels={strides}: it is a list of strides, levels=[{strides}] for instance")
         else:
             chosen = []
             for stride in strides:

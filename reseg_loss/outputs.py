@@ -1,0 +1,82 @@
+"""The tensor of the image's size in what a model returns, and what made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ReSegError
+from .taps.dryrun import call, dry_run, private_copy, tensors
+
+ACTIVATIONS = {
+    "SigmoidBackward0": "sigmoid",
+    "LogSigmoidBackward0": "log-sigmoid",
+    "SoftmaxBackward0": "softmax",
+    "LogSoftmaxBackward0": "log-softmax",
+}
+# what may stand between an activation and the output and leaves its values as they are
+PASSING = {f"{name}Backward0" for name in ("ToCopy", "Clone", "Slice", "Select", "View", "Alias", "Unsqueeze")}
+
+
+def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
+    """The tensor (B, C, *spatial) in what a model returns: the first float tensor of the image's size, or at `path`.
+
+    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. An index is for models that return
+    several tensors; where one returns the image-sized tensor alone, in evaluation say, it is that tensor.
+
+    Raises:
+        ReSegError: there is none.
+    """
+    for key in path or ():
+        if isinstance(key, int) and _is_image(output, batch, spatial):
+            break
+        try:
+            output = output[key] if not isinstance(key, str) or hasattr(output, "keys") else getattr(output, key)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ReSegError(f"output={path}: there is no {key!r} in a {type(output).__name__}") from error
+    found = list(tensors(output))
+    for _, tensor in found:
+        if _is_image(tensor, batch, spatial):
+            return tensor
+        if tensor.ndim == len(spatial) + 3 and _is_image(tensor[:, 0], batch, spatial):
+            return tensor[:, 0]
+    shapes = ", ".join(f"{''.join(f'[{k}]' for k in keys)} {tuple(t.shape)}" for keys, t in found) or "no tensor"
+    raise ReSegError(
+        f"no float output of the image's size {spatial} among {shapes.strip()}; pass output= with the path to it "
+        "(an index, a key or a tuple of them), or a model that returns one"
+    )
+
+
+def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
+    """Whether a value is a float tensor (B, C, *spatial)."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != len(spatial) + 2:
+        return False
+    return value.shape[0] == batch and tuple(value.shape[2:]) == spatial
+
+
+def dry_output(model: nn.Module, example_input: Any) -> Any:
+    """What a model returns in evaluation, with its history, in a forward that leaves no trace on it."""
+    with dry_run(model), torch.enable_grad():
+        return call(model, private_copy(example_input))
+
+
+def activation_of(output: Tensor) -> str | None:
+    """The activation to probabilities that an output ends in; None without one, or without a history that tells."""
+    made_by = output.grad_fn
+    while made_by is not None and made_by.name() in PASSING:
+        made_by = made_by.next_functions[0][0]
+    return None if made_by is None else ACTIVATIONS.get(made_by.name())
+
+
+def refuse_probabilities(output: Tensor, what: str) -> None:
+    """Raise a ReSegError for an output that is no logits; `what` says who would go wrong with it, and how."""
+    activation = activation_of(output)
+    if activation is not None:
+        raise ReSegError(
+            f"the model ends in a {activation}, and {what}. Leave the {activation} out of the model in training, with "
+            "a task loss that takes logits: nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, smp's DiceLoss with "
+            "from_logits=True, MONAI's with softmax=True or sigmoid=True"
+        )

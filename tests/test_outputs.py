@@ -1,0 +1,145 @@
+"""What a model's output ends in, and what follows from it for teacher, heads and pseudo-labels."""
+
+from __future__ import annotations
+
+import copy
+import io
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import UNet, batch, task_loss
+from torch import Tensor, nn
+
+from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
+from reseg_loss.outputs import activation_of
+
+
+class EndsIn(UNet):
+    """A U-Net whose output is an activation's."""
+
+    def __init__(self, activation: str = "sigmoid", classes: int = 1) -> None:
+        super().__init__(classes=classes)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits.sigmoid() if self.activation == "sigmoid" else getattr(logits, self.activation)(1)
+
+
+class Both(EndsIn):
+    """Probabilities, and logits after them."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = UNet.forward(self, x)
+        return {"probability": logits.softmax(1), "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [
+        (torch.sigmoid, "sigmoid"),
+        (lambda x: x.softmax(1), "softmax"),
+        (lambda x: x.log_softmax(1).double(), "log-softmax"),
+        (lambda x: torch.stack([x, x.softmax(1)])[:, 1:], None),
+        (lambda x: x.softmax(1)[:, :, 1:], "softmax"),
+        (F.logsigmoid, "log-sigmoid"),
+        (lambda x: x, None),
+        (lambda x: 2 * x.sigmoid(), None),
+        (lambda x: x.sigmoid().detach(), None),
+    ],
+)
+def test_an_activation_is_known_by_what_made_the_output(end, name):
+    assert activation_of(end(nn.Conv2d(1, 3, 1)(torch.randn(2, 1, 4, 4)))) == name
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", "log_softmax"])
+def test_deep_supervision_refuses_a_loss_of_probabilities(activation):
+    image, _ = batch()
+    name = activation.replace("_", "-")
+    with pytest.raises(ReSegError, match=f"ends in a {name}, and your task loss takes probabilities"):
+        DeepSupervision(EndsIn(activation, 3), 3, example_input=image)
+
+
+def test_a_model_that_returns_logits_too_is_served():
+    image, label = batch()
+    model = Both(classes=3)
+    ds = DeepSupervision(model, 3, example_input=image)
+    task_loss(model(image)["logits"], label)
+    assert ds.loss(label, task_loss) > 0
+
+
+def test_pseudo_labels_of_probabilities_are_refused_and_output_names_the_logits():
+    image, _ = batch()
+
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label, ignore_index=255)
+
+    mixed = CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=255)
+    with pytest.raises(ReSegError, match=r"ends in a softmax, and pseudo-labels are taken from logits \(output="):
+        mixed.loss(image, loss)
+    CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=255, output="logits").loss(image, loss)
+
+
+def test_a_teacher_of_a_model_that_ends_in_a_sigmoid_can_paint_any_image():
+    image, label = batch(classes=2)
+    image = 5 * image - 3  # beyond 0 and 1
+    reseg = ReSegWrapper(EndsIn(), example_input=image)
+    assert isinstance(reseg.teacher.after, nn.Conv2d)
+    adam = partial(torch.optim.Adam, lr=1e-2)
+    reseg.fit_recon([(image, label)], steps=300, optimizer=adam, progress=False)
+    picture = reseg.reconstruct(label)
+    assert picture.min() < -1
+    assert picture.max() > 1
+
+    file = io.BytesIO()
+    torch.save(reseg.state_dict(), file)
+    file.seek(0)
+    other = ReSegWrapper(EndsIn())
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other.reconstruct(label), picture)
+
+
+def test_without_an_activation_the_teachers_output_is_the_image():
+    reseg = ReSegWrapper(UNet(classes=1), example_input=batch()[0])
+    assert isinstance(reseg.teacher.after, nn.Identity)
+
+
+class Holding(UNet):
+    """A model that holds what is made for it, as a LightningModule that is the network itself does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ds = DeepSupervision(self, 3, example_input=batch()[0])
+        self.reseg = ReSegWrapper(self, example_input=batch()[0])
+
+
+def by_pickle(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
+def test_a_model_that_holds_its_own_losses_trains_and_is_copied(copied):
+    image, label = batch()
+    model = Holding()
+    model.reseg.fit_recon([(image, label)], steps=1, progress=False)
+    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
+    other = copied(model)
+    assert torch.equal(other.eval()(image), model.eval()(image))
+    assert torch.equal(mixed.average.eval()(image), model(image))
+
+    for each in (model.train(), other.train()):
+        if each is other:
+            each(image)
+            with pytest.raises(ReSegError, match=r"call attach\(\) of this extractor"):
+                each.ds.loss(label, task_loss)
+            each.ds.extractor.attach()
+            each.reseg.extractor.attach()
+        loss = task_loss(each(image), label)
+        (loss + each.ds.loss(label, task_loss) + each.reseg.alignment_loss(label)).backward()
+        assert all(p.grad is not None for p in each.parameters())
