@@ -71,9 +71,14 @@ def activation_of(output: Tensor) -> str | None:
     return None if made_by is None else ACTIVATIONS.get(made_by.name())
 
 
-def refuse_probabilities(output: Tensor, what: str) -> None:
-    """Raise a ReSegError for an output that is no logits; `what` says who would go wrong with it, and how."""
-    activation = activation_of(output)
+def common_activation(output: Any, spatial: tuple[int, ...]) -> str | None:
+    """`activation_of` what a model returns in the image's size; None where any of it ends in none."""
+    found = [activation_of(tensor) for _, tensor in tensors(output) if tuple(tensor.shape[2:]) == spatial]
+    return found[0] if found and None not in found else None
+
+
+def refuse_probabilities(activation: str | None, what: str) -> None:
+    """Raise a ReSegError if a model ends in an activation; `what` says who would go wrong with it, and how."""
     if activation is not None:
         raise ReSegError(
             f"the model ends in a {activation}, and {what}. Leave the {activation} out of the model in training, with "

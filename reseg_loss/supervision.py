@@ -16,9 +16,9 @@ from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import check_weight
-from .outputs import activation_of, dry_output, refuse_probabilities
+from .outputs import refuse_probabilities
 from .taps import TapPlan, find_taps
-from .taps.dryrun import image_of, preserved_rng, tensors
+from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
 
 FORMAT = 1  # of the state_dict
@@ -53,7 +53,7 @@ class DeepSupervision:
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
-        ReSegError: weights do not fit the levels, a choice is unknown, or the model ends in a sigmoid or softmax.
+        ReSegError: weights do not fit the levels, or a choice is unknown.
     """
 
     def __init__(
@@ -87,7 +87,6 @@ class DeepSupervision:
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
-            self._refuse_probabilities(example_input)
             self._extractor, self._heads = self._make(plan, sides, self.level_weights)
 
     @property
@@ -153,8 +152,8 @@ class DeepSupervision:
             A scalar to add to the task loss. At weight 0 a zero on which backward works.
 
         Raises:
-            ReSegError: no or several training forwards since the last call, the model is in evaluation, or the label
-                does not fit.
+            ReSegError: no or several training forwards since the last call, the model is in evaluation or ends in a
+                sigmoid or softmax, or the label does not fit.
             TapError: a tap did not fire.
         """
         try:
@@ -231,12 +230,6 @@ class DeepSupervision:
         extractor = FeatureExtractor(self._model, plan)
         return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
 
-    def _refuse_probabilities(self, example_input: Any) -> None:
-        image = image_of(example_input)
-        found = [x for _, x in tensors(dry_output(self._model, example_input)) if x.shape[2:] == image.shape[2:]]
-        if found and all(map(activation_of, found)):  # not where it returns logits, too
-            refuse_probabilities(found[0], "your task loss takes probabilities, while the heads give logits")
-
     def _need_bound(self) -> None:
         if self._extractor is None:
             raise ReSegError("taps are not known: pass example_input= (an image batch), or call load_state_dict(state)")
@@ -254,6 +247,7 @@ class DeepSupervision:
         if factor == 0:
             return torch.zeros((), device=label.device, requires_grad=True)
         recorded = self.extractor.take()
+        refuse_probabilities(recorded.activation, "your task loss takes probabilities, while the heads give logits")
         assert self._heads is not None
         features, device = recorded.features, recorded.features.bottleneck.device
         label = label.to(device, non_blocking=True)

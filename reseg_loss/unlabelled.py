@@ -18,7 +18,7 @@ from .errors import ReSegError
 from .features import unwrap
 from .labels import unwrapped
 from .losses import check_weight
-from .outputs import refuse_probabilities, select_output
+from .outputs import activation_of, refuse_probabilities, select_output
 from .processes import broadcast
 from .settings import as_path
 from .supervision import DeepSupervision, TaskLoss
@@ -283,7 +283,7 @@ class CutMixConsistency:
             logits = select_output(output, len(mixed), tuple(mixed.shape[2:]), self.output)
             if not self._ignoring:
                 what = "pseudo-labels are taken from logits (output= names others that it returns)"
-                refuse_probabilities(logits, what)
+                refuse_probabilities(activation_of(logits), what)
                 _check_ignoring(task_loss, logits.detach(), label, self.ignore_index)
                 self._ignoring = True
             side = self.deep.loss(label, task_loss) if self.deep is not None else 0.0

@@ -56,10 +56,26 @@ def test_an_activation_is_known_by_what_made_the_output(end, name):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "log_softmax"])
 def test_deep_supervision_refuses_a_loss_of_probabilities(activation):
-    image, _ = batch()
+    image, label = batch()
+    model = EndsIn(activation, 3)
+    ds = DeepSupervision(model, 3, example_input=image)
+    model(image)
     name = activation.replace("_", "-")
     with pytest.raises(ReSegError, match=f"ends in a {name}, and your task loss takes probabilities"):
-        DeepSupervision(EndsIn(activation, 3), 3, example_input=image)
+        ds.loss(label, task_loss)
+
+
+def test_an_activation_in_evaluation_alone_does_not_matter():
+    class Late(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return logits if self.training else logits.softmax(1)
+
+    image, label = batch()
+    model = Late()
+    ds = DeepSupervision(model, 3, example_input=image)
+    task_loss(model(image), label)
+    assert ds.loss(label, task_loss) > 0
 
 
 def test_a_model_that_returns_logits_too_is_served():
