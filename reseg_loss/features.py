@@ -28,12 +28,11 @@ class Features(NamedTuple):
 
 @dataclass
 class Recorded:
-    """What one recorded forward leaves: features, image, the autocast state it ran in, the activation it ended in."""
+    """What one recorded forward leaves: its features, its image and the autocast state it ran in."""
 
     features: Features
     image: Tensor
     autocast: tuple[bool, torch.dtype]
-    activation: str | None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -232,7 +231,7 @@ class FeatureExtractor:
         return self.take().features
 
     def take(self) -> Recorded:
-        """As `pop`, with the image, the autocast state and the last activation of the forward."""
+        """As `pop`, with the image and the autocast state of the forward."""
         recording = self._recording
         forward, several = recording.done, recording.several
         recording.forget()
@@ -272,7 +271,7 @@ class FeatureExtractor:
             )
         if self._plan is None:
             self._know(self._first_plan(forward))
-        return Recorded(self._read(forward), forward["image"], forward["autocast"], forward["activation"])
+        return Recorded(self._read(forward), forward["image"], forward["autocast"])
 
     def _know(self, plan: TapPlan) -> None:
         self._plan = plan

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ReSegError, TapError
-from .outputs import common_activation
 from .taps import Tap
 from .taps.dryrun import image_of
 
@@ -85,7 +84,6 @@ class RootEnter(Recorder):
         recording.open = {
             "image": image,
             "autocast": None,
-            "activation": None,
             "grad": torch.is_grad_enabled(),
             "calls": {},
             "seen": {},
@@ -97,9 +95,6 @@ class RootExit(Recorder):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.recording is not None and self.recording.open is not None:
-            if not torch.compiler.is_compiling():  # a compiled graph's output has no history, and would be guarded on
-                spatial = tuple(self.recording.open["image"].shape[2:])
-                self.recording.open["activation"] = common_activation(output, spatial)
             self.recording.finish()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ReSegError
-from .taps.dryrun import call, dry_run, private_copy, tensors
+from .taps.dryrun import call, dry_run, image_of, private_copy, tensors
 
 ACTIVATIONS = {
     "SigmoidBackward0": "sigmoid",
@@ -57,9 +57,11 @@ def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
     return value.shape[0] == batch and tuple(value.shape[2:]) == spatial
 
 
-def dry_output(model: nn.Module, example_input: Any) -> Any:
-    """What a model returns in evaluation, with its history, in a forward that leaves no trace on it."""
+def dry_output(model: nn.Module, example_input: Any, training: bool = False) -> Any:
+    """What a model returns, in evaluation by default, with its history; the forward leaves no trace on it."""
     with dry_run(model), torch.enable_grad():
+        for module in model.modules():
+            module.training = training
         return call(model, private_copy(example_input))
 
 
@@ -75,6 +77,17 @@ def common_activation(output: Any, spatial: tuple[int, ...]) -> str | None:
     """`activation_of` what a model returns in the image's size; None where any of it ends in none."""
     found = [activation_of(tensor) for _, tensor in tensors(output) if tuple(tensor.shape[2:]) == spatial]
     return found[0] if found and None not in found else None
+
+
+def trained_activation(model: nn.Module, example_input: Any) -> str | None:
+    """`common_activation` of a model in training; None for one that has it in evaluation alone."""
+    spatial = tuple(image_of(example_input).shape[2:])
+    if common_activation(dry_output(model, example_input), spatial) is None:
+        return None
+    try:
+        return common_activation(dry_output(model, example_input, training=True), spatial)
+    except (RuntimeError, ValueError):  # an example of one sample may be too small for the statistics of training
+        return None
 
 
 def refuse_probabilities(activation: str | None, what: str) -> None:

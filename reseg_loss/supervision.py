@@ -16,7 +16,7 @@ from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import check_weight
-from .outputs import refuse_probabilities
+from .outputs import refuse_probabilities, trained_activation
 from .taps import TapPlan, find_taps
 from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
@@ -53,7 +53,7 @@ class DeepSupervision:
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
-        ReSegError: weights do not fit the levels, or a choice is unknown.
+        ReSegError: weights do not fit the levels, a choice is unknown, or the model ends in a sigmoid or softmax.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class DeepSupervision:
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
+            activation = trained_activation(self._model, example_input)
+            refuse_probabilities(activation, "your task loss takes probabilities, while the heads give logits")
             self._extractor, self._heads = self._make(plan, sides, self.level_weights)
 
     @property
@@ -152,8 +154,8 @@ class DeepSupervision:
             A scalar to add to the task loss. At weight 0 a zero on which backward works.
 
         Raises:
-            ReSegError: no or several training forwards since the last call, the model is in evaluation or ends in a
-                sigmoid or softmax, or the label does not fit.
+            ReSegError: no or several training forwards since the last call, the model is in evaluation, or the label
+                does not fit.
             TapError: a tap did not fire.
         """
         try:
@@ -247,7 +249,6 @@ class DeepSupervision:
         if factor == 0:
             return torch.zeros((), device=label.device, requires_grad=True)
         recorded = self.extractor.take()
-        refuse_probabilities(recorded.activation, "your task loss takes probabilities, while the heads give logits")
         assert self._heads is not None
         features, device = recorded.features, recorded.features.bottleneck.device
         label = label.to(device, non_blocking=True)

@@ -56,13 +56,13 @@ def test_an_activation_is_known_by_what_made_the_output(end, name):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "log_softmax"])
 def test_deep_supervision_refuses_a_loss_of_probabilities(activation):
-    image, label = batch()
-    model = EndsIn(activation, 3)
-    ds = DeepSupervision(model, 3, example_input=image)
-    model(image)
-    name = activation.replace("_", "-")
+    image, _ = batch()
+    model, name = EndsIn(activation, 3), activation.replace("_", "-")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ReSegError, match=f"ends in a {name}, and your task loss takes probabilities"):
-        ds.loss(label, task_loss)
+        DeepSupervision(model, 3, example_input=image)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
 
 
 def test_an_activation_in_evaluation_alone_does_not_matter():
