@@ -60,8 +60,9 @@ def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
 def dry_output(model: nn.Module, example_input: Any, training: bool = False) -> Any:
     """What a model returns, in evaluation by default, with its history; the forward leaves no trace on it."""
     with dry_run(model), torch.enable_grad():
-        for module in model.modules():
-            module.training = training
+        if training:  # else `dry_run` has set it
+            for module in model.modules():
+                module.training = True
         return call(model, private_copy(example_input))
 
 

@@ -93,7 +93,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: plain(value) for name, value in asdict(self).items()}
 
     def override(self, values: Mapping[str, Any]) -> Settings:
         """The same with other values.
@@ -160,9 +160,10 @@ def settings_of(preset: str, overrides: Mapping[str, Any]) -> Settings:
     return PRESETS[preset].override(overrides)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A number, a dtype, or a list or tuple of such, as a state that loads with weights_only holds it."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's do not load with weights_only
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's, too
         return int(value) if isinstance(value, Integral) else float(value)
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -17,6 +17,7 @@ from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
 from .losses import check_weight
 from .outputs import refuse_probabilities, trained_activation
+from .settings import plain
 from .taps import TapPlan, find_taps
 from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
@@ -76,11 +77,9 @@ class DeepSupervision:
         if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
             raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
         self._model = unwrap(model)
-        # plain integers, for a state that loads with weights_only
-        self.num_classes, self.sides = int(num_classes), sides
-        self.decay_calls = None if decay_calls is None else int(decay_calls)
+        self.num_classes, self.sides, self.decay_calls = plain(num_classes), sides, plain(decay_calls)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
-        self.soft, self.ignore_index = soft, None if ignore_index is None else int(ignore_index)
+        self.soft, self.ignore_index = soft, plain(ignore_index)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
         self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False

@@ -20,7 +20,7 @@ from .labels import unwrapped
 from .losses import check_weight
 from .outputs import activation_of, refuse_probabilities, select_output
 from .processes import broadcast
-from .settings import as_path
+from .settings import as_path, plain
 from .supervision import DeepSupervision, TaskLoss
 from .taps.dryrun import refuse_lazy
 from .teacher import copy_model, is_sharded
@@ -181,9 +181,9 @@ class CutMixConsistency:
             raise ReSegError(f"ignore_index={ignore_index!r}; it is a label value that is no class, 255 for instance")
         self._forward, self._model = model, unwrap(model)
         self.deep, self.perturb = deep, perturb
-        # plain values, for a state that loads with weights_only
-        self.ramp_calls, self.ignore_index = None if ramp_calls is None else int(ramp_calls), int(ignore_index)
-        self.threshold, self.decay = float(threshold), float(decay)
+        self.ramp_calls, self.ignore_index, self.threshold, self.decay = (
+            plain(value) for value in (ramp_calls, ignore_index, threshold, decay)
+        )
         self.output = as_path(output)
         self.weight = weight
         self._check_deep()
@@ -317,8 +317,7 @@ class CutMixConsistency:
         pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)  # pyright: ignore
         if self._weight == 0:  # no forward of its own brings its buffers up to date
-            for mine, theirs in zip(self._average.buffers(), self._model.buffers()):
-                mine.copy_(theirs)
+            self._take_over("buffers")
         self._since_update = 0
 
     @torch.no_grad()
@@ -333,10 +332,7 @@ class CutMixConsistency:
         _refuse_sharded(self._model)
         self._to_model()
         for what in ("parameters", "buffers"):
-            mine, theirs = (list(getattr(m, what)()) for m in (self._average, self._model))
-            _same(what, mine, theirs)
-            for a, p in zip(mine, theirs):
-                a.copy_(p)
+            self._take_over(what)
         broadcast(self._average)  # DistributedDataParallel may still have to make the ranks' models equal
         self._started, self._calls, self._since_update = True, 0, 0
 
@@ -441,6 +437,13 @@ class CutMixConsistency:
             self._to_model()
         else:
             self.reset()
+
+    def _take_over(self, what: str) -> None:
+        """Give the mean teacher the model's "parameters" or "buffers"."""
+        mine, theirs = (list(getattr(m, what)()) for m in (self._average, self._model))
+        _same(what, mine, theirs)
+        for a, p in zip(mine, theirs):
+            a.copy_(p)
 
     def _to_model(self) -> None:
         """To the model's device, which may have moved since."""

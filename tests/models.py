@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -67,6 +68,14 @@ def task_loss(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), label)
 
 
+IGNORED = 255
+
+
+def ignoring(logits: Tensor, label: Tensor) -> Tensor:
+    """`task_loss` that leaves pixels out."""
+    return F.cross_entropy(logits.float(), label, ignore_index=IGNORED)
+
+
 def batch(
     n: int = 2, size: int = 16, channels: int = 1, classes: int = 3, dims: int = 2, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -89,6 +98,18 @@ def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
     reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
     reseg.freeze_teacher()
     return model, reseg
+
+
+def through_file(value: Any, weights_only: bool = True) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+def saved(holder: Any) -> dict[str, Any]:
+    """The state through a file that may hold tensors and plain values only."""
+    return through_file(holder.state_dict())
 
 
 class PadsInside:

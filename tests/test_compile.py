@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, inplace, task_loss
+from models import UNet, batch, inplace, saved, task_loss
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -374,15 +373,13 @@ def test_a_model_whose_submodule_was_compiled_and_run_before_gives_a_loss_or_say
 def test_states_load_between_compiled_and_plain_models():
     image, label = batch()
     model, reseg = made()
-    file = io.BytesIO()
-    torch.save(reseg.state_dict(), file)
-    file.seek(0)
+    state = saved(reseg)
     model(image)
     expected = reseg.alignment_loss(label)
     reseg.remove()
     run = torch.compile(model, backend="eager", fullgraph=True)
     fresh = ReSegWrapper(run)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(state)
     run(image)
     assert torch.equal(fresh.alignment_loss(label), expected)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 import random
 import warnings
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, inplace, loader, task_loss
+from models import UNet, batch, inplace, loader, task_loss, through_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -460,10 +459,7 @@ def through_pickle(model: nn.Module) -> nn.Module:
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
+    return through_file(model, weights_only=False)
 
 
 @pytest.mark.parametrize("mid_step", [False, True])

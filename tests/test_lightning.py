@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from models import UNet, batch, task_loss
+from models import IGNORED, UNet, batch, ignoring, task_loss
 from torch import Tensor
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
@@ -210,7 +209,7 @@ class Unlabelled(Bare):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mixed = CutMixConsistency(self.net, ramp_calls=6, ignore_index=255, threshold=0.4)
+        self.mixed = CutMixConsistency(self.net, ramp_calls=6, ignore_index=IGNORED, threshold=0.4)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         torch.manual_seed(self.mixed.calls)
@@ -218,10 +217,6 @@ class Unlabelled(Bare):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.mixed.update()
-
-
-def ignoring(logits: Tensor, label: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), label, ignore_index=255)
 
 
 def test_a_mean_teacher_is_in_the_checkpoint_and_goes_on(tmp_path):

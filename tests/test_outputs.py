@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import UNet, batch, task_loss
+from models import IGNORED, UNet, batch, ignoring, saved, task_loss, through_file
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
@@ -88,14 +87,11 @@ def test_a_model_that_returns_logits_too_is_served():
 
 def test_pseudo_labels_of_probabilities_are_refused_and_output_names_the_logits():
     image, _ = batch()
-
-    def loss(logits: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(logits, label, ignore_index=255)
-
-    mixed = CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=255)
+    mixed = CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=IGNORED)
     with pytest.raises(ReSegError, match=r"ends in a softmax, and pseudo-labels are taken from logits \(output="):
-        mixed.loss(image, loss)
-    CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=255, output="logits").loss(image, loss)
+        mixed.loss(image, ignoring)
+    mixed = CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=IGNORED, output="logits")
+    mixed.loss(image, ignoring)
 
 
 def test_a_teacher_of_a_model_that_ends_in_a_sigmoid_can_paint_any_image():
@@ -109,11 +105,8 @@ def test_a_teacher_of_a_model_that_ends_in_a_sigmoid_can_paint_any_image():
     assert picture.min() < -1
     assert picture.max() > 1
 
-    file = io.BytesIO()
-    torch.save(reseg.state_dict(), file)
-    file.seek(0)
     other = ReSegWrapper(EndsIn())
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(saved(reseg))
     assert torch.equal(other.reconstruct(label), picture)
 
 
@@ -131,20 +124,13 @@ class Holding(UNet):
         self.reseg = ReSegWrapper(self, example_input=batch()[0])
 
 
-def by_pickle(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
-@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
+@pytest.mark.parametrize("copied", [copy.deepcopy, partial(through_file, weights_only=False)])
 def test_a_model_that_holds_its_own_losses_trains_and_is_copied(copied):
     image, label = batch()
     model = Holding()
     model.reseg.fit_recon([(image, label)], steps=1, progress=False)
-    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
+    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=IGNORED)
     other = copied(model)
     assert torch.equal(other.eval()(image), model.eval()(image))
     assert torch.equal(mixed.average.eval()(image), model(image))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, ready, task_loss
+from models import UNet, batch, ready, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import Features, ReSegError, ReSegWrapper, Settings, sparse
@@ -20,13 +19,6 @@ def losses(model: nn.Module, reseg: ReSegWrapper, calls: int, n: int = 6, first:
         model(image)
         values.append(reseg.alignment_loss(label).item())
     return values
-
-
-def saved(reseg: ReSegWrapper) -> dict:
-    file = io.BytesIO()
-    torch.save(reseg.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # --- every

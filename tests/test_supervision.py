@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import PadsInside, UNet, batch, task_loss
+from models import PadsInside, UNet, batch, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import DeepSupervision, ReSegError, ReSegWrapper
@@ -178,10 +177,7 @@ def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits()
     image, label = batch()
     model(image)
     ds.loss(label, task_loss)
-    file = io.BytesIO()
-    torch.save(ds.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
+    state = saved(ds)
     model(image)
     expected = ds.loss(label, task_loss)
     ds.remove()

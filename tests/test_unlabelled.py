@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from typing import Any
 
@@ -12,17 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import UNet, batch
+from models import IGNORED, UNet, batch, through_file
+from models import ignoring as task_loss
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
 from reseg_loss.unlabelled import boxes, mix, perturb_intensities, pseudo_label, ramp_up, random_intensities
-
-IGNORED = 255
-
-
-def task_loss(logits: Tensor, label: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), label, ignore_index=IGNORED)
 
 
 def made(model: nn.Module | None = None, **kwargs: Any) -> tuple[nn.Module, CutMixConsistency]:
@@ -515,13 +509,10 @@ def test_a_run_resumes_to_the_bit():
     optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.1, momentum=0.9)
     for step in range(2):
         step_of(model, deep, mixed, optimizer, step)
-    file = io.BytesIO()
     parts = {"model": model, "deep": deep, "mixed": mixed, "optimizer": optimizer}
-    torch.save({**{k: v.state_dict() for k, v in parts.items()}, "rng": torch.get_rng_state()}, file)
+    state = through_file({**{k: v.state_dict() for k, v in parts.items()}, "rng": torch.get_rng_state()})
     expected = [step_of(model, deep, mixed, optimizer, step) for step in (2, 3)]
 
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
     torch.manual_seed(5)
     model = UNet(dropout=0.3)
     model.load_state_dict(state["model"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import pickle
 import warnings
@@ -11,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import UNet, batch, task_loss
+from models import UNet, batch, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import PRESETS, CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, TapError
@@ -25,14 +24,6 @@ def ready(model: nn.Module | None = None, image: Tensor | None = None, **kwargs)
     reseg = ReSegWrapper(model, example_input=batch()[0] if image is None else image, **kwargs)
     reseg.freeze_teacher()
     return model, reseg
-
-
-def saved(reseg: ReSegWrapper | DeepSupervision | CutMixConsistency) -> dict:
-    """The state through a file that may hold tensors and plain values only."""
-    file = io.BytesIO()
-    torch.save(reseg.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_presets_and_overrides():

@@ -116,8 +116,9 @@ class SwinBlock(SwinTransformerBlock):
     def __init__(self, dim: int, grid: int, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__(dim, (grid, grid), num_heads=heads, window_size=window, shift_size=shift, drop_path=drop_path)
         self.grid = grid
-        for module, name in ((self, "attn_mask"), (self.attn, "relative_position_index")):
-            module.register_buffer(name, getattr(module, name))
+        index = self.attn.relative_position_index
+        self.register_buffer("attn_mask", self.attn_mask)  # pyright: ignore[reportArgumentType]
+        self.attn.register_buffer("relative_position_index", index)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) to (B, L, C)."""

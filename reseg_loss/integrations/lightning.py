@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
 
 from ..errors import ReSegError
 from ..supervision import DeepSupervision
@@ -55,7 +54,7 @@ class ReSegCallback(Callback):
         for each in self._found.values():
             if isinstance(each, ReSegWrapper) and each.weight != 0 and not each.ready:
                 loader: Any = trainer.train_dataloader if self.loader is None else self.loader
-                if isinstance(loader, (Mapping, list, tuple, CombinedLoader)) and self.loader is None:
+                if self.loader is None and isinstance(loader, (Mapping, list, tuple)):  # a CombinedLoader's, too
                     raise ReSegError(
                         "the trainer has several training loaders, and stage 1 needs the one of images and labels: "
                         "ReSegCallback(loader=...)"
