@@ -176,7 +176,7 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
     return True
 
 
-def report(scores: Scores) -> str:
+def report(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
     """Question, rule and table of a plan, and where its runs are from."""
     plan = scores.plan
     planned = len(plan.seeds) * len(plan.variants)
@@ -187,7 +187,7 @@ def report(scores: Scores) -> str:
         plan.question,
         f"Rule, written before: {plan.rule}",
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
-        *([table(scores), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
+        *([table(scores, references), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
     ]
     return "\n\n".join(parts)
 
@@ -197,13 +197,16 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON lines of accuracy.py")
     parser.add_argument("--plan", type=Path, nargs="+", required=True)
     parser.add_argument("--part", help="which part's scores; default: the one that the plan decides on")
+    parser.add_argument(
+        "--references", nargs="+", default=REFERENCES, metavar="VARIANT", help="rows that others are compared with"
+    )
     parser.add_argument("--table", type=Path, help="Markdown file; default: print it")
     parser.add_argument("--figure", type=Path, help="picture of the paired differences to the bare run")
     args = parser.parse_args()
     lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
     plans = [read_plan(path) for path in args.plan]
     scores = [select(plan, lines, args.part or plan.decide_on) for plan in plans]
-    text = "\n\n".join(map(report, scores)) + "\n"
+    text = "\n\n".join(report(each, args.references) for each in scores) + "\n"
     if args.table:
         args.table.write_text(text)
     else:

@@ -339,7 +339,17 @@ def test_every_variant_trains(name, folder, tmp_path):
     assert math.isfinite(line["task_loss"])
     assert line["scores"]["test"]["volumes"] == 40
     assert (line["stage_1_loss"] is None) == (CATALOGUE[name].stage_1 is None)
-    assert ("test, mean teacher" in line["scores"]) == (CATALOGUE[name].unlabelled in ("cutmix", "copy-paste"))
+    averages = CATALOGUE[name].averaged or CATALOGUE[name].unlabelled in ("cutmix", "copy-paste")
+    assert ("test, mean teacher" in line["scores"]) == averages
+
+
+def test_an_average_is_of_the_training_that_is_without_it(folder, tmp_path):
+    variants, settings = (CATALOGUE["ds x2"], CATALOGUE["ds x2, averaged"]), replace(SETTINGS, steps=40, lr=0.05)
+    assert run(plan_of(seeds=(0,), variants=variants, settings=settings), folder, tmp_path / "results.jsonl")
+    plain, averaged = read_lines(tmp_path / "results.jsonl")
+    assert averaged["scores"]["test"] == plain["scores"]["test"] != averaged["scores"]["test, mean teacher"]
+    with pytest.raises(ValueError, match="averaged"):
+        from_plan({"name": "x", "unlabelled": "cutmix", "averaged": True})
 
 
 def test_the_mean_teacher_is_scored_as_a_network_of_its_own(folder, tmp_path):

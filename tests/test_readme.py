@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 from models import UNet, loader, task_loss
 from torch import nn
 
+from benchmarks.accuracy_report import paired, select
+from benchmarks.evidence.plan import read_plan
+from benchmarks.evidence.results import finished, read_lines
 from reseg_loss import ReSegWrapper
 
 ROOT = Path(__file__).parents[1]
+PLANS = ROOT / "benchmarks" / "plans"
 RUNS = ("bare", "deep supervision", "reseg")
 CL = "bf16 channels_last"
 README = (ROOT / "README.md").read_text()
@@ -107,6 +112,56 @@ def test_the_cost_tables_are_those_of_the_results(start, precision, compiled, si
             measured = "" if r is None else f"{r['ms']:.1f} ms" if row == "bare" else f"{r['ratio']:.2f}"
             assert cell == measured, (row, group)
     assert (len(lines), len(groups)) == size
+
+
+CUTMIX = "ds x2 + deep cutmix"
+AVERAGE = f"{CUTMIX}: its mean teacher"
+VARIANTS = {  # a row of the accuracy tables: what it shows, and over what
+    '`preset="paper"`': ("paper", "bare"),
+    '`preset="standardized"`, the default': ("standardized", "bare"),
+    "deep supervision": ("ds x2", "bare"),
+    "deep supervision, 2.5 times the steps": ("ds x2, 2.5 times as long", "bare"),
+    "deep supervision and CutMix, labelled images only": (f"{CUTMIX}, labelled images", "bare"),
+    "deep supervision and CutMix, unlabelled images": (CUTMIX, "bare"),
+    "that one's mean teacher": (AVERAGE, "bare"),
+    "CutMix, unlabelled images, over deep supervision": (CUTMIX, "ds x2"),
+    "its mean teacher, over deep supervision": (AVERAGE, "ds x2"),
+}
+SETTINGS = (
+    ("confirm_acdc_5", "time_5"),
+    ("sunnybrook_5",),
+    ("augmentation_5", "presets_5", "time_strong_5"),
+    ("sunnybrook_strong_5",),
+    ("augmentation_15",),
+    ("confirm_acdc_70",),
+)
+NETWORKS = (
+    ("smp_unet_5",),
+    ("transunet_5",),
+    ("swin_unet_5",),
+    ("swin_unet_adamw_5",),
+    ("hippocampus_5",),
+    ("across",),
+)
+
+
+@pytest.mark.parametrize(("start", "plans"), [("| augmentation |", SETTINGS), ("| network |", NETWORKS)])
+def test_the_accuracy_tables_are_those_of_the_results(start, plans):
+    lines = list(finished(read_lines(ROOT / "benchmarks" / "results" / "accuracy.jsonl")).values())
+    columns = [
+        [select(plan, lines, plan.decide_on) for plan in (read_plan(PLANS / f"{name}.json") for name in names)]
+        for names in plans
+    ]
+    table = README[README.index(start) :].split("\n\n")[0].splitlines()
+    _, _, _, bare, *rows = [[cell.strip(" *\\") for cell in line.strip("|").split("|")] for line in table]
+    assert bare[1:] == [f"{fmean(each[0].values('bare', 'mean_dsc').values()):.1f}" for each in columns]
+    for row, *cells in rows:
+        variant, reference = VARIANTS[row]
+        for cell, each in zip(cells, columns, strict=True):
+            known = [s for s in each if variant in s.lines]
+            if cell or known:
+                difference = paired(*(known[0].values(name, "mean_dsc") for name in (variant, reference)))
+                assert (cell, difference.pairs) == (str(difference), 8), (row, known[0].plan.name)
 
 
 def test_the_examples_numbers_are_those_of_the_results():

@@ -327,6 +327,8 @@ class Stage2:
                 self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED, threshold=SURE, decay=EMA
             )
             machine.compile_average(self.mixed)
+        elif variant.averaged:  # at weight 0 the average follows, and nothing else runs
+            self.mixed = CutMixConsistency(self.student, ramp_calls=None, ignore_index=IGNORED, weight=0.0, decay=EMA)
         self.recon_loss = ReconLoss()
         self.task_loss = machine.loss(segmentation_loss)
         self.loop = Loop(machine, parameters, settings.optimizer, settings.lr, settings.weight_decay, feed.steps)
@@ -458,7 +460,7 @@ class Stage2:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """What is scored, by what is added to the part's name: the model, and the mean teacher if there is one."""
+        """What is scored, by what is added to the part's name: the model, and its average if there is one."""
         return {"": self.model, **({} if self.mixed is None else {", mean teacher": self.mixed.average})}
 
     @torch.no_grad()

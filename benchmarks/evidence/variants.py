@@ -9,6 +9,7 @@ from typing import Any
 STANDARDIZED = {"preset": "standardized"}
 ONEHOT_TEACHER = {"label_input": "onehot", "weight": 0.0}  # a teacher without alignment
 DS_X2 = {"weights": [1.0, 0.5, 0.25]}
+DS_EQUAL = {"weights": [1.0, 1.0, 1.0]}
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "teacher": ("image", "untrained", "label", "autoencoder"),
@@ -48,6 +49,7 @@ class Variant:
         images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones.
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
+        averaged: score an average of the weights, too: what CutMix's mean teacher is, without its loss.
         long: train for the steps of stage 1 and 2 together.
         longer: train for so many times the steps, a control of what costs more per step.
     """
@@ -63,6 +65,7 @@ class Variant:
     images: str = "others"
     unlabelled_weight: float = 1.0
     unlabelled_deep: bool = False
+    averaged: bool = False
     long: bool = False
     longer: float = 1.0
 
@@ -72,6 +75,8 @@ class Variant:
                 raise ValueError(f"variant {self.name!r}: {name}={getattr(self, name)!r}; it is one of {allowed}")
         if self.deep is None and self.unlabelled_deep:
             raise ValueError(f"variant {self.name!r}: unlabelled_deep needs deep supervision")
+        if self.averaged and self.unlabelled is not None:
+            raise ValueError(f"variant {self.name!r}: averaged is for variants without unlabelled images")
 
     def options(self) -> dict[str, Any]:
         """What differs from the bare run, as plain values; the name is no option."""
@@ -134,7 +139,7 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds", deep={"weights": [0.5, 0.25, 0.125]}),
         Variant("ds x2", deep=DS_X2),
         Variant("ds x4", deep={"weights": [2.0, 1.0, 0.5]}),
-        Variant("ds equal", deep={"weights": [1.0, 1.0, 1.0]}),
+        Variant("ds equal", deep=DS_EQUAL),
         Variant("ds coarse", deep={"weights": [0.5, 1.0, 2.0]}),
         Variant("ds x2 soft", deep={**DS_X2, "soft": True}),
         Variant("ds x2 all sides", deep={**DS_X2, "sides": "all"}),
@@ -169,6 +174,9 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x2, 2.5 times as long", deep=DS_X2, longer=2.5),
         # the same without further images: what is the method's doing, and what the data's
         Variant("ds x2 + deep cutmix, labelled images", **_DEEP_CUTMIX, images="labelled"),
+        Variant("bare, averaged", averaged=True),
+        Variant("ds x2, averaged", deep=DS_X2, averaged=True),
+        Variant("ds equal, averaged", deep=DS_EQUAL, averaged=True),
         Variant("ds x2 + entropy, labelled images", **_ENTROPY, images="labelled"),
         Variant("ds x2 + cutmix + standardized", **_BOTH, unlabelled="cutmix"),
     )
