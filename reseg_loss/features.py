@@ -74,10 +74,13 @@ class FeatureExtractor:
         levels: strides of the levels to select; see `TapPlan.select`.
         encoder: "skip" taps what the skip connection carries, "stage" the last block of the level.
         when: "training" records as above; "always" records every forward (for a frozen teacher).
+        sides: "all", or "decoder" to record the decoder alone, of a known plan: the other features are then empty. In a
+            compiled model each feature that is recorded costs a gradient, wanted or not.
 
     Raises:
         TapError: a tap is unknown, or the model has no levels that can be paired.
-        ReSegError: the model is wrapped in nn.DataParallel, or neither all taps nor an example are given.
+        ReSegError: the model is wrapped in nn.DataParallel, `sides` is unknown, or neither all taps nor an example are
+            given.
     """
 
     def __init__(
@@ -89,12 +92,15 @@ class FeatureExtractor:
         levels: Any = None,
         encoder: Literal["skip", "stage"] = "skip",
         when: Literal["training", "always"] = "training",
+        sides: Literal["all", "decoder"] = "all",
     ) -> None:
+        if sides not in ("all", "decoder"):
+            raise ReSegError(f"sides={sides!r}; it is 'all' or 'decoder'")
         self._model = unwrap(model)
         self._recording = Recording(when == "training")
         self._handles: list[Any] = []
         self._named: dict[str, list[Tap]] = {}
-        self._select = levels
+        self._select, self._sides = levels, sides
         self._plan: TapPlan | None = None
         if isinstance(taps, TapPlan):
             self._know(taps if levels is None else taps.select(levels))
@@ -102,6 +108,8 @@ class FeatureExtractor:
             self._know(find_taps(self._model, example_input, taps=taps, levels=levels, encoder=encoder))
         else:
             self._named = parse_taps(taps)
+            if sides != "all":
+                raise ReSegError(f"sides={sides!r} needs a known plan: pass example_input= or a TapPlan")
             unnamed = [kind for kind in KINDS if kind not in self._named]
             if unnamed:
                 raise ReSegError(
@@ -309,6 +317,9 @@ class FeatureExtractor:
             return x
 
         selected = self.plan.selected
+        if self._sides == "decoder":
+            decoder = tuple(feature(level.decoder) for level in selected)
+            return Features((), decoder, decoder[0].new_empty(0))
         return Features(
             tuple(feature(level.encoder) for level in selected),
             tuple(feature(level.decoder) for level in selected),
@@ -317,11 +328,13 @@ class FeatureExtractor:
 
     @property
     def taps(self) -> list[Tap]:
-        """Every tap once."""
+        """Every tap that is recorded, once."""
         if self._plan is not None:
             selected = self._plan.selected
-            taps = [level.encoder for level in selected] + [level.decoder for level in selected]
-            return list(dict.fromkeys([*taps, self._plan.bottleneck]))
+            taps = [level.decoder for level in selected]
+            if self._sides == "all":
+                taps = [*(level.encoder for level in selected), *taps, self._plan.bottleneck]
+            return list(dict.fromkeys(taps))
         return list(dict.fromkeys(tap for kind in KINDS for tap in self._named[kind]))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -217,7 +217,9 @@ class DeepSupervision:
         self._weight, self._calls, self._labels_checked = state["weight"], state["calls"], False
         self._arm()
 
-    def _make(self, plan: TapPlan, sides: str, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
+    def _make(
+        self, plan: TapPlan, sides: Literal["decoder", "all"], weights: list[float] | None
+    ) -> tuple[FeatureExtractor, _Heads]:
         """Heads and hooks for known taps."""
         channels = {f"decoder_{i + 1}": level.decoder.channels for i, level in enumerate(plan.selected)}
         if weights is not None and len(weights) != len(channels):
@@ -228,7 +230,7 @@ class DeepSupervision:
         with preserved_rng():
             heads = _Heads(channels, self.num_classes, len(plan.bottleneck.spatial))
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
-        extractor = FeatureExtractor(self._model, plan)
+        extractor = FeatureExtractor(self._model, plan, sides=sides)
         return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
 
     def _need_bound(self) -> None:
@@ -249,7 +251,7 @@ class DeepSupervision:
             return torch.zeros((), device=label.device, requires_grad=True)
         recorded = self.extractor.take()
         assert self._heads is not None
-        features, device = recorded.features, recorded.features.bottleneck.device
+        features, device = recorded.features, recorded.features.decoder[0].device
         label = label.to(device, non_blocking=True)
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
@@ -257,7 +259,7 @@ class DeepSupervision:
         if self.soft and not self._labels_checked:  # else they are the task loss's affair
             encoding.check_values(label)
             self._labels_checked = True
-        sides = {"decoder": features.decoder, "encoder": features.encoder if self.sides == "all" else ()}
+        sides = {"decoder": features.decoder, "encoder": features.encoder}
         inputs = {f"{side}_{i + 1}": x for side, xs in sides.items() for i, x in enumerate(xs)}
         if self.sides == "all":
             inputs["bottleneck"] = features.bottleneck

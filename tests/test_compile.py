@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
-from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, TapError
+from reseg_loss import DeepSupervision, FeatureExtractor, ReSegError, ReSegWrapper, TapError
 
 # torch's tracer asks every tensor that enters a compiled submodule for its gradient
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
@@ -74,6 +74,23 @@ def test_hooks_set_before_the_first_call_are_part_of_one_unbroken_graph(compiled
     actual = steps(run, model, reseg, (16, 16, 16))
     assert counter.frame_count == 1
     assert close(actual, expected, 0 if backend == "eager" else 1e-5)
+
+
+def test_deep_supervision_adds_one_gradient_per_head_to_a_compiled_graph():
+    (image, label), model = batch(), UNet()
+    ds = DeepSupervision(model, 3, example_input=image)
+    shapes: list[tuple[int, ...]] = []
+
+    def backward(graph: Any, inputs: Any) -> Any:
+        tangents = [n for n in graph.graph.nodes if n.op == "placeholder" and n.name.startswith("tangents")]
+        shapes.extend(tuple(n.meta["val"].shape) for n in tangents)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=backward)
+    logits = torch.compile(model, backend=backend)(image)
+    (task_loss(logits, label) + ds.loss(label, task_loss)).backward()
+    decoder = [(len(image), level.decoder.channels, *level.decoder.spatial) for level in ds.extractor.plan.selected]
+    assert sorted(shapes) == sorted([tuple(logits.shape), *decoder])
 
 
 def test_named_taps_without_an_example_stay_cloned_for_what_is_overwritten_in_a_graph_is_not_seen():

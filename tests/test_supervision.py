@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import PadsInside, UNet, batch, saved, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import DeepSupervision, ReSegError, ReSegWrapper
+from reseg_loss import DeepSupervision, FeatureExtractor, ReSegError, ReSegWrapper
 from reseg_loss.supervision import _fractions, _nearest
 
 
@@ -270,6 +270,25 @@ def test_bad_choices_are_refused(kwargs, message):
         ready(**kwargs)
     with pytest.raises(ReSegError, match="example_input="):
         DeepSupervision(UNet(), 3).parameters()
+
+
+def test_only_the_features_that_are_supervised_are_recorded():
+    (image, _), model = batch(), UNet()
+    with FeatureExtractor(model, example_input=image) as everything:
+        plan, decoder = everything.plan, FeatureExtractor(model, everything.plan, sides="decoder")
+        with decoder:
+            model(image)
+            every, some = everything.pop(), decoder.pop()
+    assert all(torch.equal(a, b) for a, b in zip(some.decoder, every.decoder, strict=True))
+    assert (some.encoder, some.bottleneck.numel()) == ((), 0)
+    for sides, extra in (("decoder", 0), ("all", 3)):
+        model, ds = ready(sides=sides)
+        hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
+        assert len(hooked) == len(ds.extractor.taps) == len(plan.selected) + extra
+    with pytest.raises(ReSegError, match="'all' or 'decoder'"):
+        FeatureExtractor(model, plan, sides="encoder")
+    with pytest.raises(ReSegError, match="known plan"):
+        FeatureExtractor(model, {"decoder": ["decoder.1"]}, sides="decoder")
 
 
 def test_a_level_that_is_all_ignored_is_left_out():
