@@ -109,7 +109,7 @@ class Session:
         """Train one variant and predict; what is known then, and how to get the rest, the scores, on the CPU."""
         self.begin(seed)
         assert self.parts is not None
-        if variant.unlabelled is not None and variant.images == "others" and not self.parts.unlabelled:
+        if variant.sees_others and not self.parts.unlabelled:
             raise ValueError(f"{variant.name} needs unlabelled patients, and all are labelled")
         began = time.perf_counter()
         step = self.step_of(variant)

@@ -25,6 +25,7 @@ from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import finished, read_lines
 
 REFERENCES = ("bare", "ds x2")
+BESIDE = {"mean teacher": "its mean teacher", "statistics of others": "with batch statistics of others"}
 ORIGINS = ("commit", "device", "compiled")  # entries of a line that may move its numbers
 SHORT = 7  # characters of a commit
 
@@ -98,9 +99,9 @@ def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
             if seed in found[name]:
                 raise ValueError(f"{plan.name}: seed {seed} of {name!r} was run on slices of two sizes; report one")
             found[name][seed] = line["scores"][part]
-            average = line["scores"].get(f"{part}, mean teacher")
-            if average is not None:
-                found.setdefault(f"{name}: its mean teacher", {})[seed] = average
+            for network, title in BESIDE.items():
+                if f"{part}, {network}" in line["scores"]:
+                    found.setdefault(f"{name}: {title}", {})[seed] = line["scores"][f"{part}, {network}"]
             classes = tuple(line["scores"][part]["classes"])
             runs.append(line)
     return Scores(plan, part, classes, {name: seeds for name, seeds in found.items() if seeds}, tuple(runs))

@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import accuracy, accuracy_report
-from benchmarks.accuracy_report import figure, paired, report, select
+from benchmarks.accuracy_report import BESIDE, figure, paired, report, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.compiler import compiler_settings
 from benchmarks.evidence.copy_paste import CopyPaste
@@ -339,17 +339,33 @@ def test_every_variant_trains(name, folder, tmp_path):
     assert math.isfinite(line["task_loss"])
     assert line["scores"]["test"]["volumes"] == 40
     assert (line["stage_1_loss"] is None) == (CATALOGUE[name].stage_1 is None)
-    averages = CATALOGUE[name].averaged or CATALOGUE[name].unlabelled in ("cutmix", "copy-paste")
+    averages = CATALOGUE[name].free or CATALOGUE[name].unlabelled in ("cutmix", "copy-paste")
     assert ("test, mean teacher" in line["scores"]) == averages
 
 
-def test_an_average_is_of_the_training_that_is_without_it(folder, tmp_path):
-    variants, settings = (CATALOGUE["ds x2"], CATALOGUE["ds x2, averaged"]), replace(SETTINGS, steps=40, lr=0.05)
-    assert run(plan_of(seeds=(0,), variants=variants, settings=settings), folder, tmp_path / "results.jsonl")
-    plain, averaged = read_lines(tmp_path / "results.jsonl")
-    assert averaged["scores"]["test"] == plain["scores"]["test"] != averaged["scores"]["test, mean teacher"]
-    with pytest.raises(ValueError, match="averaged"):
-        from_plan({"name": "x", "unlabelled": "cutmix", "averaged": True})
+def test_what_is_free_is_scored_beside_the_same_training(folder, tmp_path):
+    variants, settings = (CATALOGUE["ds x2"], CATALOGUE["ds x2, for free"]), replace(SETTINGS, steps=40, lr=0.05)
+    plan = plan_of(seeds=(0,), variants=variants, settings=settings)
+    assert run(plan, folder, tmp_path / "results.jsonl")
+    plain, free = read_lines(tmp_path / "results.jsonl")
+    assert free["scores"]["test"] == plain["scores"]["test"]
+    beside = [f"ds x2, for free: {title}" for title in BESIDE.values()]
+    assert list(select(plan, [plain, free], "test").lines) == ["ds x2", "ds x2, for free", *beside]
+    assert len({json.dumps(scores) for scores in free["scores"].values()}) == 3
+    with pytest.raises(ValueError, match="free"):
+        from_plan({"name": "x", "unlabelled": "cutmix", "free": True})
+
+
+def test_batch_statistics_of_others_are_those_of_their_images(folder):
+    plan = plan_of(seeds=(0,), variants=(CATALOGUE["bare, for free"],))
+    session = accuracy.Session(plan, folder, Machine.make(), {})
+    session.run(0, plan.variants[0])
+    step, images = session.step_of(plan.variants[0]), []
+    step.model.encoder[0][0].register_forward_hook(lambda module, args, output: images.append(output.detach()))
+    others = step.networks[", statistics of others"]
+    expected = torch.stack([x.transpose(0, 1).flatten(1).mean(1) for x in images])
+    assert torch.allclose(others.encoder[0][1].running_mean, expected.mean(0), atol=1e-5)
+    assert not torch.allclose(step.model.encoder[0][1].running_mean, expected.mean(0), atol=1e-2)
 
 
 def test_the_mean_teacher_is_scored_as_a_network_of_its_own(folder, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from examples.backbones.unet import UNet
 from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, Features, ReconLoss, ReSegWrapper
@@ -33,6 +34,7 @@ WARM_UP = 3  # eager steps before the capture: they compile, choose algorithms a
 EVALUATED = 64  # slices, or volumes in 3D, predicted at once
 RAMP = 0.4  # share of the run over which the loss on unlabelled images grows
 EMA = 0.99  # of the mean teacher's weights
+STATISTICS = 50  # batches
 NOISE = 0.1  # standard deviation of what the mean teacher's student sees on top of the image
 
 
@@ -327,7 +329,7 @@ class Stage2:
                 self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED, threshold=SURE, decay=EMA
             )
             machine.compile_average(self.mixed)
-        elif variant.averaged:  # at weight 0 the average follows, and nothing else runs
+        elif variant.free:  # at weight 0 the average follows, and nothing else runs
             self.mixed = CutMixConsistency(self.student, ramp_calls=None, ignore_index=IGNORED, weight=0.0, decay=EMA)
         self.recon_loss = ReconLoss()
         self.task_loss = machine.loss(segmentation_loss)
@@ -460,8 +462,22 @@ class Stage2:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """What is scored, by what is added to the part's name: the model, and its average if there is one."""
-        return {"": self.model, **({} if self.mixed is None else {", mean teacher": self.mixed.average})}
+        """What is scored, by what is added to the part's name: the model, and what the variant has beside it."""
+        networks: dict[str, nn.Module] = {"": self.model}
+        if self.mixed is not None:
+            networks[", mean teacher"] = self.mixed.average
+        if self.variant.free:
+            networks[", statistics of others"] = self._with_statistics_of_others()
+        return networks
+
+    def _with_statistics_of_others(self) -> nn.Module:
+        """The model with batch statistics of the first steps' images of the training patients without labels."""
+        steps, model = min(STATISTICS, self.feed.steps), copy.deepcopy(self.model)
+        clocks = torch.arange(steps, device=self.machine.device)
+        images = (self.feed.batch_of(self.feed.others, clock)[0] for clock in clocks.split(1))
+        with self.machine.autocast():
+            update_bn(images, model)
+        return model
 
     @torch.no_grad()
     def predict(self, network: nn.Module, images: Tensor, size: int) -> Tensor:

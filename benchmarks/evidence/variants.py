@@ -49,7 +49,8 @@ class Variant:
         images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones.
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
-        averaged: score an average of the weights, too: what CutMix's mean teacher is, without its loss.
+        free: score what takes no further training, too: an average of the weights (CutMix's mean teacher without its
+            loss), and the model with batch statistics of the others, the training patients without labels.
         long: train for the steps of stage 1 and 2 together.
         longer: train for so many times the steps, a control of what costs more per step.
     """
@@ -65,7 +66,7 @@ class Variant:
     images: str = "others"
     unlabelled_weight: float = 1.0
     unlabelled_deep: bool = False
-    averaged: bool = False
+    free: bool = False
     long: bool = False
     longer: float = 1.0
 
@@ -75,8 +76,8 @@ class Variant:
                 raise ValueError(f"variant {self.name!r}: {name}={getattr(self, name)!r}; it is one of {allowed}")
         if self.deep is None and self.unlabelled_deep:
             raise ValueError(f"variant {self.name!r}: unlabelled_deep needs deep supervision")
-        if self.averaged and self.unlabelled is not None:
-            raise ValueError(f"variant {self.name!r}: averaged is for variants without unlabelled images")
+        if self.free and self.unlabelled is not None:
+            raise ValueError(f"variant {self.name!r}: free is for variants without unlabelled images")
 
     def options(self) -> dict[str, Any]:
         """What differs from the bare run, as plain values; the name is no option."""
@@ -94,6 +95,11 @@ class Variant:
     def step(self) -> Variant:
         """The same training step: variants that share it share a captured graph."""
         return replace(self, name="", teacher="image", long=False, longer=1.0, until=1.0)
+
+    @property
+    def sees_others(self) -> bool:
+        """Whether it uses the images of the training patients without labels."""
+        return self.free or (self.unlabelled is not None and self.images == "others")
 
     def steps(self, stage_2: int, stage_1: int) -> int:
         """Of its training, where the plan's stages have so many."""
@@ -174,9 +180,9 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x2, 2.5 times as long", deep=DS_X2, longer=2.5),
         # the same without further images: what is the method's doing, and what the data's
         Variant("ds x2 + deep cutmix, labelled images", **_DEEP_CUTMIX, images="labelled"),
-        Variant("bare, averaged", averaged=True),
-        Variant("ds x2, averaged", deep=DS_X2, averaged=True),
-        Variant("ds equal, averaged", deep=DS_EQUAL, averaged=True),
+        Variant("bare, for free", free=True),
+        Variant("ds x2, for free", deep=DS_X2, free=True),
+        Variant("ds equal, for free", deep=DS_EQUAL, free=True),
         Variant("ds x2 + entropy, labelled images", **_ENTROPY, images="labelled"),
         Variant("ds x2 + cutmix + standardized", **_BOTH, unlabelled="cutmix"),
     )
