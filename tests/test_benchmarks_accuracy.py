@@ -352,8 +352,6 @@ def test_what_is_free_is_scored_beside_the_same_training(folder, tmp_path):
     beside = [f"ds x2, for free: {title}" for title in BESIDE.values()]
     assert list(select(plan, [plain, free], "test").lines) == ["ds x2", "ds x2, for free", *beside]
     assert len({json.dumps(scores) for scores in free["scores"].values()}) == 3
-    with pytest.raises(ValueError, match="free"):
-        from_plan({"name": "x", "unlabelled": "cutmix", "free": True})
 
 
 def test_batch_statistics_of_others_are_those_of_their_images(folder):

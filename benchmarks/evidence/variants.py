@@ -49,8 +49,8 @@ class Variant:
         images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones.
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
-        free: score what takes no further training, too: an average of the weights (CutMix's mean teacher without its
-            loss), and the model with batch statistics of the others, the training patients without labels.
+        free: score what takes no further training, too: an average of the weights (CutMix's mean teacher, where there
+            is none without its loss), and the model with batch statistics of the training patients without labels.
         long: train for the steps of stage 1 and 2 together.
         longer: train for so many times the steps, a control of what costs more per step.
     """
@@ -76,8 +76,6 @@ class Variant:
                 raise ValueError(f"variant {self.name!r}: {name}={getattr(self, name)!r}; it is one of {allowed}")
         if self.deep is None and self.unlabelled_deep:
             raise ValueError(f"variant {self.name!r}: unlabelled_deep needs deep supervision")
-        if self.free and self.unlabelled is not None:
-            raise ValueError(f"variant {self.name!r}: free is for variants without unlabelled images")
 
     def options(self) -> dict[str, Any]:
         """What differs from the bare run, as plain values; the name is no option."""
@@ -183,6 +181,7 @@ CATALOGUE: dict[str, Variant] = {
         Variant("bare, for free", free=True),
         Variant("ds x2, for free", deep=DS_X2, free=True),
         Variant("ds equal, for free", deep=DS_EQUAL, free=True),
+        Variant("ds x2 + deep cutmix, for free", **_DEEP_CUTMIX, free=True),
         Variant("ds x2 + entropy, labelled images", **_ENTROPY, images="labelled"),
         Variant("ds x2 + cutmix + standardized", **_BOTH, unlabelled="cutmix"),
     )
