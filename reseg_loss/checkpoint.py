@@ -84,11 +84,27 @@ def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all."""
-    state = [torch.load(path, map_location="cpu", weights_only=True) if rank() == 0 and os.path.exists(path) else None]
+    """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all.
+
+    Raises:
+        ReSegError: the file holds something else, on every rank.
+    """
+    read = [_read(path) if rank() == 0 and os.path.exists(path) else None]
     if world_size() > 1:
-        dist.broadcast_object_list(state, 0)
-    return state[0]
+        dist.broadcast_object_list(read, 0)
+    state = read[0]
+    if state is not None and not isinstance(state, dict):
+        raise ReSegError(f"{path} is no file of stage 1, which would overwrite it; name another ({state})")
+    return state
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any] | str:
+    """The dict in a file, or why there is none: other ranks wait for it, so that it is not raised here."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a file of another kind, one of many
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'it is empty'}"
+    return state if isinstance(state, dict) else f"it holds a {type(state).__name__}"
 
 
 def rng_state() -> dict[str, Any]:

@@ -280,8 +280,9 @@ class DeepSupervision:
                 counts = (target != self.ignore_index).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
             value = task_loss(x, target)
-            if value.ndim:
-                raise ReSegError(f"task_loss gave a tensor of shape {tuple(value.shape)}, and a scalar is needed")
+            if not isinstance(value, Tensor) or value.ndim:
+                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ReSegError(f"task_loss gave {what}, and a scalar is needed")
             total = total + self.weight_of(name) * (value if counts is None else value * counts)
         self._calls += 1
         if self.decay_calls is not None:

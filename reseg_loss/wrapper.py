@@ -201,8 +201,9 @@ class ReSegWrapper:
             The mean loss of every epoch.
 
         Raises:
-            ReSegError: the loss is not finite, a batch has a form or values that do not fit, the teacher is frozen, or
-                the output that it is trained by does not depend on all tapped modules.
+            ReSegError: the loss is not finite, a batch has a form or values that do not fit, the teacher is frozen,
+                this is inference mode, `checkpoint` is another file, or the output that the teacher is trained by does
+                not depend on all tapped modules.
         """
         if (epochs is None) == (steps is None):
             raise ReSegError("say how long to train: epochs= or steps=, one of them")
@@ -212,6 +213,8 @@ class ReSegWrapper:
             raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
         if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
+        if torch.is_inference_mode_enabled():
+            raise ReSegError("stage 1 trains, which inference mode forbids: call fit_recon outside it")
         resumed = read_checkpoint(checkpoint) if checkpoint is not None else None
         if resumed is not None:
             if not {"wrapper", "history", "step"} <= resumed.keys():

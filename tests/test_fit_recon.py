@@ -276,6 +276,22 @@ def test_a_file_that_is_not_of_stage_1_is_refused(tmp_path):
     with pytest.raises(ReSegError, match="no file of stage 1"):
         wrapper().fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
     assert torch.load(path, weights_only=True) == {"model": {}, "reseg": {}}
+    for content in (path.read_bytes()[:-100], b"", b"no checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ReSegError, match="no file of stage 1"):
+            wrapper().fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
+        assert path.read_bytes() == content
+    torch.save([1, 2], path)
+    with pytest.raises(ReSegError, match="it holds a list"):
+        wrapper().fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
+
+
+@untrained
+def test_stage_1_turns_gradients_on_but_refuses_inference_mode():
+    with torch.no_grad():
+        wrapper().fit_recon(loader(), epochs=1, progress=False)
+    with torch.inference_mode(), pytest.raises(ReSegError, match="inference mode"):
+        wrapper().fit_recon(loader(), epochs=1, progress=False)
 
 
 @untrained

@@ -238,6 +238,9 @@ def test_the_rules_of_the_extractor_hold():
     model(image)
     with pytest.raises(ReSegError, match="a scalar is needed"):
         ds.loss(label, lambda logits, target: F.cross_entropy(logits, target, reduction="none"))
+    model(image)
+    with pytest.raises(ReSegError, match="task_loss gave tuple, and a scalar is needed"):
+        ds.loss(label, lambda logits, target: (task_loss(logits, target), {}))  # pyright: ignore[reportArgumentType]
     model.eval()
     with pytest.raises(ReSegError, match="evaluation"):
         ds.loss(label, task_loss)
