@@ -123,7 +123,7 @@ class Session:
         scored = {part: self.part(self.parts.part(part)) for part in self.plan.parts} | self.other
         predicted = {
             name + whose: self.predict(step, network, on)
-            for whose, network in step.networks.items()
+            for whose, network in step.networks().items()
             for name, on in scored.items()
         }
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)

@@ -87,24 +87,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all.
 
     Raises:
-        ReSegError: the file holds something else, on every rank.
+        ReSegError: the file holds something else than a stage 1, on every rank.
     """
     read = [_read(path) if rank() == 0 and os.path.exists(path) else None]
     if world_size() > 1:
         dist.broadcast_object_list(read, 0)
     state = read[0]
-    if state is not None and not isinstance(state, dict):
+    if isinstance(state, str):
         raise ReSegError(f"{path} is no file of stage 1, which would overwrite it; name another ({state})")
     return state
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any] | str:
-    """The dict in a file, or why there is none: other ranks wait for it, so that it is not raised here."""
+    """The stage 1 in a file, or why there is none: other ranks wait for it, so that it is not raised here."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file of another kind, one of many
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'it is empty'}"
-    return state if isinstance(state, dict) else f"it holds a {type(state).__name__}"
+    if not isinstance(state, dict):
+        return f"it holds a {type(state).__name__}"
+    return state if state.keys() >= {"wrapper", "history", "step"} else "it has other entries"
 
 
 def rng_state() -> dict[str, Any]:

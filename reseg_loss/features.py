@@ -317,14 +317,10 @@ class FeatureExtractor:
             return x
 
         selected = self.plan.selected
+        decoder = tuple(feature(level.decoder) for level in selected)
         if self._sides == "decoder":
-            decoder = tuple(feature(level.decoder) for level in selected)
             return Features((), decoder, decoder[0].new_empty(0))
-        return Features(
-            tuple(feature(level.encoder) for level in selected),
-            tuple(feature(level.decoder) for level in selected),
-            feature(self.plan.bottleneck),
-        )
+        return Features(tuple(feature(level.encoder) for level in selected), decoder, feature(self.plan.bottleneck))
 
     @property
     def taps(self) -> list[Tap]:

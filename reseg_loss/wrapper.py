@@ -217,8 +217,6 @@ class ReSegWrapper:
             raise ReSegError("stage 1 trains, which inference mode forbids: call fit_recon outside it")
         resumed = read_checkpoint(checkpoint) if checkpoint is not None else None
         if resumed is not None:
-            if not {"wrapper", "history", "step"} <= resumed.keys():
-                raise ReSegError(f"{checkpoint} is no file of stage 1, which would overwrite it; name another")
             self._continue(resumed["wrapper"], str(checkpoint))
             done = len(resumed["history"]) if epochs is not None else resumed["step"]
             if done >= (epochs or steps or 0):

@@ -360,7 +360,7 @@ def test_batch_statistics_of_others_are_those_of_their_images(folder):
     session.run(0, plan.variants[0])
     step, images = session.step_of(plan.variants[0]), []
     step.model.encoder[0][0].register_forward_hook(lambda module, args, output: images.append(output.detach()))
-    others = step.networks[", statistics of others"]
+    others = step.networks()[", statistics of others"]
     expected = torch.stack([x.transpose(0, 1).flatten(1).mean(1) for x in images])
     assert torch.allclose(others.encoder[0][1].running_mean, expected.mean(0), atol=1e-5)
     assert not torch.allclose(step.model.encoder[0][1].running_mean, expected.mean(0), atol=1e-2)

@@ -28,6 +28,12 @@ def fences(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def table(start: str) -> list[list[str]]:
+    """The cells of the README's table that begins so."""
+    lines = README[README.index(start) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def after_the_diff(diff: str) -> str:
     """The code that a diff results in."""
     return "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("-"))
@@ -101,8 +107,7 @@ def test_every_linked_file_exists():
 )
 def test_the_cost_tables_are_those_of_the_results(start, precision, compiled, size):
     results = json.loads((ROOT / "benchmarks" / "results" / "overhead_h200.json").read_text())["results"]
-    table = README[README.index(start) :].split("\n\n")[0].splitlines()
-    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    header, _, *lines = table(start)
     names = header[1:] if precision is None else [f"{name}, {precision}" for name in header[1:]]
     groups = [tuple(name.replace(", channels_last", f", {CL}").split(", ")) for name in names]
     known = {(r["model"], r["precision"], r["row"]): r for r in results if r["compiled"] == compiled}
@@ -152,8 +157,7 @@ def test_the_accuracy_tables_are_those_of_the_results(start, plans):
         [select(plan, lines, plan.decide_on) for plan in (read_plan(PLANS / f"{name}.json") for name in names)]
         for names in plans
     ]
-    table = README[README.index(start) :].split("\n\n")[0].splitlines()
-    _, _, _, bare, *rows = [[cell.strip(" *\\") for cell in line.strip("|").split("|")] for line in table]
+    _, _, _, bare, *rows = [[cell.strip(" *\\") for cell in row] for row in table(start)]
     assert bare[1:] == [f"{fmean(each[0].values('bare', 'mean_dsc').values()):.1f}" for each in columns]
     for row, *cells in rows:
         variant, reference = VARIANTS[row]

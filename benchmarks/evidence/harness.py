@@ -460,7 +460,6 @@ class Stage2:
         self.loop.run(steps)
         return float(self.loop.losses[max(0, steps - 50) : steps].mean())
 
-    @property
     def networks(self) -> dict[str, nn.Module]:
         """What is scored, by what is added to the part's name: the model, and what the variant has beside it."""
         networks: dict[str, nn.Module] = {"": self.model}
