@@ -173,6 +173,7 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x2 + mean teacher", deep=DS_X2, unlabelled="mean teacher"),
         Variant("ds x2 + cutmix", deep=DS_X2, unlabelled="cutmix"),
         Variant("ds x2 + deep cutmix", **_DEEP_CUTMIX),
+        Variant("ds equal + deep cutmix", **{**_DEEP_CUTMIX, "deep": DS_EQUAL}),
         Variant("ds x2 + deep copy-paste", deep=DS_X2, unlabelled="copy-paste", unlabelled_deep=True),
         Variant("ds x2 + deep cutmix + standardized", reseg=STANDARDIZED, **_DEEP_CUTMIX),
         Variant("ds x2, 2.5 times as long", deep=DS_X2, longer=2.5),
