@@ -44,8 +44,7 @@ class DeepSupervision:
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the
             alignment.
         sides: "decoder" supervises decoder features; "all" encoder features and the bottleneck too, weight 0.1 each.
-        weights: of the decoder levels, finest first, next to the main loss's 1; None halves from level to level,
-            1, 0.5, 0.25, ...
+        weights: of the decoder levels, finest first, next to the main loss's 1; None is 1 for each.
         decay_calls: number of calls over which all weights fall linearly to 0; None keeps them.
         soft: give the task loss area-averaged class fractions (B, classes, *spatial) instead of the nearest label;
             it must take probabilities.
@@ -138,7 +137,7 @@ class DeepSupervision:
         side, _, level = name.partition("_")
         if side != "decoder":
             return SIDE_WEIGHT
-        return 0.5 ** (int(level) - 1) if self.level_weights is None else self.level_weights[int(level) - 1]
+        return 1.0 if self.level_weights is None else self.level_weights[int(level) - 1]
 
     def loss(self, label: Any, task_loss: TaskLoss) -> Tensor:
         """The weighted sum over levels of the task loss, for the one training forward since the last call.
