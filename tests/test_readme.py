@@ -129,7 +129,7 @@ VARIANTS = {  # a row of the accuracy tables: what it shows, and over what
     '`preset="paper"`': ("paper", "bare"),
     '`preset="standardized"`, the default': ("standardized", "bare"),
     "deep supervision, equal weights: the default": ("ds equal", "bare"),
-    "its CutMix's mean teacher": ("ds equal + deep cutmix: its mean teacher", "bare"),
+    "that and CutMix, unlabelled images: its mean teacher": ("ds equal + deep cutmix: its mean teacher", "bare"),
     "deep supervision, weights 1, 0.5, 0.25": ("ds x2", "bare"),
     "the same, 2.5 times the steps": ("ds x2, 2.5 times as long", "bare"),
     "the same and CutMix, labelled images only": (f"{CUTMIX}, labelled images", "bare"),
