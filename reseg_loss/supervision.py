@@ -179,7 +179,8 @@ class DeepSupervision:
             "format": FORMAT,
             "num_classes": self.num_classes,
             "sides": self.sides,
-            "weights": self.level_weights,
+            # also where they are the default, so that a state goes on as it was when that changes
+            "weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
             "decay_calls": self.decay_calls,
             "soft": self.soft,
             "ignore_index": self.ignore_index,

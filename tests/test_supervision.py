@@ -192,6 +192,14 @@ def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits()
         DeepSupervision(UNet(), 4).load_state_dict(state)
 
 
+def test_a_state_holds_the_default_weights_so_that_a_change_of_them_leaves_it_as_it_was():
+    _, ds = ready()
+    assert saved(ds)["weights"] == [1.0, 1.0]
+    _, other = ready(weights=[1.0, 0.5])
+    ds.load_state_dict(saved(other))
+    assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
+
+
 def test_label_values_are_checked_anew_under_the_settings_of_a_state():
     image, label = batch()
     label[0, 0, 0] = 255
