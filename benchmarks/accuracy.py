@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py --plan benchmarks/plans/choose_5.json --data folder --out results.jsonl --minutes 9.5
 
-`folder` holds acdc.npz, sunnybrook.npz and hippocampus.npz, as far as the plan asks for them (see `evidence/pack.py`).
-A line is appended per run; runs that have one are skipped, so the same command goes on where it stopped.
+`folder` holds acdc.npz, acdc_native.npz, sunnybrook.npz and hippocampus.npz, as far as the plan asks for them (see
+`evidence/pack.py`). A line is appended per run; runs that have one are skipped, so the same command goes on where it
+stopped. With `--checkpoints` a run that the time cuts short is saved there, and the same command ends it.
 `accuracy_report.py` makes tables and figures of the lines.
 """
 
@@ -13,15 +14,17 @@ import argparse
 import gc
 import json
 import platform
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
 from benchmarks.evidence.batches import Feed
 from benchmarks.evidence.commit import head_commit
-from benchmarks.evidence.data import Slices, Split, load, rows, split
-from benchmarks.evidence.harness import Machine, Stage1, Stage2
+from benchmarks.evidence.data import Slices, Split, load, load_native, rows, split
+from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, Stage2
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
@@ -39,6 +42,7 @@ from benchmarks.evidence.variants import CATALOGUE, Variant
 
 FILES = {
     "acdc": ("acdc.npz",),
+    "acdc_native": ("acdc_native.npz",),
     "sunnybrook": ("sunnybrook.npz", "sunnybrook_128.npz"),
     "hippocampus": ("hippocampus.npz",),
 }
@@ -48,8 +52,12 @@ class Scored(NamedTuple):
     """What networks are scored on: images on the device, and the rest on the CPU."""
 
     images: Tensor
-    truth: Tensor
+    truth: Tensor | Sequence[Tensor]
+    size: int
+    """At which networks predict; the truth may be of other sizes."""
     volume: Tensor
+    patients: list[int]
+    """One per volume."""
     classes: list[tuple[int, int]]
     """(ours, theirs), as `score` takes them."""
 
@@ -57,23 +65,32 @@ class Scored(NamedTuple):
 class Session:
     """What the runs of a plan share: data on the device, captured steps, and the seed's teachers."""
 
-    def __init__(self, plan: Plan, folder: Path, machine: Machine, about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        machine: Machine,
+        about: dict[str, Any],
+        checkpoints: Path | None = None,
+        deadline: float = float("inf"),
+        predictions: Path | None = None,
+    ) -> None:
         self.plan, self.machine, self.about = plan, machine.with_pool(), about
-        self.data = find(folder, plan.data)
+        self.checkpoints, self.deadline, self.predictions = checkpoints, deadline, predictions
         settings = plan.settings
+        self.data = find(folder, plan.data, settings.size)
         self.classes = len(self.data.class_names) + 1
         self.images, labels = to_size(self.data, settings.size)
-        self.truth = torch.from_numpy(self.data.labels)
         lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
         steps = max(settings.stage1_steps, *lengths)
         self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
         self.images = self.feed.images
         self.other: dict[str, Scored] = {}
         if plan.also_test is not None:
-            other = find(folder, plan.also_test["data"])
+            other = find(folder, plan.also_test["data"], settings.size)
             images, _ = to_size(other, settings.size)
-            truth, volume = torch.from_numpy(other.labels), torch.from_numpy(other.volume)
-            self.other[other.name] = Scored(images.to(machine.device), truth, volume, plan.also_test["classes"])
+            everyone = np.arange(len(other.patient))
+            self.other[other.name] = scored(other, images.to(machine.device), everyone, plan.also_test["classes"])
         self.steps: dict[str, Stage2] = {}
         self.stage_1: dict[tuple[str, str], Stage1] = {}
         self.teachers: dict[tuple[str, str], tuple[dict[str, Tensor], float]] = {}
@@ -102,8 +119,15 @@ class Session:
         if kind not in self.stage_1:
             self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feed, self.machine)
         if kind not in self.teachers:
-            self.teachers[kind] = self.stage_1[kind].fit(seed)
+            self.teachers[kind] = self.stage_1[kind].fit(seed, self.pause("-".join((*kind, self.stage_1_key(seed)))))
         return self.teachers[kind]
+
+    def stage_1_key(self, seed: int) -> str:
+        """The same where stage 1 is the same, whichever variant asks for it."""
+        return self.plan.key(seed, CATALOGUE["bare"], self.data.images.shape[-1])
+
+    def pause(self, name: str) -> Pause | None:
+        return None if self.checkpoints is None else Pause(self.checkpoints / f"{name}.pt", self.deadline)
 
     def run(self, seed: int, variant: Variant) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
         """Train one variant and predict; what is known then, and how to get the rest, the scores, on the CPU."""
@@ -117,21 +141,26 @@ class Session:
         teacher, recon = self.teacher_of(variant, seed)
         self.machine.synchronize()
         start = time.perf_counter()
-        loss = step.train(variant, seed, teacher)
+        pause = self.pause(self.plan.key(seed, variant, self.data.images.shape[-1]))
+        loss = step.train(variant, seed, teacher, pause)
         self.machine.synchronize()
+        if pause is not None:
+            pause.file.unlink(missing_ok=True)
         trained = time.perf_counter()
         scored = {part: self.part(self.parts.part(part)) for part in self.plan.parts} | self.other
         predicted = {
-            name + whose: self.predict(step, network, on)
+            name + whose: self.predict(step, network, on, f"{seed} {variant.name} {name}{whose}")
             for whose, network in step.networks().items()
             for name, on in scored.items()
         }
-        steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps)
+        resumed_at = step.loop.resumed_at
+        steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps) - resumed_at
         done = time.perf_counter()
         line = {
             "task_loss": loss,
             "stage_1_loss": recon,
-            "ms_per_step": 1e3 * (trained - start) / steps,
+            "ms_per_step": 1e3 * (trained - start) / steps if steps else None,
+            **({"resumed_at": resumed_at} if resumed_at else {}),  # times are of what came after
             "seconds": {
                 "build": built - began,
                 "stage_1": start - built,
@@ -142,14 +171,22 @@ class Session:
         return line, lambda: {name: scores() for name, scores in predicted.items()}
 
     def part(self, patients: tuple[int, ...]) -> Scored:
-        chosen = torch.from_numpy(rows(self.data, patients))
-        images, volume = self.images[chosen.to(self.machine.device)], torch.from_numpy(self.data.volume)[chosen]
-        return Scored(images, self.truth[chosen], volume, [(i, i) for i in range(1, self.classes)])
+        chosen = rows(self.data, patients)
+        images = self.images[torch.from_numpy(chosen).to(self.machine.device)]
+        return scored(self.data, images, chosen, [(i, i) for i in range(1, self.classes)])
 
-    def predict(self, step: Stage2, network: nn.Module, on: Scored) -> Callable[[], dict[str, Any]]:
-        prediction = step.predict(network, on.images, on.truth.shape[-1]).cpu()
+    def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Callable[[], dict[str, Any]]:
+        prediction = step.predict(network, on.images, on.size).cpu()
+        if self.predictions is not None:
+            self.predictions.mkdir(parents=True, exist_ok=True)
+            file = "_".join([self.plan.name, *re.findall(r"[a-z0-9]+", name)])
+            np.savez_compressed(self.predictions / f"{file}.npz", prediction=prediction.numpy())
         names = [self.data.class_names[ours - 1] for ours, _ in on.classes]
-        return lambda: {"classes": names, **score(prediction, on.truth, on.volume, on.classes)}
+        return lambda: {
+            "classes": names,
+            **score(prediction, on.truth, on.volume, on.classes),
+            "patients": on.patients,
+        }
 
     def line(self, seed: int, variant: Variant) -> dict[str, Any]:
         """What is said of a run before it begins."""
@@ -163,16 +200,27 @@ class Session:
             "seed": seed,
             "variant": variant.name,
             "options": variant.options(),
-            "settings": asdict(plan.settings),
+            "settings": plan.settings.options(),
             **self.about,
         }
 
 
-def find(folder: Path, name: str) -> Slices:
+def scored(data: Slices, images: Tensor, chosen: np.ndarray, classes: list[tuple[int, int]]) -> Scored:
+    """What to score on some rows of the data, of which `images` are."""
+    truth = torch.from_numpy(data.labels[chosen])
+    if data.native is not None:
+        truth = [torch.from_numpy(data.native[i]) for i in chosen]
+    volume = data.volume[chosen]
+    patients = data.patient[chosen][np.r_[True, np.diff(volume) != 0]].tolist()
+    return Scored(images, truth, data.labels.shape[-1], torch.from_numpy(volume), patients, classes)
+
+
+def find(folder: Path, name: str, size: int) -> Slices:
+    """A data set; what is stored at native sizes at `size`."""
     paths = [folder / file for file in FILES[name]]
     for path in paths:
         if path.exists():
-            return load(path)
+            return load_native(path, size) if name == "acdc_native" else load(path)
     raise FileNotFoundError(f"none of {', '.join(map(str, paths))} is there")
 
 
@@ -199,9 +247,15 @@ def run_plan(
     machine: Machine,
     about: dict[str, Any],
     deadline: float,
+    checkpoints: Path | None = None,
+    predictions: Path | None = None,
 ) -> bool:
-    """Run what is missing; False if the time, up to `deadline` of the monotonic clock, did not suffice."""
-    session = Session(plan, folder, machine, about)
+    """Run what is missing; False if the time, up to `deadline` of the monotonic clock, did not suffice.
+
+    Without `checkpoints` no run is begun that would not end in time; with it, the last one is saved there, and the
+    next call goes on with it. With `predictions` the predicted classes are written there, a file per network and part.
+    """
+    session = Session(plan, folder, machine, about, checkpoints, deadline, predictions)
     done = set(finished(read_lines(out)))
     failed: set[str] = set()
     longest: dict[str, float] = {}
@@ -229,7 +283,8 @@ def run_plan(
             line = session.line(seed, variant)
             if line["key"] in done or variant.name in failed:
                 continue
-            if time.monotonic() + longest.get(variant.name, slowest) > deadline:
+            expected = longest.get(variant.name, max(slowest, 60 * plan.minutes.get(variant.name, 0)))
+            if time.monotonic() + (0 if checkpoints is not None else expected) > deadline:
                 write()
                 print(f"{plan.name}: stopped before seed {seed}, {variant.name}; the time is up", flush=True)
                 return False
@@ -239,6 +294,10 @@ def run_plan(
                 trained, score_it = session.run(seed, variant)
                 line |= trained
                 scores = scorer.submit(score_it)
+            except OutOfTimeError as error:
+                write()
+                print(f"{plan.name}: stopped seed {seed}, {variant.name} {error}; the time is up", flush=True)
+                return False
             except Exception as error:
                 scores.set_exception(error)
             line["seconds_in_all"] = time.monotonic() - begin
@@ -263,7 +322,7 @@ def summary(line: dict[str, Any]) -> str:
         f"{part} {100 * (s['mean_dsc'] or 0):5.2f} / {s['mean_hd95'] or 0:5.1f}" for part, s in line["scores"].items()
     )
     spent = " ".join(f"{name} {value:.1f}" for name, value in line["seconds"].items())
-    return f"{head} {scores} | {line['ms_per_step']:6.2f} ms/step | s: {spent}"
+    return f"{head} {scores} | {line['ms_per_step'] or 0:6.2f} ms/step | s: {spent}"
 
 
 def about(machine: Machine, commit: str | None) -> dict[str, Any]:
@@ -284,6 +343,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the plans alone, to share them among GPUs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would end later")
+    parser.add_argument("--checkpoints", type=Path, help="folder where a run is saved that the time cuts short")
+    parser.add_argument("--predictions", type=Path, help="folder for the predicted classes, as .npz")
     parser.add_argument("--compile", choices=["all", "losses", "none"], default="none", help="before the capture")
     parser.add_argument("--commit", default=head_commit(), help="what is measured, where there is no git to tell")
     parser.add_argument("--smoke", action="store_true", help="30 steps of each variant of one seed, for the timing")
@@ -299,7 +360,7 @@ def main() -> None:
             plan = replace(plan, seeds=tuple(seed for seed in plan.seeds if seed in args.seeds))
         if args.smoke:
             plan = trial(plan, everything=args.all)
-        if not run_plan(plan, args.data, args.out, machine, said, deadline):
+        if not run_plan(plan, args.data, args.out, machine, said, deadline, args.checkpoints, args.predictions):
             break
     if machine.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB", flush=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,8 +23,18 @@ from benchmarks.accuracy_report import BESIDE, figure, paired, report, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.compiler import compiler_settings
 from benchmarks.evidence.copy_paste import CopyPaste
-from benchmarks.evidence.data import Slices, load, rows, split
-from benchmarks.evidence.harness import Machine, Settings, Stage2, initial_weights, schedule
+from benchmarks.evidence.data import Slices, load, load_native, rows, split
+from benchmarks.evidence.harness import (
+    Machine,
+    OutOfTimeError,
+    Pause,
+    Settings,
+    Stage1,
+    Stage2,
+    initial_weights,
+    reset_teacher,
+    schedule,
+)
 from benchmarks.evidence.losses import entropy, segmentation_loss
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.pack import pack
@@ -162,6 +175,76 @@ def test_packing_changes_nothing_but_the_size_of_the_file(folder, tmp_path, acdc
     mean = acdc.images.reshape(400, 16, 2, 16, 2).astype(float).mean((2, 4))
     assert np.abs(small.images - mean).max() <= 2.5
     assert set(np.unique(small.images % 4)) <= {0, 3}  # 3 is 255
+
+
+@pytest.fixture(scope="module")
+def native(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Also writes acdc_native.npz: 100 patients, 2 slices of both phases, and a height and a width of each patient."""
+    rng = np.random.default_rng(1)
+    slices, blobs, about = [], [], []
+    for patient in range(1, 101):
+        height, width = 20 + patient % 3 * 8, 40 - patient % 5 * 4
+        for phase in (1, 0):  # not in order
+            for position in (2, 1):
+                y, x = np.mgrid[:height, :width]
+                radius = np.hypot((y - height / 2) / height, (x - rng.integers(8, width - 8)) / width)
+                label = sum((radius < 0.4 - 0.12 * c).astype(np.uint8) for c in range(3))
+                image = (30 * label + rng.integers(0, 10, label.shape)).astype(np.uint8)
+                blob = io.BytesIO()
+                Image.fromarray(image).convert("RGB").save(blob, "webp", lossless=True, exact=True)
+                blobs.append(np.frombuffer(blob.getvalue(), np.uint8))
+                slices.append((image, label))
+                about.append((patient, phase, position, height, width))
+    columns = dict(zip(("patient", "phase", "slice", "height", "width"), np.array(about).T))
+    parts = {"labelled_1": [99], "labelled_3": [99, 38, 50], "labelled_7": [99, 38, 50, 100, 58, 21, 49]}
+    parts |= {"validation": list(range(1, 11)), "test": list(range(11, 21)) + list(range(71, 81))}
+    ends, labels = np.cumsum([len(blob) for blob in blobs]), np.concatenate([label.ravel() for _, label in slices])
+    everything = {**columns, **{name: np.array(who) for name, who in parts.items()}}
+    np.savez(folder / "acdc_native.npz", webp=np.concatenate(blobs), ends=ends, labels=labels, **everything)
+    return slices
+
+
+def test_native_slices_are_resized_and_their_labels_kept(folder, native):
+    data = load_native(folder / "acdc_native.npz", 32)
+    assert data.native is not None
+    order = [4 * p + i for p in range(100) for i in (3, 2, 1, 0)]  # by phase, then by position
+    for where, (image, label, kept) in enumerate(zip(data.images, data.labels, data.native)):
+        original, truth = native[order[where]]
+        assert (kept == truth).all()
+        nearest = [((np.arange(32) + 0.5) * side / 32).astype(int) for side in truth.shape]
+        assert (label == truth[np.ix_(*nearest)]).all()
+        assert abs(image.mean() / 2.55 - original.mean()) < 1
+    assert (data.patient == np.repeat(range(1, 101), 4)).all()
+    assert (data.volume == np.arange(400) // 2).all()
+    same = load_native(folder / "acdc_native.npz", 36)
+    wide = np.flatnonzero(np.isin(same.patient, [1 + 15 * k for k in range(7)]))  # 28 x 36
+    assert all(same.native is not None and same.native[i].shape == (28, 36) for i in wide)
+    columns = same.images[wide].astype(float).mean(1) / 2.55
+    assert np.abs(columns - [native[order[i]][0].mean(0) for i in wide]).max() < 1.5
+
+
+def test_a_damaged_native_file_is_refused(folder, native, tmp_path):
+    with np.load(folder / "acdc_native.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    np.savez(tmp_path / "turned.npz", **{**arrays, "height": arrays["width"], "width": arrays["height"]})
+    with pytest.raises(ValueError, match=r"slice \d+ is \(.*, and its label"):
+        load_native(tmp_path / "turned.npz", 32)
+
+
+@pytest.mark.parametrize(("patients", "labelled"), [(1, [99]), (3, [38, 50, 99]), (7, [21, 38, 49, 50, 58, 99, 100])])
+def test_the_fields_split_is_one_for_every_seed(folder, native, patients, labelled):
+    data = load_native(folder / "acdc_native.npz", 16)
+    parts, every = split(data, patients, 0), split(data, 70, 3)
+    assert parts == split(data, patients, 1)
+    assert list(parts.labelled) == labelled
+    assert parts.test == every.test == (*range(11, 21), *range(71, 81))
+    assert parts.validation == every.validation == tuple(range(1, 11))
+    assert sorted(parts.labelled + parts.unlabelled) == list(every.labelled)
+    everyone = every.labelled + every.validation + every.test
+    assert sorted(everyone) == list(range(1, 101))
+    assert not every.unlabelled
+    with pytest.raises(ValueError, match="choices of 1, 3, 7, 70 labelled patients, not of 5"):
+        split(data, 5, 0)
 
 
 # --- batches
@@ -305,6 +388,30 @@ def test_scores_are_those_of_the_examples_by_monai(seed):
     assert ours["volumes"] == 3
     whole = (torch.from_numpy(a).view(3, 4, 20, 17) for a in (prediction, truth))
     assert score(*whole, torch.arange(3), [(1, 1), (2, 2)]) == ours
+
+
+def test_predictions_are_scored_at_the_size_of_each_truth():
+    prediction, truth = (torch.from_numpy(a) for a in volumes(1))
+    volume = torch.arange(12) // 4
+    sizes = [(20, 17), (40, 51), (30, 9)]
+    natives = [
+        torch.nn.functional.interpolate(t[None, None], sizes[i // 4], mode="nearest-exact")[0, 0]
+        for i, t in enumerate(truth)
+    ]
+    ours = score(prediction, natives, volume, [(1, 1), (2, 2)])
+    for number, (height, width) in enumerate(sizes):
+        at = [((np.arange(n) + 0.5) * old / n).astype(int) for n, old in ((height, 20), (width, 17))]
+        predicted = prediction[volume == number].numpy()[:, at[0]][:, :, at[1]]
+        true = np.stack([natives[i].numpy() for i in range(4 * number, 4 * number + 4)])
+        alone = summarize([score_volume("", predicted, true, 3, None)])
+        for i in range(2):
+            each = [ours[f"each_{what}"][i][number] for what in ("dsc", "hd95")]
+            known = [alone.dsc[i], alone.hd95[i]]
+            assert each == ([None, None] if alone.skipped[i] else pytest.approx(known, rel=1e-5))
+    for what in ("dsc", "hd95"):
+        for i in range(2):
+            known = [value for value in ours[f"each_{what}"][i] if value is not None]
+            assert ours[what][i] == pytest.approx(np.mean(known))
 
 
 def test_a_class_may_have_another_number_in_the_truth():
@@ -519,6 +626,32 @@ def test_a_step_is_that_of_a_plain_loop(acdc):
         assert torch.allclose(ours.float(), plain.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_stage_1_can_have_the_settings_of_stage_2(acdc):
+    """Against the same training written out: plain SGD, the schedule, 0.6 MSE + 0.4 L1."""
+    settings = replace(SETTINGS, stage_1="as stage 2", lr=0.05)
+    images, labels = torch.from_numpy(acdc.images), torch.from_numpy(acdc.labels)
+    stage = Stage1(("index", "image"), settings, 4, feed_of(acdc), Machine.make())
+    weights, _ = stage.fit(0)
+
+    plain = Stage1(("index", "image"), settings, 4, feed_of(acdc), Machine.make()).teacher
+    reset_teacher(plain, settings, 4, 0)
+    plain.train()
+    tables = draw(rows(acdc, split(acdc, 5, 0).labelled), 3, 2, 0, 0, "published")
+    optimizer = torch.optim.SGD(plain.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+    for i in range(2):
+        image, label = augment(images[tables.index[i]], labels[tables.index[i]], tables.theta[i])
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - i / 2) ** 0.9
+        optimizer.zero_grad()
+        error = plain.decode(plain.encoding.encode(label)[0]) - image
+        (0.6 * error.square().mean() + 0.4 * error.abs().mean()).backward()
+        optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(weights[name].float(), value.float(), rtol=1e-4, atol=1e-5), name
+    by_default = Stage1(("index", "image"), replace(settings, stage_1="adamw 0.001"), 4, feed_of(acdc), Machine.make())
+    ours, _ = by_default.fit(0)
+    assert not all(torch.equal(ours[name], value) for name, value in weights.items())
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_learning_rate_ends_near_zero(optimizer):
     rates = schedule(replace(SETTINGS, optimizer=optimizer, lr=0.5), 100)
@@ -539,6 +672,56 @@ def test_runs_that_have_a_line_are_skipped_and_a_stop_leaves_whole_seeds_first(f
     assert len(read_lines(out)) == 4
     assert run(plan_of(settings=replace(SETTINGS, lr=0.1), seeds=(0,)), folder, out)
     assert len(read_lines(out)) == 6
+
+
+@pytest.mark.parametrize("name", ["bare", "paper", "ds equal + deep cutmix"])
+def test_a_run_that_the_time_cuts_short_goes_on_where_it_was(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.evidence.harness.TO_LOOK", 2)
+    plan = plan_of(seeds=(3,), variants=(CATALOGUE[name],), settings=replace(SETTINGS, steps=7, stage1_steps=5))
+    whole, parts, kept = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "kept"
+    assert run(plan, folder, whole)
+    attempts = 0
+    while not read_lines(parts):
+        looks = iter([0.0])  # at the second look of an attempt, after two steps, the time is up
+        fake = SimpleNamespace(monotonic=lambda looks=looks: next(looks, math.inf))
+        monkeypatch.setattr("benchmarks.evidence.harness.time", fake)
+        ended = accuracy.run_plan(plan, folder, parts, Machine.make(), {}, accuracy.time.monotonic() + 1e6, kept)
+        attempts += 1
+        assert ended == bool(read_lines(parts))
+        assert attempts < 12
+    assert attempts > 2
+    (ours,), (once,) = read_lines(parts), read_lines(whole)
+    assert ours["resumed_at"] == 6
+    for what in ("task_loss", "stage_1_loss", "scores", "key"):
+        assert ours[what] == once[what], what
+    assert not list(kept.glob(f"{ours['key']}*")), "what was saved of a run goes with its end"
+
+
+def test_a_saved_run_of_another_network_is_refused(acdc, tmp_path):
+    pause = Pause(tmp_path / "run.pt", -1.0)
+    step = Stage2(CATALOGUE["bare"].step, SETTINGS, 4, feed_of(acdc), Machine.make())
+    with pytest.raises(OutOfTimeError, match="after 0 of 3 steps"):
+        step.train(CATALOGUE["bare"], 0, None, pause)
+    other = Stage2(CATALOGUE["ds equal"].step, SETTINGS, 4, feed_of(acdc), Machine.make())
+    with pytest.raises(ValueError, match="saved by another network"):
+        other.train(CATALOGUE["ds equal"], 0, None, pause)
+
+
+def test_predictions_and_patients_are_kept(folder, native, tmp_path):
+    out = tmp_path / "results.jsonl"
+    plan = plan_of(data="acdc_native", patients=7, seeds=(0,), variants=(CATALOGUE["bare"],))
+    assert accuracy.run_plan(plan, folder, out, Machine.make(), {}, float("inf"), None, tmp_path / "kept")
+    (line,) = read_lines(out)
+    scores = line["scores"]["test"]
+    assert scores["patients"] == [p for p in (*range(11, 21), *range(71, 81)) for _ in range(2)]
+    data = load_native(folder / "acdc_native.npz", 32)
+    assert data.native is not None
+    chosen = rows(data, split(data, 7, 0).test)
+    with np.load(tmp_path / "kept" / "trial_0_bare_test.npz") as file:
+        prediction = torch.from_numpy(file["prediction"])
+    truth = [torch.from_numpy(data.native[i]) for i in chosen]
+    again = score(prediction, truth, torch.from_numpy(data.volume[chosen]), [(1, 1), (2, 2), (3, 3)])
+    assert {name: scores[name] for name in again} == again
 
 
 def test_a_variant_that_fails_leaves_a_line_and_the_others_run(folder, tmp_path):
@@ -595,7 +778,7 @@ def test_the_written_plans_can_be_read_and_hold_together(path):
     assert plan.question
     assert plan.rule
     assert plan.variants[0].name == "bare" or "bare" in {variant.name for variant in plan.variants}
-    if "confirm" in path.stem or plan.data != "acdc":
+    if "confirm" in path.stem or plan.data not in ("acdc", "acdc_native"):
         assert len(plan.seeds) >= 8
         assert plan.decide_on == "test"
     if "choose" in path.stem:
@@ -606,6 +789,9 @@ def test_the_keys_of_the_results_there_are_stay_as_they_are():
     key = read_plan(ROOT / "benchmarks/plans/confirm_acdc_5.json").key(4, CATALOGUE["bare"], 224)
     line = finished(read_lines(ROOT / "benchmarks/results/accuracy.jsonl"))[key]
     assert (line["plan"], line["seed"], line["variant"]) == ("confirm_acdc_5", 4, "bare")
+    assert plan_of(settings=replace(SETTINGS, stage_1="as stage 2")).key(0, CATALOGUE["bare"], 32) != plan_of().key(
+        0, CATALOGUE["bare"], 32
+    )
 
 
 def test_confirmation_does_not_use_the_seeds_of_the_choice():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 ACDC_CLASSES = ("right ventricle", "myocardium", "left ventricle")
 TEST, VALIDATION = 5, 10  # one in so many patients of each stratum; the others are for training
+FIELD_LABELLED = {1: "labelled_1", 3: "labelled_3", 7: "labelled_7"}  # the field's choices of labelled patients
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,10 @@ class Slices:
     """Patients that a data set keeps for testing; empty where every seed draws its own."""
     class_names: tuple[str, ...]
     """The foreground classes, 1, 2, ..."""
+    field_parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Patients of "validation", "test", "labelled_1", ..., where the field has one split for all seeds."""
+    native: Sequence[np.ndarray] | None = None
+    """Label maps at the sizes that slices come in, where `images` and `labels` are resized; these are scored."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,75 @@ def load(path: Path) -> Slices:
     return Slices(name, images, labels, patient, np.cumsum(starts) - 1, stratum, fixed_test, class_names)
 
 
+def load_native(path: Path, size: int) -> Slices:
+    """ACDC with the field's patients from `acdc_native.npz`, slices resized to `size` whatever their shape.
+
+    Images are interpolated bilinearly, antialiased where they shrink; intensities are 0 to 100 in the file.
+    """
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files}
+    patient, phase = arrays["patient"].astype(np.int64), arrays["phase"].astype(np.int64)
+    order = np.lexsort((arrays["slice"], phase, patient))
+    shapes = list(zip(arrays["height"].tolist(), arrays["width"].tolist()))
+    areas = np.cumsum([h * w for h, w in shapes])
+    blobs = np.split(arrays["webp"], arrays["ends"][:-1])
+    labels = [flat.reshape(shape) for flat, shape in zip(np.split(arrays["labels"], areas[:-1]), shapes)]
+
+    def read(i: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = decode_webp(blobs[i].tobytes()), labels[i]
+        if image.shape != label.shape:
+            raise ValueError(f"{path.name}: slice {i} is {image.shape}, and its label {label.shape}")
+        pixels = torch.from_numpy(image)[None, None].float() * (255 / 100)
+        resized = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0, 0]
+        nearest = resized_labels(label[None], (size, size))[0]
+        return resized.round().clamp(0, 255).byte().numpy(), nearest
+
+    with ThreadPoolExecutor() as pool:
+        read_all = list(pool.map(read, order.tolist()))
+    images, smaller = (np.stack(arrays) for arrays in zip(*read_all))
+    patient, phase = patient[order], phase[order]
+    starts = np.r_[True, (np.diff(patient) != 0) | (np.diff(phase) != 0)]
+    names = ("validation", "test", *FIELD_LABELLED.values())
+    parts = {name: tuple(sorted(arrays[name].tolist())) for name in names}
+    return Slices(
+        "acdc_native",
+        images,
+        smaller,
+        patient,
+        np.cumsum(starts) - 1,
+        dict.fromkeys(patient.tolist(), ""),
+        frozenset(parts["test"]),
+        ACDC_CLASSES,
+        parts,
+        [labels[i] for i in order],
+    )
+
+
+def decode_webp(blob: bytes) -> np.ndarray:
+    """A grey image (H, W) uint8; by Pillow, or by OpenCV where there is none."""
+    try:
+        from PIL import Image
+    except ImportError:
+        import cv2  # pyright: ignore[reportMissingImports]
+
+        return cv2.imdecode(np.frombuffer(blob, np.uint8), cv2.IMREAD_COLOR)[..., 0]
+    return np.array(Image.open(io.BytesIO(blob)).convert("RGB"))[..., 0].copy()
+
+
+def resized_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(N, H, W) to another height and width, by nearest neighbour."""
+    if labels.shape[1:] == shape:
+        return labels
+    return F.interpolate(torch.from_numpy(labels)[:, None], shape, mode="nearest-exact")[:, 0].numpy()
+
+
 def split(data: Slices, patients: int, seed: int) -> Split:
-    """`patients` labelled ones, drawn evenly from the strata; fewer are a part of more."""
+    """`patients` labelled ones, drawn evenly from the strata; fewer are a part of more.
+
+    Where the field has a split, it is that one for every seed.
+    """
+    if data.field_parts:
+        return _field_split(data, patients)
     rng = np.random.default_rng([seed, 0])
     groups: dict[str, list[int]] = defaultdict(list)
     for who, stratum in sorted(data.stratum.items()):
@@ -98,6 +175,19 @@ def split(data: Slices, patients: int, seed: int) -> Split:
     if not 1 <= patients <= len(training):
         raise ValueError(f"{data.name} has {len(training)} patients to train on, not {patients}")
     return Split(tuple(training[:patients]), tuple(training[patients:]), tuple(validation), tuple(test))
+
+
+def _field_split(data: Slices, patients: int) -> Split:
+    validation, test = data.field_parts["validation"], data.field_parts["test"]
+    training = tuple(sorted(set(data.patient.tolist()) - {*validation, *test}))
+    if patients == len(training):
+        labelled = training
+    elif patients in FIELD_LABELLED:
+        labelled = data.field_parts[FIELD_LABELLED[patients]]
+    else:
+        known = ", ".join(map(str, [*FIELD_LABELLED, len(training)]))
+        raise ValueError(f"{data.name} has the field's choices of {known} labelled patients, not of {patients}")
+    return Split(labelled, tuple(p for p in training if p not in labelled), validation, test)
 
 
 def rows(data: Slices, patients: tuple[int, ...]) -> np.ndarray:

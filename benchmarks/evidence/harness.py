@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,7 @@ from .copy_paste import CopyPaste
 from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .variants import Variant
 
+TO_LOOK = 50  # steps between two looks at the time
 WARM_UP = 3  # eager steps before the capture: they compile, choose algorithms and make the optimizer's state
 EVALUATED = 64  # slices, or volumes in 3D, predicted at once
 RAMP = 0.4  # share of the run over which the loss on unlabelled images grows
@@ -52,6 +55,15 @@ class Settings:
     lr: float = 0.01
     weight_decay: float = 1e-4
     augmentation: Augmentation = "published"
+    stage_1: Literal["adamw 0.001", "as stage 2"] = "adamw 0.001"
+    """Optimizer, learning rate and schedule of stage 1; published is that of stage 2."""
+
+    def options(self) -> dict[str, Any]:
+        """As plain values; what came later is left out at its default, so that earlier runs keep their keys."""
+        options = asdict(self)
+        if self.stage_1 == "adamw 0.001":
+            del options["stage_1"]
+        return options
 
 
 Compiled = Literal["all", "losses", "none"]
@@ -153,14 +165,33 @@ def initial_weights(settings: Settings, classes: int, seed: int) -> dict[str, Te
         return make_model(settings, classes).state_dict()
 
 
+class OutOfTimeError(Exception):
+    """A run was saved before its end."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The moment of the monotonic clock at which a run is to be saved, and where."""
+
+    file: Path
+    deadline: float
+
+
 class Loop:
     """A step that is captured once and then replayed, with a clock and a learning rate in tensors."""
 
     def __init__(
-        self, machine: Machine, parameters: list[nn.Parameter], name: str, lr: float, decay: float, steps: int
+        self,
+        machine: Machine,
+        parameters: list[nn.Parameter],
+        name: str,
+        lr: float,
+        decay: float,
+        steps: int,
+        modules: list[nn.Module],
     ) -> None:
         device = machine.device
-        self.machine = machine
+        self.machine, self.modules = machine, modules
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)
         self.rate = torch.tensor(lr, device=device)
         self.rates = torch.full((steps,), lr, device=device)
@@ -178,6 +209,7 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate  # this very tensor, which every step sets
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.resumed_at = 0  # the step at which this process took the latest run up
 
     def capture(self, loss_of: Callable[[], tuple[Tensor, Tensor]], after: Callable[[], None] | None = None) -> None:
         """Capture (or on CPU keep) a step of `loss_of`, which gives the loss to minimise and the one to log."""
@@ -221,7 +253,23 @@ class Loop:
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, pause: Pause | None = None) -> None:
+        """All steps of a run, from where `pause.file` has it; past `pause.deadline` it is saved there instead."""
+        self.resumed_at = 0
+        if pause is None:
+            self._advance(steps)
+            return
+        if pause.file.exists():
+            self._restore(pause.file)
+            self.resumed_at = int(self.clock)
+        for done in range(self.resumed_at, steps, TO_LOOK):
+            if time.monotonic() > pause.deadline:
+                self.save(pause.file)
+                raise OutOfTimeError(f"after {done} of {steps} steps")
+            self._advance(min(TO_LOOK, steps - done))
+            self.machine.synchronize()
+
+    def _advance(self, steps: int) -> None:
         if self.graph is not None:
             for _ in range(steps):
                 self.graph.replay()
@@ -230,6 +278,35 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = float(self.rates[self.clock])
             self.step()
+
+    def _tensors(self) -> list[Tensor]:
+        """All that a step changes, in an order that depends on what was built alone."""
+        tensors = [self.clock, self.losses]
+        for module in self.modules:
+            tensors += module.state_dict().values()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                tensors += [v for _, v in sorted(self.optimizer.state[parameter].items()) if isinstance(v, Tensor)]
+        return tensors
+
+    def save(self, file: Path) -> None:
+        """Write the run's state, whole or not at all."""
+        cuda = self.machine.device.type == "cuda"
+        state = {"tensors": self._tensors(), "random": torch.cuda.get_rng_state() if cuda else torch.get_rng_state()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+
+    def _restore(self, file: Path) -> None:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        ours, theirs = self._tensors(), state["tensors"]
+        if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
+            raise ValueError(f"{file} was saved by another network or optimizer; remove it to begin the run again")
+        with torch.no_grad():
+            for mine, saved in zip(ours, theirs):
+                mine.copy_(saved)
+        cuda = self.machine.device.type == "cuda"
+        torch.cuda.set_rng_state(state["random"]) if cuda else torch.set_rng_state(state["random"])
 
 
 def schedule(settings: Settings, steps: int) -> Tensor:
@@ -252,7 +329,9 @@ class Stage1:
         self.teacher = self.reseg.teacher.train()
         recon_loss = ReconLoss()
         body = machine.network(self.teacher.decode)
-        self.loop = Loop(machine, list(self.teacher.parameters()), "adamw", 1e-3, 0.0, settings.stage1_steps)
+        recipe = (settings.optimizer, settings.lr, settings.weight_decay)
+        how = recipe if settings.stage_1 == "as stage 2" else ("adamw", 1e-3, 0.0)
+        self.loop = Loop(machine, list(self.teacher.parameters()), *how, settings.stage1_steps, [self.teacher])
 
         def loss_of() -> tuple[Tensor, Tensor]:
             image, label, _ = feed.batch_of(feed.labelled, self.loop.clock)
@@ -265,13 +344,16 @@ class Stage1:
 
         self.loop.capture(loss_of)
 
-    def fit(self, seed: int) -> tuple[dict[str, Tensor], float]:
-        """The trained teacher's weights and its last losses' mean."""
+    def fit(self, seed: int, pause: Pause | None = None) -> tuple[dict[str, Tensor], float]:
+        """The trained teacher's weights and its last losses' mean; with `pause`, its file keeps them."""
         reset_teacher(self.teacher, self.settings, self.classes, seed)
         self.teacher.train()
         steps = self.settings.stage1_steps
-        self.loop.reset(torch.full((steps,), 1e-3))
-        self.loop.run(steps)
+        as_stage_2 = self.settings.stage_1 == "as stage 2"
+        self.loop.reset(schedule(self.settings, steps) if as_stage_2 else torch.full((steps,), 1e-3))
+        self.loop.run(steps, pause)
+        if pause is not None:
+            self.loop.save(pause.file)
         state = {name: value.detach().clone() for name, value in self.teacher.state_dict().items()}
         return state, float(self.loop.losses[-50:].mean())
 
@@ -333,11 +415,22 @@ class Stage2:
             self.mixed = CutMixConsistency(self.student, ramp_calls=None, ignore_index=IGNORED, weight=0.0, decay=EMA)
         self.recon_loss = ReconLoss()
         self.task_loss = machine.loss(segmentation_loss)
-        self.loop = Loop(machine, parameters, settings.optimizer, settings.lr, settings.weight_decay, feed.steps)
+        recipe = (settings.optimizer, settings.lr, settings.weight_decay)
+        self.loop = Loop(machine, parameters, *recipe, feed.steps, self._modules())
         self.aligned, self.ramp = (torch.zeros(feed.steps, device=device) for _ in range(2))
         self.model.train()
         self.loop.capture(self._losses, self._follow)
         self.forget()
+
+    def _modules(self) -> list[nn.Module]:
+        """All whose weights or statistics a run changes or that differ between seeds."""
+        modules = [self.model]
+        if self.reseg is not None:
+            modules += [self.reseg.loss, self.reseg.teacher]
+        if self.deep is not None:
+            modules.append(self.deep.heads)
+        averages = [self.average, self.mixed.average if self.mixed is not None else None]
+        return modules + [average for average in averages if average is not None]
 
     # --- the step
 
@@ -426,13 +519,16 @@ class Stage2:
 
     # --- a run
 
-    def train(self, variant: Variant, seed: int, teacher: Mapping[str, Tensor] | None) -> float:
+    def train(
+        self, variant: Variant, seed: int, teacher: Mapping[str, Tensor] | None, pause: Pause | None = None
+    ) -> float:
         """Train from the seed's weights on the feed's batches; the mean task loss of the last 50 steps.
 
         Args:
             variant: one with this step.
             seed: of the weights.
             teacher: weights from stage 1; None leaves the teacher untrained.
+            pause: when to stop for another process to go on; `OutOfTimeError` is raised then.
         """
         settings = self.settings
         steps = variant.steps(settings.steps, settings.stage1_steps)
@@ -457,7 +553,7 @@ class Stage2:
         self.loop.reset(schedule(settings, steps))
         torch.manual_seed(seed)
         self.model.train()
-        self.loop.run(steps)
+        self.loop.run(steps, pause)
         return float(self.loop.losses[max(0, steps - 50) : steps].mean())
 
     def networks(self) -> dict[str, nn.Module]:

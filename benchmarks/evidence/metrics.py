@@ -17,27 +17,35 @@ from torch import Tensor
 CHUNK = 1024  # points whose distances to all others are held at once
 
 
-def score(prediction: Tensor, truth: Tensor, volume: Tensor, classes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Means over volumes per class, and over classes.
+def score(
+    prediction: Tensor, truth: Tensor | Sequence[Tensor], volume: Tensor, classes: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Means over volumes per class, and over classes; `each_dsc` and `each_hd95` are per class and volume.
 
     Args:
         prediction: (N, H, W) class indices; the slices of a volume are neighbours, in order. Or
             (N, D, H, W), whole volumes.
-        truth: the same shape.
+        truth: the same shape; or a map (H', W') per slice, to whose size predictions are brought (by nearest
+            neighbour), the slices of a volume of one size.
         volume: (N), a number per volume.
         classes: pairs of (class in the prediction, class in the truth).
     """
-    dsc: list[list[float]] = [[] for _ in classes]
-    hd95: list[list[float]] = [[] for _ in classes]
+    dsc: list[list[float | None]] = [[] for _ in classes]
+    hd95: list[list[float | None]] = [[] for _ in classes]
     skipped, missed = [0] * len(classes), [0] * len(classes)
     for number in volume.unique_consecutive().tolist():
         slices = volume == number
+        predicted, true = prediction[slices], _of_volume(truth, slices)
+        if predicted.shape != true.shape:
+            predicted = F.interpolate(predicted[:, None], true.shape[1:], mode="nearest-exact")[:, 0]
         for i, (ours, theirs) in enumerate(classes):
             # slices of one volume, or that volume alone, to (D, H, W)
-            a, b = ((x[slices] == c).flatten(0, -3) for x, c in ((prediction, ours), (truth, theirs)))
+            a, b = ((x == c).flatten(0, -3) for x, c in ((predicted, ours), (true, theirs)))
             common, size_a, size_b = torch.stack([(a & b).sum(), a.sum(), b.sum()]).tolist()
             if not size_a and not size_b:
                 skipped[i] += 1
+                dsc[i].append(None)
+                hd95[i].append(None)
             elif not size_a or not size_b:
                 missed[i] += 1
                 dsc[i].append(0.0)
@@ -45,15 +53,23 @@ def score(prediction: Tensor, truth: Tensor, volume: Tensor, classes: Sequence[t
             else:
                 dsc[i].append(2 * common / (size_a + size_b))
                 hd95[i].append(hausdorff95(a, b))
-    means = {"dsc": [_mean(values) for values in dsc], "hd95": [_mean(values) for values in hd95]}
+    means = {"dsc": [_mean(_known(values)) for values in dsc], "hd95": [_mean(_known(values)) for values in hd95]}
     return {
         **means,
-        "mean_dsc": _mean([value for value in means["dsc"] if value is not None]),
-        "mean_hd95": _mean([value for value in means["hd95"] if value is not None]),
+        "mean_dsc": _mean(_known(means["dsc"])),
+        "mean_hd95": _mean(_known(means["hd95"])),
         "volumes": len(volume.unique_consecutive()),
         "skipped": skipped,
         "missed": missed,
+        "each_dsc": dsc,
+        "each_hd95": hd95,
     }
+
+
+def _of_volume(truth: Tensor | Sequence[Tensor], slices: Tensor) -> Tensor:
+    if isinstance(truth, Tensor):
+        return truth[slices]
+    return torch.stack([truth[i] for i in slices.nonzero()[:, 0].tolist()])
 
 
 def hausdorff95(a: Tensor, b: Tensor) -> float:
@@ -77,6 +93,10 @@ def _nearest(points: Tensor, others: Tensor) -> Tensor:
     """The distance of each point (N, 3) to the nearest other (M, 3); exact, so without a matrix product."""
     chunks = points.split(CHUNK)
     return torch.cat([torch.cdist(p, others, compute_mode="donot_use_mm_for_euclid_dist").amin(1) for p in chunks])
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:

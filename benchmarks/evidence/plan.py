@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class Plan:
         name: the file's name without suffix.
         question: what is asked.
         rule: how the numbers decide it.
-        data: "acdc", "sunnybrook" or "hippocampus".
+        data: "acdc", "acdc_native" (with the field's patients), "sunnybrook" or "hippocampus".
         patients: labelled ones.
         seeds: of split, weights and batches.
         decide_on: the scores that the rule reads: one of `parts`, or the other data set's name.
@@ -29,6 +29,7 @@ class Plan:
         settings: shared by all.
         parts: which parts are scored.
         also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
+        minutes: that a variant's run is expected to take, stage 1 included, by its name; empty where not said.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Plan:
     settings: Settings
     parts: tuple[str, ...] = ("validation", "test")
     also_test: dict[str, Any] | None = None
+    minutes: Mapping[str, float] = field(default_factory=dict)
 
     def runs(self) -> Iterator[tuple[int, Variant]]:
         """Seed by seed, so that whatever was run is paired."""
@@ -57,7 +59,7 @@ class Plan:
             "stored": size,
             "patients": self.patients,
             "seed": seed,
-            "settings": asdict(self.settings),
+            "settings": self.settings.options(),
             "variant": variant.options(),
             "parts": self.parts,
             "also_test": self.also_test,
@@ -84,6 +86,8 @@ def read_plan(path: Path) -> Plan:
     names = [variant.name for variant in plan.variants]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a variant is named twice")
+    if plan.minutes.keys() - set(names):
+        raise ValueError(f"{path.name}: minutes of {sorted(plan.minutes.keys() - set(names))}, which are no variants")
     named: dict[str, str] = {}  # runs are found by their options: of two names for the same, one would have none
     for variant in plan.variants:
         first = named.setdefault(json.dumps(variant.options(), sort_keys=True), variant.name)
