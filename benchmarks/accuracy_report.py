@@ -3,7 +3,8 @@
     python benchmarks/accuracy_report.py results.jsonl --plan benchmarks/plans/confirm_acdc_5.json --figure out.png
 
 Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired,
-over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds.
+over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds. Where a plan has
+published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,6 +30,7 @@ REFERENCES = ("bare", "ds x2")
 BESIDE = {"mean teacher": "its mean teacher", "statistics of others": "with batch statistics of others"}
 ORIGINS = ("commit", "device", "compiled")  # entries of a line that may move its numbers
 SHORT = 7  # characters of a commit
+RESAMPLED = 10_000  # times that the patients are drawn
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
     return Difference(mean, float(t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count), count)
 
 
+def resampled(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean over patients, by drawing them with replacement; the same at every call."""
+    values = np.asarray(differences)
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLED, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What was measured of one plan on one part: {variant: {seed: ...}}, in the plan's order of variants.
@@ -78,12 +89,33 @@ class Scores:
         scale = 100 if metric == "mean_dsc" else 1
         return {seed: scale * s[metric] for seed, s in self.lines[variant].items() if s[metric] is not None}
 
+    def of_patients(self, variant: str, reference: str) -> dict[int, float]:
+        """{patient: difference in DSC, in percent, of two variants}, a mean over classes, volumes and their seeds."""
+        a, b = self.lines.get(variant, {}), self.lines.get(reference, {})
+        seeds = [seed for seed in a.keys() & b.keys() if "patients" in a[seed] and "patients" in b[seed]]
+        found: dict[int, list[float]] = {}
+        for seed in seeds:
+            ours, theirs = _by_patient(a[seed]), _by_patient(b[seed])
+            for patient in ours.keys() & theirs.keys():
+                found.setdefault(patient, []).append(100 * (ours[patient] - theirs[patient]))
+        return {patient: fmean(values) for patient, values in sorted(found.items())}
+
     def per_class(self, variant: str, metric: str) -> list[float | None]:
         """Means over seeds of "dsc" (in percent) or "hd95" per class."""
         columns = zip(*(s[metric] for s in self.lines[variant].values()))
         known = [[value for value in column if value is not None] for column in columns]
         scale = 100 if metric == "dsc" else 1
         return [scale * fmean(values) if values else None for values in known]
+
+
+def _by_patient(scores: Mapping[str, Any]) -> dict[int, float]:
+    """{patient: DSC}, a mean over classes and volumes; a class that truth and prediction lack is left out."""
+    found: dict[int, list[float]] = {}
+    for values in scores["each_dsc"]:
+        for patient, value in zip(scores["patients"], values):
+            if value is not None:
+                found.setdefault(patient, []).append(value)
+    return {patient: fmean(values) for patient, values in found.items()}
 
 
 def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
@@ -124,6 +156,27 @@ def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
                 row.append("" if reference == name or difference is None else difference.over(len(seeds)))
         pairs = zip(scores.per_class(name, "dsc"), scores.per_class(name, "hd95"))
         row += ["-" if dsc is None or hd is None else f"{dsc:.1f} / {hd:.1f}" for dsc, hd in pairs]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def beside_published(scores: Scores, reference: str = "bare") -> str:
+    """A Markdown table of published scores and ours, and of what both gain over the reference."""
+    published = scores.plan.published
+    head = ["variant", "published DSC", "ours", "seeds", "published gain", "our gain, over seeds", "over patients"]
+    rows = [head, ["---"] * len(head)]
+    for name in scores.lines:
+        values, base = (scores.values(of, "mean_dsc") if of in scores.lines else {} for of in (name, reference))
+        row = [name, f"{published[name]:.2f}" if name in published else "", f"{fmean(values.values()):.2f}"]
+        row += [str(len(values)), "", "", ""]
+        if name != reference:
+            if name in published and reference in published:
+                row[4] = f"{published[name] - published[reference]:+.2f}"
+            difference, patients = paired(values, base), list(scores.of_patients(name, reference).values())
+            row[5] = "" if difference is None else f"{difference} ({difference.pairs})"
+            if patients:
+                low, high = resampled(patients)
+                row[6] = f"{fmean(patients):+.2f} ({low:+.2f} to {high:+.2f}, {len(patients)} patients)"
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -189,6 +242,7 @@ def report(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
         f"Rule, written before: {plan.rule}",
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
         *([table(scores, references), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
+        *([beside_published(scores)] if scores.runs and plan.published else []),
     ]
     return "\n\n".join(parts)
 

@@ -19,7 +19,7 @@ from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import accuracy, accuracy_report
-from benchmarks.accuracy_report import BESIDE, figure, paired, report, select
+from benchmarks.accuracy_report import BESIDE, figure, paired, report, resampled, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.compiler import compiler_settings
 from benchmarks.evidence.copy_paste import CopyPaste
@@ -870,6 +870,28 @@ def test_the_report_says_what_the_lines_say(tmp_path):
     assert figure([scores], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
     assert "Nothing was run." in report(select(plan, [other], "test"))
+
+
+def test_published_scores_stand_beside_ours_with_a_bootstrap_over_patients():
+    plan = plan_of(seeds=(0, 1), published={"bare": 50.0, "ds x2": 53.5})
+    lines = lines_of(plan, {"bare": [0.5, 0.6], "ds x2": [0.6, 0.8]})
+    gains = np.random.default_rng(5).normal(0.1, 0.05, (2, 20))  # of each patient, in both phases alike
+    for line, gain in zip(lines, [0 * gains[0], gains[0], 0 * gains[1], gains[1]]):
+        each = [*np.repeat(0.5 + gain, 2)]
+        each[3] = None if line is lines[1] else each[3]  # a class that one volume lacks
+        line["scores"]["test"] |= {"each_dsc": [each], "patients": np.repeat(range(20), 2).tolist()}
+    scores = select(plan, lines, "test")
+    per_patient = 100 * gains.mean(0)
+    assert list(scores.of_patients("ds x2", "bare").values()) == pytest.approx(per_patient)
+    low, high = resampled(per_patient.tolist())
+    normal = 1.96 * per_patient.std() / math.sqrt(20)
+    assert low == pytest.approx(per_patient.mean() - normal, abs=0.15 * normal)
+    assert high == pytest.approx(per_patient.mean() + normal, abs=0.15 * normal)
+    text = report(scores)
+    assert "| bare | 50.00 | 55.00 | 2 |  |  |  |" in text
+    ours = f"{per_patient.mean():+.2f} ({low:+.2f} to {high:+.2f}, 20 patients)"
+    assert f"| ds x2 | 53.50 | 70.00 | 2 | +3.50 | +15.0 ± 63.5 (2) | {ours} |" in text
+    assert "published" not in report(select(replace(plan, published={}), lines, "test"))
 
 
 def test_a_difference_over_fewer_pairs_than_the_row_has_seeds_says_so():

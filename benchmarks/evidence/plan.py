@@ -29,6 +29,7 @@ class Plan:
         settings: shared by all.
         parts: which parts are scored.
         also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
+        published: DSC in percent that the publication reports for a variant, by its name.
         minutes: that a variant's run is expected to take, stage 1 included, by its name; empty where not said.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     settings: Settings
     parts: tuple[str, ...] = ("validation", "test")
     also_test: dict[str, Any] | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
     minutes: Mapping[str, float] = field(default_factory=dict)
 
     def runs(self) -> Iterator[tuple[int, Variant]]:
@@ -86,8 +88,10 @@ def read_plan(path: Path) -> Plan:
     names = [variant.name for variant in plan.variants]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a variant is named twice")
-    if plan.minutes.keys() - set(names):
-        raise ValueError(f"{path.name}: minutes of {sorted(plan.minutes.keys() - set(names))}, which are no variants")
+    for what in ("published", "minutes"):
+        others = sorted(getattr(plan, what).keys() - set(names))
+        if others:
+            raise ValueError(f"{path.name}: {what!r} has {others}, which are no variants of the plan")
     named: dict[str, str] = {}  # runs are found by their options: of two names for the same, one would have none
     for variant in plan.variants:
         first = named.setdefault(json.dumps(variant.options(), sort_keys=True), variant.name)
