@@ -138,7 +138,7 @@ def decode_webp(blob: bytes) -> np.ndarray:
         import cv2  # pyright: ignore[reportMissingImports]
 
         return cv2.imdecode(np.frombuffer(blob, np.uint8), cv2.IMREAD_COLOR)[..., 0]
-    return np.array(Image.open(io.BytesIO(blob)).convert("RGB"))[..., 0].copy()
+    return np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))[..., 0].copy()
 
 
 def resized_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
