@@ -41,7 +41,6 @@ class Settings:
             expected loss and gradient stay the same for normalize=None without ignored pixels, and only then.
         teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None as the student runs.
         compile_teacher: run the teacher through torch.compile.
-        fold_teacher: in low precision run its chains of convolution, batch normalisation and ReLU as one operation.
         capture_teacher: on CUDA replay its forward as a CUDA graph, one for each of at most four sizes of the batch;
             call backward before the next alignment_loss, whose features take the same memory.
     """
@@ -66,15 +65,12 @@ class Settings:
     subset: float | int | None = None
     teacher_dtype: torch.dtype | str | None = None
     compile_teacher: bool = False
-    fold_teacher: bool = False
     capture_teacher: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
-        if self.compile_teacher and self.fold_teacher:
-            raise ReSegError("compile_teacher and fold_teacher exclude each other; choose one")
         if not _whole(self.every) or self.every < 1:
             raise ReSegError(f"every={self.every!r}; it is a whole number of calls, at least 1")
         part = isinstance(self.subset, float) and 0 < self.subset <= 1
@@ -112,7 +108,7 @@ class Settings:
 STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
 
 # what may change in a wrapper that is built: nothing in it depends on them
-AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "fold_teacher", "capture_teacher")
+AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "capture_teacher")
 
 # dtypes by name, too, as checkpoints have them
 _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
@@ -128,7 +124,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "encoder": ("skip", "stage"),
     "teacher_dtype": tuple(_DTYPES),
     "compile_teacher": (False, True),
-    "fold_teacher": (False, True),
     "capture_teacher": (False, True),
 }
 
