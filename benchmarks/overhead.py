@@ -56,7 +56,6 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "standardized, captured teacher": {"preset": "standardized", "capture_teacher": True},
     "deep supervision": None,
     "paper, every=8": {"every": 8},
-    "standardized, every=4, subset=0.5": {"preset": "standardized", "every": 4, "subset": 0.5},
 }
 # what each means saves or costs, on the U-Net in eager mode
 MEANS: dict[str, dict[str, Any] | None] = {
@@ -65,7 +64,6 @@ MEANS: dict[str, dict[str, Any] | None] = {
     "standardized, loss in torch": {"preset": "standardized"},
     "paper, narrow teacher": {},
     "paper, every=4": {"every": 4},
-    "paper, subset=0.25": {"subset": 0.25},
 }
 MEANS_FP32: dict[str, dict[str, Any] | None] = {
     "paper, whole teacher": {},
@@ -74,7 +72,6 @@ MEANS_FP32: dict[str, dict[str, Any] | None] = {
 }
 NOT_COMPILED = (
     "standardized, compiled teacher",
-    "standardized, every=4, subset=0.5",
     "standardized, captured teacher",
 )
 

@@ -37,8 +37,6 @@ class Settings:
         levels: strides of the levels to align; None is the default choice of `TapPlan.select`.
         encoder: "skip" aligns what the skip connections carry, "stage" the last block of each encoder level.
         every: align at every k-th call only, with k times the weight; the calls between cost nothing.
-        subset: align a random part of each batch only, a fraction (float) or a number (int) of its samples. The
-            expected loss and gradient stay the same for normalize=None without ignored pixels, and only then.
         teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None as the student runs.
         compile_teacher: run the teacher through torch.compile.
         capture_teacher: on CUDA replay its forward as a CUDA graph, one for each of at most four sizes of the batch;
@@ -62,7 +60,6 @@ class Settings:
     levels: Sequence[int | Sequence[int]] | None = None
     encoder: Literal["skip", "stage"] = "skip"
     every: int = 1
-    subset: float | int | None = None
     teacher_dtype: torch.dtype | str | None = None
     compile_teacher: bool = False
     capture_teacher: bool = False
@@ -71,11 +68,8 @@ class Settings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
-        if not _whole(self.every) or self.every < 1:
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
             raise ReSegError(f"every={self.every!r}; it is a whole number of calls, at least 1")
-        part = isinstance(self.subset, float) and 0 < self.subset <= 1
-        if self.subset is not None and not part and not (_whole(self.subset) and self.subset >= 1):
-            raise ReSegError(f"subset={self.subset!r}; it is a fraction in (0, 1] (float) or a number of samples (int)")
 
     @property
     def lower(self) -> torch.dtype | None:
@@ -108,7 +102,7 @@ class Settings:
 STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
 
 # what may change in a wrapper that is built: nothing in it depends on them
-AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "capture_teacher")
+AT_RUN_TIME = ("weight", "every", "teacher_dtype", "compile_teacher", "capture_teacher")
 
 # dtypes by name, too, as checkpoints have them
 _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
@@ -126,10 +120,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "compile_teacher": (False, True),
     "capture_teacher": (False, True),
 }
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # paper: Li et al., MICCAI 2025, eqs. 1-8. standardized: the same on standardized features, the wrapper's default, as

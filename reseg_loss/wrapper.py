@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import recon, sparse
+from . import recon
 from .checkpoint import (
     check_format,
     load_states,
@@ -528,17 +528,11 @@ class ReSegWrapper:
         if not self._labels_checked:
             teacher.encoding.check_values(label)
             self._labels_checked = True
-        features = recorded.features
-        if settings.subset is not None:
-            chosen = sparse.draw(label.shape[0], settings.subset, settings.seed, self._calls)
-            if chosen is not None:
-                index = torch.tensor(chosen).to(device, non_blocking=True)
-                features, label = sparse.take(features, index), label.index_select(0, index)
         targets, valid = parts.targets(label, recorded.autocast, settings)
         if loss.projection is not None:
             loss.projection = distributed(loss.projection, device)
             self._unmoved.check(loss.projection.parameters())
-        terms = loss(features, targets, valid, components=True)
+        terms = loss(recorded.features, targets, valid, components=True)
         total = loss.combine(terms)
         self._last = {name: term.detach() for name, term in {**terms, "alignment": total}.items()}
         if task_loss is not None:

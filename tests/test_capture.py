@@ -147,7 +147,7 @@ def test_on_cpu_it_changes_nothing():
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"preset": "standardized"}, {"projection": "linear"}, {"ignore_index": 2},
-                                    {"subset": 0.5}, {"every": 2}, {"label_input": "onehot"}])  # fmt: skip
+                                    {"every": 2}, {"label_input": "onehot"}])  # fmt: skip
 def test_replays_give_the_loss_and_gradients_of_the_forward(graphs, kwargs):
     steps = []
     for on in (False, True):

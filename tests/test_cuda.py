@@ -150,7 +150,7 @@ def test_a_wrapper_without_an_example_is_built_where_the_model_is():
 
 
 @pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kwargs", [*SETTINGS, {"subset": 0.5}, {"every": 2}])
+@pytest.mark.parametrize("kwargs", [*SETTINGS, {"every": 2}])
 @pytest.mark.parametrize("made", [UNet, Wide])
 def test_no_step_after_the_first_waits_for_the_device(made, kwargs, amp):
     model, reseg = ready(made, **kwargs)
@@ -524,7 +524,7 @@ def deterministic() -> Iterator[None]:
     torch.backends.cudnn.deterministic = False
 
 
-CAPTURED = [*SETTINGS, {"subset": 0.5}, {"every": 2}]
+CAPTURED = [*SETTINGS, {"every": 2}]
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
