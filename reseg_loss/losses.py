@@ -72,13 +72,11 @@ class CrossAlignmentLoss(nn.Module):
         bottleneck: weight of bottleneck against bottleneck (eq. 6).
         divisor: the paper divides the sum of its seven terms by 3, whatever is switched off.
         normalize: None compares raw features; "batch" standardizes every channel on both sides first.
-        projection: None: where a term's channels differ, the student's feature goes through a fixed, seeded
-            semi-orthogonal 1x1 map. "linear": every term has a trainable 1x1 map of the student's feature.
-        channels: {term: (student's, teacher's)} channels, needed for "linear" only; names as in `term_names`.
-        seed: of the fixed maps, and of the trainable ones' start.
+        seed: of the fixed semi-orthogonal 1x1 map that the student's feature goes through where a term's channels
+            differ.
 
     Raises:
-        ReSegError: a weight is negative or not finite, all are 0, or "linear" comes without channels.
+        ReSegError: a weight is negative or not finite, or all are 0.
     """
 
     def __init__(
@@ -89,17 +87,11 @@ class CrossAlignmentLoss(nn.Module):
         *,
         divisor: float = 3.0,
         normalize: Literal["batch"] | None = None,
-        projection: Literal["linear"] | None = None,
-        channels: Mapping[str, tuple[int, int]] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if normalize not in (None, "batch"):
             raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
-        if projection not in (None, "linear"):
-            raise ReSegError(f"projection={projection!r}; it is None or 'linear'")
-        if projection == "linear" and not channels:
-            raise ReSegError("projection='linear' needs channels={term: (student's, teacher's)}")
         weights = {
             "encoder_to_decoder": _as_list(encoder_to_decoder),
             "decoder_to_encoder": _as_list(decoder_to_encoder),
@@ -115,11 +107,6 @@ class CrossAlignmentLoss(nn.Module):
         if not (math.isfinite(divisor) and divisor > 0):
             raise ReSegError(f"divisor={divisor}; it must be positive")
         self.divisor, self.normalize, self.seed = float(divisor), normalize, seed
-        self.projection: nn.Module | None = None
-        if projection == "linear" and channels:
-            self.check_levels(len(channels) // 2)
-            used = {name: pair for name, pair in channels.items() if self.term_weight(name)}
-            self.projection = LinearProjection(used, seed)
         self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def term_weight(self, name: str) -> float:
@@ -163,12 +150,7 @@ class CrossAlignmentLoss(nn.Module):
                     f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "
                     "and size must agree. If the image size is odd at this level, pad it to a multiple of the stride"
                 )
-        if self.projection is not None:
-            # one forward for all terms, so that under DistributedDataParallel it is reduced once
-            mapped = self.projection({name: s for name, (s, _) in pairs.items()})
-        else:
-            mapped = {name: self._match_channels(s, t.shape[1]) for name, (s, t) in pairs.items()}
-        matched = {name: (mapped[name], t) for name, (_, t) in pairs.items()}
+        matched = {name: (self._match_channels(s, t.shape[1]), t) for name, (s, t) in pairs.items()}
         # the compiler fuses plain operations itself
         if valid is None and not torch.compiler.is_compiling() and not any(t.requires_grad for _, t in pairs.values()):
             terms = dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
@@ -199,24 +181,6 @@ class CrossAlignmentLoss(nn.Module):
             with torch.inference_mode(False):  # training may use it next
                 self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
         return RF.project(x, self._fixed[key])
-
-
-class LinearProjection(nn.Module):
-    """A trainable 1x1 map for every named term, from the student's channels to the teacher's.
-
-    It starts as the fixed semi-orthogonal map of the same channels (the identity up to a rotation).
-    """
-
-    def __init__(self, channels: Mapping[str, tuple[int, int]], seed: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.ParameterDict(
-            {name: nn.Parameter(RF.semi_orthogonal(t, s, seed).float()) for name, (s, t) in channels.items()}
-        )
-        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(t)) for name, (_, t) in channels.items()})
-
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{term: (B, C, *spatial)} to {term: (B, D, *spatial)}, in at least fp32."""
-        return {name: RF.project(x, self.weight[name], self.bias[name]) for name, x in features.items()}
 
 
 def _as_list(weight: Weight) -> list[float]:

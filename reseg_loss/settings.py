@@ -25,8 +25,7 @@ class Settings:
         bottleneck: weight of the bottleneck term (eq. 6).
         divisor: of the sum of all terms (eq. 7).
         normalize: "batch" standardizes every feature channel over batch and space before the comparison.
-        projection: "linear" trains a 1x1 map of the student's features for every term.
-        seed: of the fixed maps between unequal channels, and of the trainable ones' start.
+        seed: of the fixed maps between unequal channels.
         alpha: weight of the mean squared error in stage 1 (eq. 3).
         beta: weight of the L1 error in stage 1 (eq. 3).
         label_input: "index" feeds the class index as one channel, "onehot" one channel per class.
@@ -49,7 +48,6 @@ class Settings:
     bottleneck: float = 1.0
     divisor: float = 3.0
     normalize: Literal["batch"] | None = None
-    projection: Literal["linear"] | None = None
     seed: int = 0
     alpha: float = 0.6
     beta: float = 0.4
@@ -112,7 +110,6 @@ _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "normalize": (None, "batch"),
-    "projection": (None, "linear"),
     "label_input": ("index", "onehot"),
     "teacher_init": ("random", "copy"),
     "encoder": ("skip", "stage"),

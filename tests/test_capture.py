@@ -146,7 +146,7 @@ def test_on_cpu_it_changes_nothing():
     assert same(found, expected)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"preset": "standardized"}, {"projection": "linear"}, {"ignore_index": 2},
+@pytest.mark.parametrize("kwargs", [{}, {"preset": "standardized"}, {"ignore_index": 2},
                                     {"every": 2}, {"label_input": "onehot"}])  # fmt: skip
 def test_replays_give_the_loss_and_gradients_of_the_forward(graphs, kwargs):
     steps = []

@@ -88,13 +88,12 @@ def test_bad_values_are_refused(kwargs, message):
 
 
 def test_run_time_settings_may_differ_from_the_states_and_keep_what_is_built():
-    _, reseg = ready(projection="linear", every=2, teacher_dtype=torch.bfloat16)
+    _, reseg = ready(every=2, teacher_dtype=torch.bfloat16)
     state = saved(reseg)
-    _, other = ready(projection="linear")
-    parameters, teacher = list(other.parameters()), other.teacher
+    _, other = ready()
+    teacher = other.teacher
     other.load_state_dict(state)
     assert other.teacher is teacher
-    assert all(a is b for a, b in zip(parameters, other.parameters()))
     assert (other.settings.every, other.settings.lower) == (2, torch.bfloat16)
     older = {k: v for k, v in state["settings"].items() if k not in ("every", "teacher_dtype")}
     other.load_state_dict({**state, "settings": older})

@@ -138,7 +138,6 @@ CATALOGUE: dict[str, Variant] = {
         Variant("standardized, no bottleneck", reseg={**STANDARDIZED, "bottleneck": 0.0}),
         Variant("standardized, first half", reseg=STANDARDIZED, until=0.5),
         Variant("standardized, onehot", reseg={**STANDARDIZED, "label_input": "onehot"}),
-        Variant("standardized, projection", reseg={**STANDARDIZED, "projection": "linear", "weight": 0.1}),
         # deep supervision
         Variant("ds", deep={"weights": [0.5, 0.25, 0.125]}),
         Variant("ds x2", deep=DS_X2),
