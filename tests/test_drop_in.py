@@ -407,10 +407,10 @@ def test_remove_and_context_manager_leave_the_hooks_that_were_there_before():
     assert hooks(model) > count
     reseg.remove()
     assert hooks(model) == count
-    with pytest.raises(ReSegError, match="no training forward"), FeatureExtractor(model, SEEN) as extractor:
+    with pytest.raises(ReSegError, match="no training forward"), FeatureExtractor(model, SEEN, image) as extractor:
         extractor.pop()
     assert hooks(model) == count
-    with FeatureExtractor(model, SEEN) as extractor:
+    with FeatureExtractor(model, SEEN, image) as extractor:
         model(image)
         assert len(extractor.pop().encoder) == 2
     assert hooks(model) == count
@@ -670,7 +670,9 @@ def test_an_unknown_tap_has_close_matches():
         with pytest.raises(TapError, match="Did you mean 'bottleneck'"):
             ReSegWrapper(UNet(), taps=taps, example_input=batch()[0])
     with pytest.raises(TapError, match=r"no module 'decoder\.7'"):
-        FeatureExtractor(UNet(), {**SEEN, "decoder": ["decoder.1", "decoder.7"]})
+        FeatureExtractor(UNet(), {**SEEN, "decoder": ["decoder.1", "decoder.7"]}, batch()[0])
+    with pytest.raises(ReSegError, match="pass example_input="):
+        FeatureExtractor(UNet(), SEEN)
 
 
 def test_prefixes_of_wrappers_in_the_names_of_taps_are_accepted():
@@ -990,14 +992,13 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("example", [True, False])
-def test_a_tap_that_a_relu_overwrites_keeps_the_values_before_it(example):
+def test_a_tap_that_a_relu_overwrites_keeps_the_values_before_it():
     image, _ = batch()
     torch.manual_seed(0)
     plain = UNet()
     both = []
     for model in (plain, inplace(copy.deepcopy(plain))):
-        extractor = FeatureExtractor(model, NORMS, image if example else None).attach()
+        extractor = FeatureExtractor(model, NORMS, image).attach()
         for _ in range(2):
             model.zero_grad()
             model(image)
