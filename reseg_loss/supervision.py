@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import functional as RF
 from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError
@@ -46,10 +45,8 @@ class DeepSupervision:
         sides: "decoder" supervises decoder features; "all" encoder features and the bottleneck too, weight 0.1 each.
         weights: of the decoder levels, finest first, next to the main loss's 1; None is 1 for each.
         decay_calls: number of calls over which all weights fall linearly to 0; None keeps them.
-        soft: give the task loss area-averaged class fractions (B, classes, *spatial) instead of the nearest label;
-            it must take probabilities.
         ignore_index: the label value that your task loss ignores. A level whose label has no other is left out (most
-            losses are NaN there). Soft labels leave it out of the averages; a cell that has no other is all 0.
+            losses are NaN there).
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
@@ -67,7 +64,6 @@ class DeepSupervision:
         sides: Literal["decoder", "all"] = "decoder",
         weights: Sequence[float] | None = None,
         decay_calls: int | None = None,
-        soft: bool = False,
         ignore_index: int | None = None,
     ) -> None:
         if sides not in ("decoder", "all"):
@@ -78,10 +74,10 @@ class DeepSupervision:
         self._model = unwrap(model)
         self.num_classes, self.sides, self.decay_calls = plain(num_classes), sides, plain(decay_calls)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
-        self.soft, self.ignore_index = soft, plain(ignore_index)
+        self.ignore_index = plain(ignore_index)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
-        self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False
+        self._weight, self._calls, self._removed = 1.0, 0, False
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
@@ -146,7 +142,7 @@ class DeepSupervision:
             label: of that forward's images: (B, *spatial), (B, 1, *spatial) or (B, classes, *spatial). Of a list,
                 element 0.
             task_loss: your loss of logits (B, classes, *spatial) and label. The label comes at the level's size in
-                the form and dtype it was given in, unless `soft`.
+                the form and dtype it was given in.
 
         Returns:
             A scalar to add to the task loss. At weight 0 a zero on which backward works.
@@ -182,7 +178,6 @@ class DeepSupervision:
             # also where they are the default, so that a state goes on as it was when that changes
             "weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
             "decay_calls": self.decay_calls,
-            "soft": self.soft,
             "ignore_index": self.ignore_index,
             "weight": self._weight,
             "calls": self._calls,
@@ -213,8 +208,8 @@ class DeepSupervision:
             self._extractor.remove()
         self._extractor, self._heads = extractor, heads
         self.sides, self.level_weights, self.decay_calls = state["sides"], weights, state["decay_calls"]
-        self.soft, self.ignore_index = state["soft"], state["ignore_index"]
-        self._weight, self._calls, self._labels_checked = state["weight"], state["calls"], False
+        self.ignore_index = state["ignore_index"]
+        self._weight, self._calls = state["weight"], state["calls"]
         self._arm()
 
     def _make(
@@ -256,9 +251,6 @@ class DeepSupervision:
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
         encoding.check_shape(label, image)
-        if self.soft and not self._labels_checked:  # else they are the task loss's affair
-            encoding.check_values(label)
-            self._labels_checked = True
         sides = {"decoder": features.decoder, "encoder": features.encoder}
         inputs = {f"{side}_{i + 1}": x for side, xs in sides.items() for i, x in enumerate(xs)}
         if self.sides == "all":
@@ -270,13 +262,10 @@ class DeepSupervision:
         enabled, dtype = recorded.autocast
         with torch.autocast(device.type, dtype=dtype, enabled=enabled):
             logits = self._heads(inputs)
-        encoded, valid = encoding.encode(label) if self.soft else (None, None)
         total = torch.zeros((), device=device)
         for name, x in logits.items():
-            size = x.shape[2:]
-            target = _nearest(label, size) if encoded is None else _fractions(encoded, valid, size)
-            counts = None
-            if self.ignore_index is not None and encoded is None:
+            target, counts = _nearest(label, x.shape[2:]), None
+            if self.ignore_index is not None:
                 counts = (target != self.ignore_index).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
             value = task_loss(x, target)
@@ -322,9 +311,3 @@ def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:
         else:
             label = label.index_select(first + axis, torch.arange(n, device=label.device) * full // n)
     return label.contiguous()
-
-
-def _fractions(encoded: Tensor, valid: Tensor | None, size: Sequence[int]) -> Tensor:
-    """The area fraction of every class in the valid part of a coarser cell."""
-    area = RF.valid_fraction(encoded, size)
-    return area if valid is None else area / RF.valid_fraction(valid, size).clamp_min(torch.finfo(area.dtype).tiny)

@@ -107,9 +107,10 @@ class Variant:
 def from_plan(entry: str | Mapping[str, Any]) -> Variant:
     """A name of the catalogue, or a variant written out."""
     if isinstance(entry, str):
-        if entry not in CATALOGUE:
+        known = {**CATALOGUE, **REMOVED}
+        if entry not in known:
             raise ValueError(f"unknown variant {entry!r}; known: {', '.join(CATALOGUE)}")
-        return CATALOGUE[entry]
+        return known[entry]
     unknown = entry.keys() - {f.name for f in fields(Variant)}
     if unknown:
         raise ValueError(f"unknown options {sorted(unknown)} of variant {entry.get('name')!r}")
@@ -144,7 +145,6 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x4", deep={"weights": [2.0, 1.0, 0.5]}),
         Variant("ds equal", deep=DS_EQUAL),
         Variant("ds coarse", deep={"weights": [0.5, 1.0, 2.0]}),
-        Variant("ds x2 soft", deep={**DS_X2, "soft": True}),
         Variant("ds x2 all sides", deep={**DS_X2, "sides": "all"}),
         Variant("ds x2 + standardized", **_BOTH),
         Variant("ds x2 + standardized, untrained teacher", **_BOTH, teacher="untrained"),
@@ -185,4 +185,9 @@ CATALOGUE: dict[str, Variant] = {
         Variant("ds x2 + entropy, labelled images", **_ENTROPY, images="labelled"),
         Variant("ds x2 + cutmix + standardized", **_BOTH, unlabelled="cutmix"),
     )
+}
+
+# measured while the library had their options: tables still show them, and nothing can run them
+REMOVED: dict[str, Variant] = {
+    variant.name: variant for variant in (Variant("ds x2 soft", deep={**DS_X2, "soft": True}),)
 }
