@@ -73,13 +73,12 @@ class FeatureExtractor:
         levels: strides of the levels to select; see `TapPlan.select`.
         encoder: "skip" taps what the skip connection carries, "stage" the last block of the level.
         when: "training" records as above; "always" records every forward (for a frozen teacher).
-        sides: "all", or "decoder" to record the decoder alone, of a known plan: the other features are then empty. In a
-            compiled model each feature that is recorded costs a gradient, wanted or not.
+        decoder_only: record the decoder alone; the other features are then empty. In a compiled model each feature
+            that is recorded costs a gradient, wanted or not.
 
     Raises:
         TapError: a tap is unknown, or the model has no levels that can be paired.
-        ReSegError: the model is wrapped in nn.DataParallel, `sides` is unknown, or there is neither an example nor a
-            plan.
+        ReSegError: the model is wrapped in nn.DataParallel, or there is neither an example nor a plan.
     """
 
     def __init__(
@@ -91,14 +90,12 @@ class FeatureExtractor:
         levels: Any = None,
         encoder: Literal["skip", "stage"] = "skip",
         when: Literal["training", "always"] = "training",
-        sides: Literal["all", "decoder"] = "all",
+        decoder_only: bool = False,
     ) -> None:
-        if sides not in ("all", "decoder"):
-            raise ReSegError(f"sides={sides!r}; it is 'all' or 'decoder'")
         self._model = unwrap(model)
         self._recording = Recording(when == "training")
         self._handles: list[Any] = []
-        self._sides = sides
+        self._decoder_only = decoder_only
         if isinstance(taps, TapPlan):
             self._plan = taps if levels is None else taps.select(levels)
         elif example_input is not None:
@@ -283,7 +280,7 @@ class FeatureExtractor:
 
         selected = self.plan.selected
         decoder = tuple(feature(level.decoder) for level in selected)
-        if self._sides == "decoder":
+        if self._decoder_only:
             return Features((), decoder, decoder[0].new_empty(0))
         return Features(tuple(feature(level.encoder) for level in selected), decoder, feature(self.plan.bottleneck))
 
@@ -292,7 +289,7 @@ class FeatureExtractor:
         """Every tap that is recorded, once."""
         selected = self._plan.selected
         taps = [level.decoder for level in selected]
-        if self._sides == "all":
+        if not self._decoder_only:
             taps = [*(level.encoder for level in selected), *taps, self._plan.bottleneck]
         return list(dict.fromkeys(taps))
 

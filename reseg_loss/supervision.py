@@ -1,10 +1,10 @@
-"""Deep supervision for any U-shaped model: 1x1 heads on its taps, trained beside it and dropped afterwards."""
+"""Deep supervision for any U-shaped model: 1x1 heads on its decoder, trained beside it and dropped afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
 
 FORMAT = 1  # of the state_dict
-SIDE_WEIGHT = 0.1  # of a head on an encoder feature or the bottleneck (sides="all")
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,8 +41,7 @@ class DeepSupervision:
             before `load_state_dict`.
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the
             alignment.
-        sides: "decoder" supervises decoder features; "all" encoder features and the bottleneck too, weight 0.1 each.
-        weights: of the decoder levels, finest first, next to the main loss's 1; None is 1 for each.
+        weights: of the levels, finest first, next to the main loss's 1; None is 1 for each.
         decay_calls: number of calls over which all weights fall linearly to 0; None keeps them.
         ignore_index: the label value that your task loss ignores. A level whose label has no other is left out (most
             losses are NaN there).
@@ -61,18 +59,15 @@ class DeepSupervision:
         example_input: Any = None,
         *,
         levels: Sequence[int | Sequence[int]] | None = None,
-        sides: Literal["decoder", "all"] = "decoder",
         weights: Sequence[float] | None = None,
         decay_calls: int | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        if sides not in ("decoder", "all"):
-            raise ReSegError(f"sides={sides!r}; it is 'decoder' or 'all'")
         parse_taps(taps)  # refuses what is no tap now, not later
         if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
             raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
         self._model = unwrap(model)
-        self.num_classes, self.sides, self.decay_calls = plain(num_classes), sides, plain(decay_calls)
+        self.num_classes, self.decay_calls = plain(num_classes), plain(decay_calls)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
         self.ignore_index = plain(ignore_index)
         self._extractor: FeatureExtractor | None = None
@@ -83,7 +78,7 @@ class DeepSupervision:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
             activation = trained_activation(self._model, example_input)
             refuse_probabilities(activation, "your task loss takes probabilities, while the heads give logits")
-            self._extractor, self._heads = self._make(plan, sides, self.level_weights)
+            self._extractor, self._heads = self._make(plan, self.level_weights)
 
     @property
     def extractor(self) -> FeatureExtractor:
@@ -130,10 +125,7 @@ class DeepSupervision:
 
     def weight_of(self, name: str) -> float:
         """The weight of one head, without `factor()`."""
-        side, _, level = name.partition("_")
-        if side != "decoder":
-            return SIDE_WEIGHT
-        return 1.0 if self.level_weights is None else self.level_weights[int(level) - 1]
+        return 1.0 if self.level_weights is None else self.level_weights[int(name.removeprefix("decoder_")) - 1]
 
     def loss(self, label: Any, task_loss: TaskLoss) -> Tensor:
         """The weighted sum over levels of the task loss, for the one training forward since the last call.
@@ -174,7 +166,6 @@ class DeepSupervision:
         return {
             "format": FORMAT,
             "num_classes": self.num_classes,
-            "sides": self.sides,
             # also where they are the default, so that a state goes on as it was when that changes
             "weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
             "decay_calls": self.decay_calls,
@@ -200,32 +191,27 @@ class DeepSupervision:
         weights = state["weights"]
         extractor, heads = self._extractor, self._heads
         # rebuilt only where it differs: optimizers hold the heads, compiled models their hooks
-        if extractor is None or self.sides != state["sides"] or not same_taps(extractor.plan, plan):
-            extractor, heads = self._make(plan, state["sides"], weights)
+        if extractor is None or not same_taps(extractor.plan, plan):
+            extractor, heads = self._make(plan, weights)
         assert heads is not None
         load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
         self._extractor, self._heads = extractor, heads
-        self.sides, self.level_weights, self.decay_calls = state["sides"], weights, state["decay_calls"]
+        self.level_weights, self.decay_calls = weights, state["decay_calls"]
         self.ignore_index = state["ignore_index"]
         self._weight, self._calls = state["weight"], state["calls"]
         self._arm()
 
-    def _make(
-        self, plan: TapPlan, sides: Literal["decoder", "all"], weights: list[float] | None
-    ) -> tuple[FeatureExtractor, _Heads]:
+    def _make(self, plan: TapPlan, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
         """Heads and hooks for known taps."""
         channels = {f"decoder_{i + 1}": level.decoder.channels for i, level in enumerate(plan.selected)}
         if weights is not None and len(weights) != len(channels):
             raise ReSegError(f"{len(weights)} weights for {len(channels)} levels:\n{plan.draw()}")
-        if sides == "all":
-            channels |= {f"encoder_{i + 1}": level.encoder.channels for i, level in enumerate(plan.selected)}
-            channels["bottleneck"] = plan.bottleneck.channels
         with preserved_rng():
             heads = _Heads(channels, self.num_classes, len(plan.bottleneck.spatial))
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
-        extractor = FeatureExtractor(self._model, plan, sides=sides)
+        extractor = FeatureExtractor(self._model, plan, decoder_only=True)
         return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
 
     def _need_bound(self) -> None:
@@ -251,10 +237,7 @@ class DeepSupervision:
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
         encoding.check_shape(label, image)
-        sides = {"decoder": features.decoder, "encoder": features.encoder}
-        inputs = {f"{side}_{i + 1}": x for side, xs in sides.items() for i, x in enumerate(xs)}
-        if self.sides == "all":
-            inputs["bottleneck"] = features.bottleneck
+        inputs = {f"decoder_{i + 1}": x for i, x in enumerate(features.decoder)}
         for level, x in zip(self.extractor.plan.selected, features.decoder):
             _check_covers(level.stride, x.shape[2:], image[2:])
         self._heads = distributed(self._heads, device)

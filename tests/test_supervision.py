@@ -114,16 +114,16 @@ def test_task_loss_gets_the_label_in_the_form_it_came_in():
         assert all(torch.equal(small, plain[..., ::r, ::r]) for (_, small), r in zip(got, (2, 4)))
 
 
-def test_heads_on_all_taps_weights_and_decay():
-    model, ds = ready(sides="all", weights=[1.0, 0.5], decay_calls=4)
-    assert list(ds.heads) == ["decoder_1", "decoder_2", "encoder_1", "encoder_2", "bottleneck"]
-    assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5, 0.1, 0.1, 0.1]
+def test_weights_and_decay():
+    model, ds = ready(weights=[1.0, 0.5], decay_calls=4)
+    assert list(ds.heads) == ["decoder_1", "decoder_2"]
+    assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
     image, label = batch()
     values = []
     for _ in range(6):
         model(image)
         values.append(ds.loss(label, lambda logits, target: logits.new_ones(()) + 0 * logits.sum()).item())
-    assert values == pytest.approx([1.8 * f for f in (1, 0.75, 0.5, 0.25, 0, 0)])
+    assert values == pytest.approx([1.5 * f for f in (1, 0.75, 0.5, 0.25, 0, 0)])
     ds.weight = 0
     zero = ds.loss(label, task_loss)
     zero.backward()
@@ -237,7 +237,6 @@ def test_heads_that_no_optimizer_knows_are_warned_about_once():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sides": "encoder"}, "'decoder' or 'all'"),
         ({"weights": [1.0]}, "1 weights for 2 levels"),
         ({"weights": [-1.0, 1.0]}, "weights"),
         ({"decay_calls": 0}, "decay_calls=0"),
@@ -255,18 +254,15 @@ def test_bad_choices_are_refused(kwargs, message):
 def test_only_the_features_that_are_supervised_are_recorded():
     (image, _), model = batch(), UNet()
     with FeatureExtractor(model, example_input=image) as everything:
-        plan, decoder = everything.plan, FeatureExtractor(model, everything.plan, sides="decoder")
+        plan, decoder = everything.plan, FeatureExtractor(model, everything.plan, decoder_only=True)
         with decoder:
             model(image)
             every, some = everything.pop(), decoder.pop()
     assert all(torch.equal(a, b) for a, b in zip(some.decoder, every.decoder, strict=True))
     assert (some.encoder, some.bottleneck.numel()) == ((), 0)
-    for sides, extra in (("decoder", 0), ("all", 3)):
-        model, ds = ready(sides=sides)
-        hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
-        assert len(hooked) == len(ds.extractor.taps) == len(plan.selected) + extra
-    with pytest.raises(ReSegError, match="'all' or 'decoder'"):
-        FeatureExtractor(model, plan, sides="encoder")
+    model, ds = ready()
+    hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
+    assert len(hooked) == len(ds.extractor.taps) == len(plan.selected)
 
 
 def test_a_level_that_is_all_ignored_is_left_out():
