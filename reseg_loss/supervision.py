@@ -42,7 +42,6 @@ class DeepSupervision:
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the
             alignment.
         weights: of the levels, finest first, next to the main loss's 1; None is 1 for each.
-        decay_calls: number of calls over which all weights fall linearly to 0; None keeps them.
         ignore_index: the label value that your task loss ignores. A level whose label has no other is left out (most
             losses are NaN there).
 
@@ -60,14 +59,13 @@ class DeepSupervision:
         *,
         levels: Sequence[int | Sequence[int]] | None = None,
         weights: Sequence[float] | None = None,
-        decay_calls: int | None = None,
         ignore_index: int | None = None,
     ) -> None:
         parse_taps(taps)  # refuses what is no tap now, not later
-        if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
-            raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
+        if num_classes < 1:
+            raise ReSegError(f"num_classes={num_classes}; it must be at least 1")
         self._model = unwrap(model)
-        self.num_classes, self.decay_calls = plain(num_classes), plain(decay_calls)
+        self.num_classes = plain(num_classes)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
         self.ignore_index = plain(ignore_index)
         self._extractor: FeatureExtractor | None = None
@@ -118,13 +116,8 @@ class DeepSupervision:
         self.heads.to(*args, **kwargs)
         return self
 
-    def factor(self) -> float:
-        """The factor of the next call: `weight`, and its decay."""
-        decay = 1.0 if self.decay_calls is None else max(0.0, 1 - self._calls / self.decay_calls)
-        return self._weight * decay
-
     def weight_of(self, name: str) -> float:
-        """The weight of one head, without `factor()`."""
+        """The weight of one head, without `weight`."""
         return 1.0 if self.level_weights is None else self.level_weights[int(name.removeprefix("decoder_")) - 1]
 
     def loss(self, label: Any, task_loss: TaskLoss) -> Tensor:
@@ -168,7 +161,6 @@ class DeepSupervision:
             "num_classes": self.num_classes,
             # also where they are the default, so that a state goes on as it was when that changes
             "weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
-            "decay_calls": self.decay_calls,
             "ignore_index": self.ignore_index,
             "weight": self._weight,
             "calls": self._calls,
@@ -198,8 +190,7 @@ class DeepSupervision:
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
         self._extractor, self._heads = extractor, heads
-        self.level_weights, self.decay_calls = weights, state["decay_calls"]
-        self.ignore_index = state["ignore_index"]
+        self.level_weights, self.ignore_index = weights, state["ignore_index"]
         self._weight, self._calls = state["weight"], state["calls"]
         self._arm()
 
@@ -220,15 +211,14 @@ class DeepSupervision:
 
     def _arm(self) -> None:
         if self._extractor is not None:
-            self._extractor.enabled = self.factor() != 0
+            self._extractor.enabled = self._weight != 0
 
     def _loss(self, label: Tensor, task_loss: TaskLoss) -> Tensor:
         if self._removed:
             raise ReSegError("the hooks were removed; build a new DeepSupervision")
         if not self._model.training:
             raise ReSegError("the model is in evaluation; deep supervision is for training steps, call model.train()")
-        factor = self.factor()
-        if factor == 0:
+        if self._weight == 0:
             return torch.zeros((), device=label.device, requires_grad=True)
         recorded = self.extractor.take()
         assert self._heads is not None
@@ -257,9 +247,7 @@ class DeepSupervision:
                 raise ReSegError(f"task_loss gave {what}, and a scalar is needed")
             total = total + self.weight_of(name) * (value if counts is None else value * counts)
         self._calls += 1
-        if self.decay_calls is not None:
-            self._arm()
-        return factor * total
+        return self._weight * total
 
 
 class _Heads(nn.Module):

@@ -587,9 +587,7 @@ def test_numbers_of_numpy_go_into_states_as_plain_ones():
     np = pytest.importorskip("numpy")
     whole, part = np.int64(7), np.float64(0.9)
     reseg = ReSegWrapper(UNet(), example_input=batch()[0], ignore_index=whole, weight=part, every=2, alpha=part)
-    ds = DeepSupervision(
-        UNet(), np.int64(3), example_input=batch()[0], ignore_index=whole, decay_calls=whole, weights=[part] * 2
-    )
+    ds = DeepSupervision(UNet(), np.int64(3), example_input=batch()[0], ignore_index=whole, weights=[part] * 2)
     mixed = CutMixConsistency(UNet(), ramp_calls=whole, ignore_index=whole, threshold=part, decay=part, weight=part)
     for each in (reseg, ds, mixed):
         assert saved(each)
