@@ -11,8 +11,6 @@ import torch
 
 from .errors import ReSegError, did_you_mean
 
-Weight = float | Sequence[float]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,8 +18,8 @@ class Settings:
 
     Attributes:
         weight: factor of the alignment loss in the total loss (lambda of eq. 8).
-        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4); one, or one per level.
-        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5); one, or one per level.
+        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4).
+        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5).
         bottleneck: weight of the bottleneck term (eq. 6).
         divisor: of the sum of all terms (eq. 7).
         normalize: "batch" standardizes every feature channel over batch and space before the comparison.
@@ -43,8 +41,8 @@ class Settings:
     """
 
     weight: float = 0.035
-    encoder_to_decoder: Weight = 1.0
-    decoder_to_encoder: Weight = 1.0
+    encoder_to_decoder: float = 1.0
+    decoder_to_encoder: float = 1.0
     bottleneck: float = 1.0
     divisor: float = 3.0
     normalize: Literal["batch"] | None = None

@@ -468,7 +468,6 @@ class ReSegWrapper:
         """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
         _check_sizes(plan, teacher_plan)
         loss = _alignment(settings)
-        loss.check_levels(len(plan.selected))  # not only at the first step after stage 1
         targets = Targets(teacher, teacher_plan)
         student = FeatureExtractor(self._model, plan)
         if not self._removed:

@@ -400,13 +400,13 @@ def test_a_state_found_with_images_of_another_size_keeps_hooks_and_parameters():
 
 
 def test_a_state_of_another_weight_or_with_lists_for_tuples_keeps_hooks_and_parameters():
-    _, reseg = ready(levels=(2, 4), encoder_to_decoder=(1.0, 0.5))
+    _, reseg = ready(levels=(2, 4))
     reseg.weight = 0.2
-    _, other = ready(levels=(2, 4), encoder_to_decoder=(1.0, 0.5))
+    _, other = ready(levels=(2, 4))
     extractor, teacher = other.extractor, other.teacher
     other.load_state_dict(saved(reseg))
     assert (other.extractor, other.teacher, other.weight) == (extractor, teacher, 0.2)
-    other.load_state_dict(ReSegWrapper(UNet(), levels=[2, 4], encoder_to_decoder=[1.0, 0.5]).state_dict())
+    other.load_state_dict(ReSegWrapper(UNet(), levels=[2, 4]).state_dict())
     assert other.teacher is teacher  # a state from before there was a teacher takes none away
 
 
@@ -521,7 +521,7 @@ def test_what_cannot_work_is_refused_at_once():
         ({"example_input": ({"image": image},)}, "more than the image"),
         ({"example_input": (image, 1.0)}, "more than the image"),
         ({"example_input": image, "output": "mask"}, "'mask'"),
-        ({"example_input": image, "encoder_to_decoder": [1.0] * 3}, "3 weights, but the features have 2 levels"),
+        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; weights are finite numbers"),
     ):
         with pytest.raises(ReSegError, match=message):
             ReSegWrapper(model, **kwargs)
