@@ -362,7 +362,7 @@ class ReSegWrapper:
             TapError: the model has not the taps of the state.
         """
         check_format(state, FORMAT)
-        ready = state.get("ready", True)
+        ready = state["ready"]
         if self.ready and state["parts"] is not None and not ready:
             raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
         self._restore(state["parts"], Settings(**state["settings"]))
