@@ -38,7 +38,7 @@ from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, 
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
-from benchmarks.evidence.variants import CATALOGUE, Variant
+from benchmarks.evidence.variants import CATALOGUE, REMOVED, Variant
 
 FILES = {
     "acdc": ("acdc.npz",),
@@ -133,6 +133,8 @@ class Session:
         """Train one variant and predict; what is known then, and how to get the rest, the scores, on the CPU."""
         self.begin(seed)
         assert self.parts is not None
+        if variant.name in REMOVED:
+            raise ValueError(f"{variant.name} was run with an option that the library has no longer")
         if variant.sees_others and not self.parts.unlabelled:
             raise ValueError(f"{variant.name} needs unlabelled patients, and all are labelled")
         began = time.perf_counter()

@@ -52,13 +52,10 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "standardized": {"preset": "standardized"},
     "paper, compiled teacher": {"compile_teacher": True},
     "standardized, compiled teacher": {"preset": "standardized", "compile_teacher": True},
-    "paper, folded teacher": {"fold_teacher": True},
     "paper, captured teacher": {"capture_teacher": True},
     "standardized, captured teacher": {"preset": "standardized", "capture_teacher": True},
-    "paper, folded and captured teacher": {"fold_teacher": True, "capture_teacher": True},
     "deep supervision": None,
     "paper, every=8": {"every": 8},
-    "standardized, every=4, subset=0.5": {"preset": "standardized", "every": 4, "subset": 0.5},
 }
 # what each means saves or costs, on the U-Net in eager mode
 MEANS: dict[str, dict[str, Any] | None] = {
@@ -67,7 +64,6 @@ MEANS: dict[str, dict[str, Any] | None] = {
     "standardized, loss in torch": {"preset": "standardized"},
     "paper, narrow teacher": {},
     "paper, every=4": {"every": 4},
-    "paper, subset=0.25": {"subset": 0.25},
 }
 MEANS_FP32: dict[str, dict[str, Any] | None] = {
     "paper, whole teacher": {},
@@ -76,10 +72,7 @@ MEANS_FP32: dict[str, dict[str, Any] | None] = {
 }
 NOT_COMPILED = (
     "standardized, compiled teacher",
-    "standardized, every=4, subset=0.5",
-    "paper, folded teacher",
     "standardized, captured teacher",
-    "paper, folded and captured teacher",
 )
 
 
@@ -344,7 +337,7 @@ def both_stages(group: Group, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Wall clock of a whole training, stage 1 included, against the bare one's; nothing compiled is timed."""
     bench, results = Bench(group, args.batch, args.size, args.width), []
     amp = torch.bfloat16 if "bf16" in group.precision else None
-    for row in ("bare", "paper", "standardized", "paper, folded teacher", "paper, every=8"):
+    for row in ("bare", "paper", "standardized", "paper, every=8"):
         settings = {"preset": "paper", **(ROWS[row] or {})}
         model = bench.model().train()
         reseg = None if row == "bare" else ReSegWrapper(model, example_input=bench.image[:1], **settings)

@@ -1,11 +1,9 @@
-"""States and their files: taps and random states as plain values, for checkpoints that load with weights_only=True."""
+"""States and their files: taps as plain values, for checkpoints that load with weights_only=True."""
 
 from __future__ import annotations
 
 import copy
 import os
-import random
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -107,30 +105,6 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any] | str:
     if not isinstance(state, dict):
         return f"it holds a {type(state).__name__}"
     return state if state.keys() >= {"wrapper", "history", "step"} else "it has other entries"
-
-
-def rng_state() -> dict[str, Any]:
-    """The random states of torch, CUDA, random and (where loaded) numpy, as tensors and plain values."""
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy else None
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "random": random.getstate(),
-        "numpy": (state[0], state[1].tolist(), *state[2:]) if state else None,
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Set what `rng_state` gave."""
-    torch.set_rng_state(state["torch"])
-    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(value, device)
-    version, internal, gauss = state["random"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy = sys.modules.get("numpy")
-    if state["numpy"] and numpy:
-        numpy.random.set_state(tuple(state["numpy"]))
 
 
 def _sizeless(plan: TapPlan) -> list[Any]:

@@ -47,6 +47,6 @@ class UnmovedWarning:
             # fused optimizers leave no other mark than the values themselves
             if all(torch.equal(p, start) for p, start in zip(parameters, self._start)):
                 message = f"{self.what} did not change in {UNMOVED_CALLS} calls with gradient: {self.remedy}"
-                warnings.warn(message, stacklevel=4)  # the line that called `loss` or `alignment_loss`
+                warnings.warn(message, stacklevel=4)  # the line that called `loss`
             self._start = []
         self.calls += 1

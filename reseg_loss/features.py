@@ -15,7 +15,7 @@ from .errors import ReSegError, TapError
 from .formats import to_channels_first
 from .hooks import AllSeen, InputHook, OutputHook, Recording, RootEnter, RootExit, RootFailed
 from .taps import Level, Tap, TapPlan, find_taps
-from .taps.named import KINDS, module_of, pair_up, parse_taps, seen
+from .taps.named import module_of
 
 
 class Features(NamedTuple):
@@ -67,20 +67,18 @@ class FeatureExtractor:
     Args:
         model: the model, or its DistributedDataParallel or torch.compile wrapper.
         taps: {"encoder": [...], "decoder": [...], "bottleneck": ...}, the finest level first, as `Tap` or its string
-            form `[in:]module.path[key]...[@call]`; or a `TapPlan`. What is not named is found, given an example.
+            form `[in:]module.path[key]...[@call]`; or a `TapPlan`. What is not named is found.
         example_input: an image batch (B, C, *spatial), or a tuple or dict of the model's arguments, for one dry
-            forward that finds the taps and their layouts. With all taps named it may be left out; layouts are then
-            those of the first recorded forward.
+            forward that finds the taps and their layouts. A `TapPlan` needs none.
         levels: strides of the levels to select; see `TapPlan.select`.
         encoder: "skip" taps what the skip connection carries, "stage" the last block of the level.
         when: "training" records as above; "always" records every forward (for a frozen teacher).
-        sides: "all", or "decoder" to record the decoder alone, of a known plan: the other features are then empty. In a
-            compiled model each feature that is recorded costs a gradient, wanted or not.
+        decoder_only: record the decoder alone; the other features are then empty. In a compiled model each feature
+            that is recorded costs a gradient, wanted or not.
 
     Raises:
         TapError: a tap is unknown, or the model has no levels that can be paired.
-        ReSegError: the model is wrapped in nn.DataParallel, `sides` is unknown, or neither all taps nor an example are
-            given.
+        ReSegError: the model is wrapped in nn.DataParallel, or there is neither an example nor a plan.
     """
 
     def __init__(
@@ -92,43 +90,26 @@ class FeatureExtractor:
         levels: Any = None,
         encoder: Literal["skip", "stage"] = "skip",
         when: Literal["training", "always"] = "training",
-        sides: Literal["all", "decoder"] = "all",
+        decoder_only: bool = False,
     ) -> None:
-        if sides not in ("all", "decoder"):
-            raise ReSegError(f"sides={sides!r}; it is 'all' or 'decoder'")
         self._model = unwrap(model)
         self._recording = Recording(when == "training")
         self._handles: list[Any] = []
-        self._named: dict[str, list[Tap]] = {}
-        self._select, self._sides = levels, sides
-        self._plan: TapPlan | None = None
+        self._decoder_only = decoder_only
         if isinstance(taps, TapPlan):
-            self._know(taps if levels is None else taps.select(levels))
+            self._plan = taps if levels is None else taps.select(levels)
         elif example_input is not None:
-            self._know(find_taps(self._model, example_input, taps=taps, levels=levels, encoder=encoder))
+            self._plan = find_taps(self._model, example_input, taps=taps, levels=levels, encoder=encoder)
         else:
-            self._named = parse_taps(taps)
-            if sides != "all":
-                raise ReSegError(f"sides={sides!r} needs a known plan: pass example_input= or a TapPlan")
-            unnamed = [kind for kind in KINDS if kind not in self._named]
-            if unnamed:
-                raise ReSegError(
-                    f"no taps are named for {', '.join(unnamed)}: to find them pass example_input=, an image batch as "
-                    'the model takes it; or name all: taps={"encoder": [...], "decoder": [...], "bottleneck": ...}'
-                )
+            raise ReSegError("to find the taps pass example_input=, an image batch as the model takes it, or a TapPlan")
+        self._recording.clone = frozenset(str(tap) for tap in self.taps if tap.mutated)
         self._modules = {tap: module_of(self._model, tap) for tap in self.taps}
         # hooks go when the extractor does, so a forgotten one neither records nor holds memory
         self._finalizer = weakref.finalize(self, _detach, self._recording, self._handles)
 
     @property
     def plan(self) -> TapPlan:
-        """Levels and bottleneck.
-
-        Raises:
-            ReSegError: all taps were named without an example, and no forward was recorded yet.
-        """
-        if self._plan is None:
-            raise ReSegError("layouts are not known before the first recorded forward; pass example_input= to know now")
+        """Levels and bottleneck."""
         return self._plan
 
     @property
@@ -277,26 +258,7 @@ class FeatureExtractor:
                 "If that is activation checkpointing, pass use_reentrant=False; if it is no_grad around a frozen "
                 "encoder, freeze it with requires_grad_(False) instead"
             )
-        if self._plan is None:
-            self._know(self._first_plan(forward))
         return Recorded(self._read(forward), forward["image"], forward["autocast"])
-
-    def _know(self, plan: TapPlan) -> None:
-        self._plan = plan
-        self._recording.clone = frozenset(str(tap) for tap in self.taps if tap.mutated)
-
-    def _first_plan(self, forward: dict[str, Any]) -> TapPlan:
-        """The plan of named taps, from the first forward that showed their tensors."""
-        batch, image = forward["image"].shape[0], forward["image"].shape[2:]
-        found: dict[str, list[Tap]] = {}
-        for kind, taps in self._named.items():
-            entries = [(tap, *forward["seen"][str(tap)][1:3]) for tap in taps]
-            found[kind] = [
-                seen(tap, tensor.shape, batch, image, mutated=version is not None and tensor._version != version)
-                for tap, tensor, version in entries
-            ]
-        plan = pair_up(found["encoder"], found["decoder"], found["bottleneck"][0])
-        return plan if self._select is None else plan.select(self._select)
 
     def _read(self, forward: dict[str, Any]) -> Features:
         image = forward["image"].shape[2:]
@@ -318,20 +280,18 @@ class FeatureExtractor:
 
         selected = self.plan.selected
         decoder = tuple(feature(level.decoder) for level in selected)
-        if self._sides == "decoder":
+        if self._decoder_only:
             return Features((), decoder, decoder[0].new_empty(0))
         return Features(tuple(feature(level.encoder) for level in selected), decoder, feature(self.plan.bottleneck))
 
     @property
     def taps(self) -> list[Tap]:
         """Every tap that is recorded, once."""
-        if self._plan is not None:
-            selected = self._plan.selected
-            taps = [level.decoder for level in selected]
-            if self._sides == "all":
-                taps = [*(level.encoder for level in selected), *taps, self._plan.bottleneck]
-            return list(dict.fromkeys(taps))
-        return list(dict.fromkeys(tap for kind in KINDS for tap in self._named[kind]))
+        selected = self._plan.selected
+        taps = [level.decoder for level in selected]
+        if not self._decoder_only:
+            taps = [*(level.encoder for level in selected), *taps, self._plan.bottleneck]
+        return list(dict.fromkeys(taps))
 
     def __getstate__(self) -> dict[str, Any]:
         # hooks do not travel with a copied module, nor do features: only leaves of the graph can be copied
@@ -352,7 +312,7 @@ class FeatureExtractor:
 
     def __repr__(self) -> str:
         title = f"{type(self._model).__name__} ({'attached' if self.attached else 'not attached'})"
-        return self._plan.draw(title) if self._plan is not None else f"{title}: {', '.join(map(str, self.taps))}"
+        return self._plan.draw(title)
 
 
 def _detach(recording: Recording, handles: list[Any]) -> None:

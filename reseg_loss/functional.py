@@ -113,28 +113,24 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
     return q if out_channels >= in_channels else q.T.contiguous()
 
 
-def project(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+def project(x: Tensor, matrix: Tensor) -> Tensor:
     """A 1x1 convolution over any number of spatial axes: (B, C, *spatial) by (D, C) to (B, D, *spatial).
 
     Args:
         x: any float dtype.
         matrix: (D, C). If both are in bf16 it is torch's bf16 matmul, which tensor cores do and which reads and
             writes half as much; otherwise all are cast to at least fp32 (fp16 could overflow).
-        bias: (D,).
 
     Returns:
         The projected feature, bf16 or at least fp32, in the memory order of `x`.
     """
     with _full_precision(x, least=torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32) as (x,):
-        matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        matrix = matrix.to(x.dtype)
         # the result in the order of x, channels second or last, so that no later step has to copy it
         if x.ndim > 2 and x.is_contiguous():
             # not torch.matmul, which puts channels last, with copies, where the matrix is trained
-            maps, cells = matrix.expand(x.shape[0], -1, -1), x.flatten(2)
-            # the bias inside, for in bf16 it may cancel what must not be rounded before
-            y = torch.bmm(maps, cells) if bias is None else torch.baddbmm(bias[:, None], maps, cells)
-            return y.unflatten(2, x.shape[2:])
-        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
+            return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+        return F.linear(x.movedim(1, -1), matrix).movedim(-1, 1)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Recording:
     def __init__(self, training_only: bool) -> None:
         self.training_only = training_only
         self.enabled = True
-        self.clone: frozenset[str] | None = None  # taps that are overwritten later; None: not known yet, clone all
+        self.clone: frozenset[str] = frozenset()  # taps that are overwritten later
         self.wanted = 0  # the number of taps after which a forward is ended; 0: it goes on
         self.held = False  # a forward of `record()` waits to be read: others are ignored
         self.open: dict[str, Any] | None = None  # the forward that is running
@@ -130,8 +130,7 @@ class _TapHook(Recorder):
                 if recording.open["autocast"] is None:  # here, for a forward may enter it itself (Accelerate's do)
                     device = tensor.device.type
                     recording.open["autocast"] = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-                copy = recording.clone is None or name in recording.clone
-                kept = tensor.clone() if copy else tensor
+                kept = tensor.clone() if name in recording.clone else tensor
                 # a compiled graph's output has no history: whether it was overwritten there is not known
                 version = None if torch.compiler.is_compiling() else tensor._version
                 recording.open["seen"][name] = (kept, tensor, version, torch.is_grad_enabled())

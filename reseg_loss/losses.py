@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from . import functional as RF
 from .errors import ReSegError
 from .features import Features
-from .settings import Weight
 from .terms import alignment_terms
 
 
@@ -66,76 +65,45 @@ class CrossAlignmentLoss(nn.Module):
     """The sum of all alignment terms over `divisor` (eq. 7).
 
     Args:
-        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4); one for all levels, or one
-            per level, the finest first. A term of weight 0 is not computed.
+        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4), at every level. A term of weight
+            0 is not computed.
         decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5), likewise.
         bottleneck: weight of bottleneck against bottleneck (eq. 6).
         divisor: the paper divides the sum of its seven terms by 3, whatever is switched off.
         normalize: None compares raw features; "batch" standardizes every channel on both sides first.
-        projection: None: where a term's channels differ, the student's feature goes through a fixed, seeded
-            semi-orthogonal 1x1 map. "linear": every term has a trainable 1x1 map of the student's feature.
-        channels: {term: (student's, teacher's)} channels, needed for "linear" only; names as in `term_names`.
-        seed: of the fixed maps, and of the trainable ones' start.
+        seed: of the fixed semi-orthogonal 1x1 map that the student's feature goes through where a term's channels
+            differ.
 
     Raises:
-        ReSegError: a weight is negative or not finite, all are 0, or "linear" comes without channels.
+        ReSegError: a weight is negative or not finite, or all are 0.
     """
 
     def __init__(
         self,
-        encoder_to_decoder: Weight = 1.0,
-        decoder_to_encoder: Weight = 1.0,
+        encoder_to_decoder: float = 1.0,
+        decoder_to_encoder: float = 1.0,
         bottleneck: float = 1.0,
         *,
         divisor: float = 3.0,
         normalize: Literal["batch"] | None = None,
-        projection: Literal["linear"] | None = None,
-        channels: Mapping[str, tuple[int, int]] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if normalize not in (None, "batch"):
             raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
-        if projection not in (None, "linear"):
-            raise ReSegError(f"projection={projection!r}; it is None or 'linear'")
-        if projection == "linear" and not channels:
-            raise ReSegError("projection='linear' needs channels={term: (student's, teacher's)}")
-        weights = {
-            "encoder_to_decoder": _as_list(encoder_to_decoder),
-            "decoder_to_encoder": _as_list(decoder_to_encoder),
-            "bottleneck": _as_list(bottleneck),
-        }
-        for name, values in weights.items():
-            for value in values:
-                check_weight(name, value)
-        if not any(any(values) for values in weights.values()):
+        self.encoder_to_decoder = check_weight("encoder_to_decoder", encoder_to_decoder)
+        self.decoder_to_encoder = check_weight("decoder_to_encoder", decoder_to_encoder)
+        self.bottleneck = check_weight("bottleneck", bottleneck)
+        if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
             raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
-        self.encoder_to_decoder, self.decoder_to_encoder = encoder_to_decoder, decoder_to_encoder
-        self.bottleneck = bottleneck
         if not (math.isfinite(divisor) and divisor > 0):
             raise ReSegError(f"divisor={divisor}; it must be positive")
         self.divisor, self.normalize, self.seed = float(divisor), normalize, seed
-        self.projection: nn.Module | None = None
-        if projection == "linear" and channels:
-            self.check_levels(len(channels) // 2)
-            used = {name: pair for name, pair in channels.items() if self.term_weight(name)}
-            self.projection = LinearProjection(used, seed)
         self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def term_weight(self, name: str) -> float:
         """The weight of one term (a name of `term_names`), before the division."""
-        if name == "bottleneck":
-            return float(self.bottleneck)
-        kind, _, level = name.rpartition("_")
-        weight: Weight = getattr(self, kind)
-        return float(weight[int(level) - 1] if isinstance(weight, Sequence) else weight)
-
-    def check_levels(self, levels: int) -> None:
-        """Raise a ReSegError if weights were given per level, for another number of levels."""
-        for kind in ("encoder_to_decoder", "decoder_to_encoder"):
-            weight: Weight = getattr(self, kind)
-            if isinstance(weight, Sequence) and len(weight) != levels:
-                raise ReSegError(f"{kind} has {len(weight)} weights, but the features have {levels} levels")
+        return getattr(self, name.rpartition("_")[0] or name)
 
     def forward(
         self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: bool = False
@@ -155,7 +123,6 @@ class CrossAlignmentLoss(nn.Module):
         Raises:
             ReSegError: levels or sizes differ.
         """
-        self.check_levels(len(student.encoder))
         pairs = {name: pair for name, pair in pair_terms(student, teacher).items() if self.term_weight(name)}
         for name, (s, t) in pairs.items():
             if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
@@ -163,12 +130,7 @@ class CrossAlignmentLoss(nn.Module):
                     f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "
                     "and size must agree. If the image size is odd at this level, pad it to a multiple of the stride"
                 )
-        if self.projection is not None:
-            # one forward for all terms, so that under DistributedDataParallel it is reduced once
-            mapped = self.projection({name: s for name, (s, _) in pairs.items()})
-        else:
-            mapped = {name: self._match_channels(s, t.shape[1]) for name, (s, t) in pairs.items()}
-        matched = {name: (mapped[name], t) for name, (_, t) in pairs.items()}
+        matched = {name: (self._match_channels(s, t.shape[1]), t) for name, (s, t) in pairs.items()}
         # the compiler fuses plain operations itself
         if valid is None and not torch.compiler.is_compiling() and not any(t.requires_grad for _, t in pairs.values()):
             terms = dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
@@ -199,28 +161,6 @@ class CrossAlignmentLoss(nn.Module):
             with torch.inference_mode(False):  # training may use it next
                 self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
         return RF.project(x, self._fixed[key])
-
-
-class LinearProjection(nn.Module):
-    """A trainable 1x1 map for every named term, from the student's channels to the teacher's.
-
-    It starts as the fixed semi-orthogonal map of the same channels (the identity up to a rotation).
-    """
-
-    def __init__(self, channels: Mapping[str, tuple[int, int]], seed: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.ParameterDict(
-            {name: nn.Parameter(RF.semi_orthogonal(t, s, seed).float()) for name, (s, t) in channels.items()}
-        )
-        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(t)) for name, (_, t) in channels.items()})
-
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{term: (B, C, *spatial)} to {term: (B, D, *spatial)}, in at least fp32."""
-        return {name: RF.project(x, self.weight[name], self.bias[name]) for name, x in features.items()}
-
-
-def _as_list(weight: Weight) -> list[float]:
-    return list(weight) if isinstance(weight, Sequence) else [weight]
 
 
 def check_weight(name: str, value: Any) -> float:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .checkpoint import restore_rng, rng_state
 from .errors import ReSegError
 from .labels import plain_label, unpack_batch
 from .losses import ReconLoss
 from .processes import rank, world_size
+from .taps.dryrun import restore_rng, rng_state
 from .teacher import Teacher
 
 READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device

@@ -11,8 +11,6 @@ import torch
 
 from .errors import ReSegError, did_you_mean
 
-Weight = float | Sequence[float]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,13 +18,12 @@ class Settings:
 
     Attributes:
         weight: factor of the alignment loss in the total loss (lambda of eq. 8).
-        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4); one, or one per level.
-        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5); one, or one per level.
+        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4).
+        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5).
         bottleneck: weight of the bottleneck term (eq. 6).
         divisor: of the sum of all terms (eq. 7).
         normalize: "batch" standardizes every feature channel over batch and space before the comparison.
-        projection: "linear" trains a 1x1 map of the student's features for every term.
-        seed: of the fixed maps between unequal channels, and of the trainable ones' start.
+        seed: of the fixed maps between unequal channels.
         alpha: weight of the mean squared error in stage 1 (eq. 3).
         beta: weight of the L1 error in stage 1 (eq. 3).
         label_input: "index" feeds the class index as one channel, "onehot" one channel per class.
@@ -37,22 +34,18 @@ class Settings:
         levels: strides of the levels to align; None is the default choice of `TapPlan.select`.
         encoder: "skip" aligns what the skip connections carry, "stage" the last block of each encoder level.
         every: align at every k-th call only, with k times the weight; the calls between cost nothing.
-        subset: align a random part of each batch only, a fraction (float) or a number (int) of its samples. The
-            expected loss and gradient stay the same for normalize=None without ignored pixels, and only then.
         teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None as the student runs.
         compile_teacher: run the teacher through torch.compile.
-        fold_teacher: in low precision run its chains of convolution, batch normalisation and ReLU as one operation.
         capture_teacher: on CUDA replay its forward as a CUDA graph, one for each of at most four sizes of the batch;
             call backward before the next alignment_loss, whose features take the same memory.
     """
 
     weight: float = 0.035
-    encoder_to_decoder: Weight = 1.0
-    decoder_to_encoder: Weight = 1.0
+    encoder_to_decoder: float = 1.0
+    decoder_to_encoder: float = 1.0
     bottleneck: float = 1.0
     divisor: float = 3.0
     normalize: Literal["batch"] | None = None
-    projection: Literal["linear"] | None = None
     seed: int = 0
     alpha: float = 0.6
     beta: float = 0.4
@@ -63,23 +56,16 @@ class Settings:
     levels: Sequence[int | Sequence[int]] | None = None
     encoder: Literal["skip", "stage"] = "skip"
     every: int = 1
-    subset: float | int | None = None
     teacher_dtype: torch.dtype | str | None = None
     compile_teacher: bool = False
-    fold_teacher: bool = False
     capture_teacher: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
-        if self.compile_teacher and self.fold_teacher:
-            raise ReSegError("compile_teacher and fold_teacher exclude each other; choose one")
-        if not _whole(self.every) or self.every < 1:
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
             raise ReSegError(f"every={self.every!r}; it is a whole number of calls, at least 1")
-        part = isinstance(self.subset, float) and 0 < self.subset <= 1
-        if self.subset is not None and not part and not (_whole(self.subset) and self.subset >= 1):
-            raise ReSegError(f"subset={self.subset!r}; it is a fraction in (0, 1] (float) or a number of samples (int)")
 
     @property
     def lower(self) -> torch.dtype | None:
@@ -112,7 +98,7 @@ class Settings:
 STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
 
 # what may change in a wrapper that is built: nothing in it depends on them
-AT_RUN_TIME = ("weight", "every", "subset", "teacher_dtype", "compile_teacher", "fold_teacher", "capture_teacher")
+AT_RUN_TIME = ("weight", "every", "teacher_dtype", "compile_teacher", "capture_teacher")
 
 # dtypes by name, too, as checkpoints have them
 _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
@@ -122,19 +108,13 @@ _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "normalize": (None, "batch"),
-    "projection": (None, "linear"),
     "label_input": ("index", "onehot"),
     "teacher_init": ("random", "copy"),
     "encoder": ("skip", "stage"),
     "teacher_dtype": tuple(_DTYPES),
     "compile_teacher": (False, True),
-    "fold_teacher": (False, True),
     "capture_teacher": (False, True),
 }
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # paper: Li et al., MICCAI 2025, eqs. 1-8. standardized: the same on standardized features, the wrapper's default, as

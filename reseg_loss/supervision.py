@@ -1,15 +1,14 @@
-"""Deep supervision for any U-shaped model: 1x1 heads on its taps, trained beside it and dropped afterwards."""
+"""Deep supervision for any U-shaped model: 1x1 heads on its decoder, trained beside it and dropped afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import functional as RF
 from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError
@@ -23,7 +22,6 @@ from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
 
 FORMAT = 1  # of the state_dict
-SIDE_WEIGHT = 0.1  # of a head on an encoder feature or the bottleneck (sides="all")
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,13 +41,9 @@ class DeepSupervision:
             before `load_state_dict`.
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the
             alignment.
-        sides: "decoder" supervises decoder features; "all" encoder features and the bottleneck too, weight 0.1 each.
-        weights: of the decoder levels, finest first, next to the main loss's 1; None is 1 for each.
-        decay_calls: number of calls over which all weights fall linearly to 0; None keeps them.
-        soft: give the task loss area-averaged class fractions (B, classes, *spatial) instead of the nearest label;
-            it must take probabilities.
+        weights: of the levels, finest first, next to the main loss's 1; None is 1 for each.
         ignore_index: the label value that your task loss ignores. A level whose label has no other is left out (most
-            losses are NaN there). Soft labels leave it out of the averages; a cell that has no other is all 0.
+            losses are NaN there).
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
@@ -64,30 +58,25 @@ class DeepSupervision:
         example_input: Any = None,
         *,
         levels: Sequence[int | Sequence[int]] | None = None,
-        sides: Literal["decoder", "all"] = "decoder",
         weights: Sequence[float] | None = None,
-        decay_calls: int | None = None,
-        soft: bool = False,
         ignore_index: int | None = None,
     ) -> None:
-        if sides not in ("decoder", "all"):
-            raise ReSegError(f"sides={sides!r}; it is 'decoder' or 'all'")
         parse_taps(taps)  # refuses what is no tap now, not later
-        if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
-            raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
+        if num_classes < 1:
+            raise ReSegError(f"num_classes={num_classes}; it must be at least 1")
         self._model = unwrap(model)
-        self.num_classes, self.sides, self.decay_calls = plain(num_classes), sides, plain(decay_calls)
+        self.num_classes = plain(num_classes)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
-        self.soft, self.ignore_index = soft, plain(ignore_index)
+        self.ignore_index = plain(ignore_index)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
-        self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False
+        self._weight, self._calls, self._removed = 1.0, 0, False
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
             activation = trained_activation(self._model, example_input)
             refuse_probabilities(activation, "your task loss takes probabilities, while the heads give logits")
-            self._extractor, self._heads = self._make(plan, sides, self.level_weights)
+            self._extractor, self._heads = self._make(plan, self.level_weights)
 
     @property
     def extractor(self) -> FeatureExtractor:
@@ -127,17 +116,9 @@ class DeepSupervision:
         self.heads.to(*args, **kwargs)
         return self
 
-    def factor(self) -> float:
-        """The factor of the next call: `weight`, and its decay."""
-        decay = 1.0 if self.decay_calls is None else max(0.0, 1 - self._calls / self.decay_calls)
-        return self._weight * decay
-
     def weight_of(self, name: str) -> float:
-        """The weight of one head, without `factor()`."""
-        side, _, level = name.partition("_")
-        if side != "decoder":
-            return SIDE_WEIGHT
-        return 1.0 if self.level_weights is None else self.level_weights[int(level) - 1]
+        """The weight of one head, without `weight`."""
+        return 1.0 if self.level_weights is None else self.level_weights[int(name.removeprefix("decoder_")) - 1]
 
     def loss(self, label: Any, task_loss: TaskLoss) -> Tensor:
         """The weighted sum over levels of the task loss, for the one training forward since the last call.
@@ -146,7 +127,7 @@ class DeepSupervision:
             label: of that forward's images: (B, *spatial), (B, 1, *spatial) or (B, classes, *spatial). Of a list,
                 element 0.
             task_loss: your loss of logits (B, classes, *spatial) and label. The label comes at the level's size in
-                the form and dtype it was given in, unless `soft`.
+                the form and dtype it was given in.
 
         Returns:
             A scalar to add to the task loss. At weight 0 a zero on which backward works.
@@ -178,11 +159,8 @@ class DeepSupervision:
         return {
             "format": FORMAT,
             "num_classes": self.num_classes,
-            "sides": self.sides,
             # also where they are the default, so that a state goes on as it was when that changes
             "weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
-            "decay_calls": self.decay_calls,
-            "soft": self.soft,
             "ignore_index": self.ignore_index,
             "weight": self._weight,
             "calls": self._calls,
@@ -205,32 +183,26 @@ class DeepSupervision:
         weights = state["weights"]
         extractor, heads = self._extractor, self._heads
         # rebuilt only where it differs: optimizers hold the heads, compiled models their hooks
-        if extractor is None or self.sides != state["sides"] or not same_taps(extractor.plan, plan):
-            extractor, heads = self._make(plan, state["sides"], weights)
+        if extractor is None or not same_taps(extractor.plan, plan):
+            extractor, heads = self._make(plan, weights)
         assert heads is not None
         load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
         self._extractor, self._heads = extractor, heads
-        self.sides, self.level_weights, self.decay_calls = state["sides"], weights, state["decay_calls"]
-        self.soft, self.ignore_index = state["soft"], state["ignore_index"]
-        self._weight, self._calls, self._labels_checked = state["weight"], state["calls"], False
+        self.level_weights, self.ignore_index = weights, state["ignore_index"]
+        self._weight, self._calls = state["weight"], state["calls"]
         self._arm()
 
-    def _make(
-        self, plan: TapPlan, sides: Literal["decoder", "all"], weights: list[float] | None
-    ) -> tuple[FeatureExtractor, _Heads]:
+    def _make(self, plan: TapPlan, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
         """Heads and hooks for known taps."""
         channels = {f"decoder_{i + 1}": level.decoder.channels for i, level in enumerate(plan.selected)}
         if weights is not None and len(weights) != len(channels):
             raise ReSegError(f"{len(weights)} weights for {len(channels)} levels:\n{plan.draw()}")
-        if sides == "all":
-            channels |= {f"encoder_{i + 1}": level.encoder.channels for i, level in enumerate(plan.selected)}
-            channels["bottleneck"] = plan.bottleneck.channels
         with preserved_rng():
             heads = _Heads(channels, self.num_classes, len(plan.bottleneck.spatial))
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
-        extractor = FeatureExtractor(self._model, plan, sides=sides)
+        extractor = FeatureExtractor(self._model, plan, decoder_only=True)
         return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
 
     def _need_bound(self) -> None:
@@ -239,15 +211,14 @@ class DeepSupervision:
 
     def _arm(self) -> None:
         if self._extractor is not None:
-            self._extractor.enabled = self.factor() != 0
+            self._extractor.enabled = self._weight != 0
 
     def _loss(self, label: Tensor, task_loss: TaskLoss) -> Tensor:
         if self._removed:
             raise ReSegError("the hooks were removed; build a new DeepSupervision")
         if not self._model.training:
             raise ReSegError("the model is in evaluation; deep supervision is for training steps, call model.train()")
-        factor = self.factor()
-        if factor == 0:
+        if self._weight == 0:
             return torch.zeros((), device=label.device, requires_grad=True)
         recorded = self.extractor.take()
         assert self._heads is not None
@@ -256,13 +227,7 @@ class DeepSupervision:
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
         encoding.check_shape(label, image)
-        if self.soft and not self._labels_checked:  # else they are the task loss's affair
-            encoding.check_values(label)
-            self._labels_checked = True
-        sides = {"decoder": features.decoder, "encoder": features.encoder}
-        inputs = {f"{side}_{i + 1}": x for side, xs in sides.items() for i, x in enumerate(xs)}
-        if self.sides == "all":
-            inputs["bottleneck"] = features.bottleneck
+        inputs = {f"decoder_{i + 1}": x for i, x in enumerate(features.decoder)}
         for level, x in zip(self.extractor.plan.selected, features.decoder):
             _check_covers(level.stride, x.shape[2:], image[2:])
         self._heads = distributed(self._heads, device)
@@ -270,13 +235,10 @@ class DeepSupervision:
         enabled, dtype = recorded.autocast
         with torch.autocast(device.type, dtype=dtype, enabled=enabled):
             logits = self._heads(inputs)
-        encoded, valid = encoding.encode(label) if self.soft else (None, None)
         total = torch.zeros((), device=device)
         for name, x in logits.items():
-            size = x.shape[2:]
-            target = _nearest(label, size) if encoded is None else _fractions(encoded, valid, size)
-            counts = None
-            if self.ignore_index is not None and encoded is None:
+            target, counts = _nearest(label, x.shape[2:]), None
+            if self.ignore_index is not None:
                 counts = (target != self.ignore_index).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
             value = task_loss(x, target)
@@ -285,9 +247,7 @@ class DeepSupervision:
                 raise ReSegError(f"task_loss gave {what}, and a scalar is needed")
             total = total + self.weight_of(name) * (value if counts is None else value * counts)
         self._calls += 1
-        if self.decay_calls is not None:
-            self._arm()
-        return factor * total
+        return self._weight * total
 
 
 class _Heads(nn.Module):
@@ -322,9 +282,3 @@ def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:
         else:
             label = label.index_select(first + axis, torch.arange(n, device=label.device) * full // n)
     return label.contiguous()
-
-
-def _fractions(encoded: Tensor, valid: Tensor | None, size: Sequence[int]) -> Tensor:
-    """The area fraction of every class in the valid part of a coarser cell."""
-    area = RF.valid_fraction(encoded, size)
-    return area if valid is None else area / RF.valid_fraction(valid, size).clamp_min(torch.finfo(area.dtype).tiny)

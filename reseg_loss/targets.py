@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import capture
 from .features import FeatureExtractor, Features
-from .fold import find_chains, folded, same_features
 from .settings import Settings
 from .taps import TapPlan
 from .teacher import Teacher
@@ -29,11 +28,11 @@ class Targets:
 
     def __init__(self, teacher: Teacher, plan: TapPlan) -> None:
         self.teacher = teacher
-        self.extractor = _extractor(teacher.body, plan)
+        # asked for features now and then: on in `features_of` alone
+        self.extractor = FeatureExtractor(teacher.body, plan, when="always").attach()
+        self.extractor.enabled = False
         self._compiled: Callable[[Tensor], None] | None = None
         self._tried_channels_last = False
-        # what it was made of, and what `_fold` returns
-        self._folded: tuple[Any, tuple[Callable[[Tensor], None], FeatureExtractor]] | None = None
         self._captured = capture.Captured()
 
     def __call__(
@@ -55,7 +54,7 @@ class Targets:
         enabled, dtype = autocast if settings.lower is None else (True, settings.lower)
         dtype = dtype if enabled else teacher.reference.dtype
         low = dtype.itemsize < 4
-        run, extractor = teacher.run, self.extractor
+        run = teacher.run
         if settings.compile_teacher:
             run = self._compiled = self._compiled or torch.compile(teacher.run)
 
@@ -63,7 +62,7 @@ class Targets:
             # no cache of casts: a CUDA graph would read one after it is freed
             cast = torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
             with torch.no_grad(), cast:
-                return extractor.features_of(lambda: run(encoded))
+                return self.extractor.features_of(lambda: run(encoded))
 
         if device.type == "cuda" and low and not self._tried_channels_last:
             # convolutions in low precision are several times faster so, whatever the student's are
@@ -76,65 +75,16 @@ class Targets:
             except RuntimeError as error:  # a view() that counts on the usual order
                 logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
                 teacher.to_channels_last(False)
-        if settings.fold_teacher and low:
-            run, extractor = self._fold(encoded, dtype)
         if settings.capture_teacher and capture.serves(device):
-            # a folded body is another one once the teacher has changed
-            is_folded = extractor is not self.extractor
-            made_of = extractor if is_folded else (run, [t.data_ptr() for t in teacher.tensors()])
+            made_of = run, [t.data_ptr() for t in teacher.tensors()]
             return self._captured(features, encoded, made_of, (enabled, dtype)), valid
         return features(encoded), valid
 
     def remove(self) -> None:
         """Take the hooks off the teacher, and free what was made for it."""
         self.extractor.remove()
-        self._folded = None
         self._captured.drop()
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled one makes its own: a compiled function stays bound to the teacher that it was made of
-        return {**self.__dict__, "_compiled": None, "_folded": None}
-
-    def _fold(self, encoded: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
-        """The teacher's forward with its chains folded, and its taps; made anew when the teacher has changed.
-
-        Where that would not compute what the teacher does, a warning, and the teacher as it is.
-        """
-        made_of = dtype, [(t.data_ptr(), t._version) for t in self.teacher.tensors()]
-        if self._folded is None or self._folded[0] != made_of:
-            with torch.no_grad(), torch.autocast(encoded.device.type, enabled=False):
-                self._folded = made_of, self._make_folded(encoded[:1], dtype)
-        return self._folded[1]
-
-    def _make_folded(self, example: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
-        teacher, plan = self.teacher, self.extractor.plan
-
-        def before(encoded: Tensor) -> Tensor:
-            return teacher.before(encoded.to(teacher.reference.dtype))
-
-        def unfolded(why: object) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
-            logger.warning("the teacher cannot be folded and runs as it is: %s", why)
-            return teacher.run, self.extractor
-
-        example = before(example)
-        try:  # in the precision that the teacher has, in which folding changes next to nothing
-            chains = find_chains(teacher.body, example, self.extractor.taps)
-            trial = folded(teacher.body, chains, example.dtype)
-            ours = _extractor(trial, plan).features_of(lambda: trial(example))
-            same = same_features(ours, self.extractor.features_of(lambda: teacher.body(example)))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a forward may ask a convolution for anything that a folded one has not
-            return unfolded(error)
-        if not same:
-            return unfolded("its features would be others; does a forward use the weights of other modules?")
-        made = folded(teacher.body, chains, dtype)
-        logger.info("%d chains of the teacher are folded", len(chains))
-        return lambda encoded: made(before(encoded)), _extractor(made, plan)
-
-
-def _extractor(body: nn.Module, plan: TapPlan) -> FeatureExtractor:
-    """Of a network that is asked for its features now and then: on in `features_of` alone."""
-    extractor = FeatureExtractor(body, plan, when="always").attach()
-    extractor.enabled = False
-    return extractor
+        return {**self.__dict__, "_compiled": None}

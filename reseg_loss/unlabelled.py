@@ -141,8 +141,7 @@ class CutMixConsistency:
         model: any nn.Module in 2D or 3D that gives logits of classes that exclude each other, or of one channel
             (sigmoid); or its DistributedDataParallel (before torch 2.13 with broadcast_buffers=False if it has
             buffers) or torch.compile wrapper, which is then what runs.
-        deep: the model's `DeepSupervision`, with the same `ignore_index`. Each step calls its `loss` twice, so its
-            `decay_calls` are two per step.
+        deep: the model's `DeepSupervision`, with the same `ignore_index`.
         ramp_calls: number of calls over which the loss grows to its weight (`ramp_up`), 40 % of the run for instance;
             None gives it all its weight at once.
         ignore_index: the label value that your task loss leaves out: that of pixels of which the mean teacher is not

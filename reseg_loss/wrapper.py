@@ -6,13 +6,13 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import recon, sparse
+from . import recon
 from .checkpoint import (
     check_format,
     load_states,
@@ -22,11 +22,10 @@ from .checkpoint import (
     same_taps,
     write_atomically,
 )
-from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
-from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
+from .losses import CrossAlignmentLoss, ReconLoss, check_weight
 from .outputs import activation_of, dry_output, select_output
 from .processes import broadcast, rank
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
@@ -101,12 +100,9 @@ class ReSegWrapper:
         self._calls = 0
         self._labels_checked = False
         self._last: dict[str, Tensor] = {}
-        self._unmoved = UnmovedWarning(
-            "the projection", "add reseg.parameters() to your optimizer, or use projection=None"
-        )
         self.weight = self.settings.weight
         self.recon_loss = ReconLoss(self.settings.alpha, self.settings.beta)
-        _alignment(replace(self.settings, projection=None), {})  # refuses bad weights now, not later
+        _alignment(self.settings)  # refuses bad weights now, not later
         if example_input is not None:
             self._parts = self._build(example_input)
 
@@ -148,21 +144,12 @@ class ReSegWrapper:
         return self._calls
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What your optimizer must train beside the model: the projection's, none without one.
-
-        Raises:
-            ReSegError: there will be a projection, but its channels are not known before an example_input.
-        """
-        if self.settings.projection is None:
-            return iter(())
-        if self._parts is None:
-            raise ReSegError("the projection's channels are not known yet; pass example_input= to ReSegWrapper")
-        return self.loss.parameters()
+        """What your optimizer must train beside the model: nothing."""
+        return iter(())
 
     def to(self, *args: Any, **kwargs: Any) -> ReSegWrapper:
-        """Move the teacher and the projection, as `nn.Module.to`. Returns self."""
+        """Move the teacher, as `nn.Module.to`. Returns self."""
         self.teacher.to(*args, **kwargs)
-        self.loss.to(*args, **kwargs)
         return self
 
     # --- stage 1
@@ -341,7 +328,7 @@ class ReSegWrapper:
     # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Teacher, projection, counters, settings and taps: tensors and plain Python values only."""
+        """Teacher, counters, settings and taps: tensors and plain Python values only."""
         state: dict[str, Any] = {
             "format": FORMAT,
             "settings": {**self.settings.to_dict(), "weight": self._weight},
@@ -361,7 +348,6 @@ class ReSegWrapper:
                 "num_classes": teacher.encoding.num_classes,
                 "dims": teacher.encoding.dims,
                 "teacher": dict(teacher.state_dict()),
-                "projection": {} if parts.loss.projection is None else dict(_projection(parts).state_dict()),
             }
         return state
 
@@ -376,7 +362,7 @@ class ReSegWrapper:
             TapError: the model has not the taps of the state.
         """
         check_format(state, FORMAT)
-        ready = state.get("ready", True)
+        ready = state["ready"]
         if self.ready and state["parts"] is not None and not ready:
             raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
         self._restore(state["parts"], Settings(**state["settings"]))
@@ -407,7 +393,7 @@ class ReSegWrapper:
                     "a state with a teacher of your own needs the same module, teacher=, and no other does"
                 )
             plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
-            # rebuilt only where it differs: optimizers hold the projection, compiled models their hooks
+            # rebuilt only where it differs: compiled models hold their hooks
             if parts is None or not (
                 same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
             ):
@@ -418,8 +404,7 @@ class ReSegWrapper:
                 bounded = "after.weight" in state["teacher"]  # else its channels alone tell
                 teacher = self._make_teacher(encoding, settings, *channels, bounded)
                 parts = self._assemble(plan, teacher, teacher_plan, settings)
-            projection = [] if parts.loss.projection is None else [(_projection(parts), state["projection"])]
-            load_states((parts.teacher, state["teacher"]), *projection)
+            load_states((parts.teacher, state["teacher"]))
         if self._parts is not None and self._parts is not parts:
             self._parts.student.remove()
             self._parts.targets.remove()
@@ -481,8 +466,8 @@ class ReSegWrapper:
 
     def _assemble(self, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> _Parts:
         """Loss and hooks, once taps and teacher are known; the student's hooks last, when nothing can fail."""
-        loss = _alignment(settings, _term_channels(plan, teacher_plan)).to(teacher.reference.device)
-        loss.check_levels(len(plan.selected))  # not only at the first step after stage 1
+        _check_sizes(plan, teacher_plan)
+        loss = _alignment(settings)
         targets = Targets(teacher, teacher_plan)
         student = FeatureExtractor(self._model, plan)
         if not self._removed:
@@ -528,17 +513,8 @@ class ReSegWrapper:
         if not self._labels_checked:
             teacher.encoding.check_values(label)
             self._labels_checked = True
-        features = recorded.features
-        if settings.subset is not None:
-            chosen = sparse.draw(label.shape[0], settings.subset, settings.seed, self._calls)
-            if chosen is not None:
-                index = torch.tensor(chosen).to(device, non_blocking=True)
-                features, label = sparse.take(features, index), label.index_select(0, index)
         targets, valid = parts.targets(label, recorded.autocast, settings)
-        if loss.projection is not None:
-            loss.projection = distributed(loss.projection, device)
-            self._unmoved.check(loss.projection.parameters())
-        terms = loss(features, targets, valid, components=True)
+        terms = loss(recorded.features, targets, valid, components=True)
         total = loss.combine(terms)
         self._last = {name: term.detach() for name, term in {**terms, "alignment": total}.items()}
         if task_loss is not None:
@@ -570,15 +546,13 @@ class ReSegWrapper:
         return self._parts
 
 
-def _alignment(settings: Settings, channels: Mapping[str, tuple[int, int]]) -> CrossAlignmentLoss:
+def _alignment(settings: Settings) -> CrossAlignmentLoss:
     return CrossAlignmentLoss(
         settings.encoder_to_decoder,
         settings.decoder_to_encoder,
         settings.bottleneck,
         divisor=settings.divisor,
         normalize=settings.normalize,
-        projection=settings.projection,
-        channels=channels,
         seed=settings.seed,
     )
 
@@ -588,17 +562,8 @@ def _share_parameters(a: nn.Module, b: nn.Module) -> bool:
     return any(id(parameter) in of_a for parameter in b.parameters())
 
 
-def _projection(parts: _Parts) -> nn.Module:
-    assert parts.loss.projection is not None
-    return undistributed(parts.loss.projection)
-
-
-def _term_channels(student: TapPlan, teacher: TapPlan) -> dict[str, tuple[int, int]]:
-    """{term: (student's, teacher's)} channels, crossed as the terms are.
-
-    Raises:
-        TapError: the two have other levels.
-    """
+def _check_sizes(student: TapPlan, teacher: TapPlan) -> None:
+    """Raise a TapError if the two have taps of different sizes."""
     mine, theirs = student.selected, teacher.selected
     if [level.spatial for level in mine] != [level.spatial for level in theirs] or (
         student.bottleneck.spatial != teacher.bottleneck.spatial
@@ -609,9 +574,3 @@ def _term_channels(student: TapPlan, teacher: TapPlan) -> dict[str, tuple[int, i
             + "\n"
             + teacher.draw("teacher")
         )
-    pairs = [
-        *((a.decoder.channels, b.encoder.channels) for a, b in zip(mine, theirs)),
-        *((a.encoder.channels, b.decoder.channels) for a, b in zip(mine, theirs)),
-        (student.bottleneck.channels, teacher.bottleneck.channels),
-    ]
-    return dict(zip(term_names(len(mine)), pairs))

@@ -40,7 +40,7 @@ from benchmarks.evidence.metrics import score
 from benchmarks.evidence.pack import pack
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import append, finished, read_lines
-from benchmarks.evidence.variants import CATALOGUE, from_plan
+from benchmarks.evidence.variants import CATALOGUE, REMOVED, from_plan
 from benchmarks.released_code import task_loss as released_loss
 from examples.backbones.unet import UNet
 from examples.common.metrics import score_volume, summarize
@@ -539,7 +539,7 @@ def test_a_run_is_the_same_whatever_ran_before(folder, tmp_path):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 def test_compiled_variants_in_one_process_give_the_same_numbers(folder, tmp_path):
     """They share compiled code where they can, and must not where their hooks differ."""
-    names = ("bare", "standardized", "ds x2", "ds x2 + cutmix + standardized", "standardized, uncrossed", "ds x2 soft")
+    names = ("bare", "standardized", "ds x2", "ds x2 + cutmix + standardized", "standardized, uncrossed", "ds coarse")
     plan = plan_of(seeds=(0,), variants=tuple(CATALOGUE[name] for name in names))
     torch._dynamo.reset()
     compiled = Machine(torch.device("cpu"), "all", backend="aot_eager")
@@ -732,6 +732,19 @@ def test_a_variant_that_fails_leaves_a_line_and_the_others_run(folder, tmp_path)
     assert [line["variant"] for line in lines] == ["bad", "bare", "bare"]
     assert "1 weights for 3 levels" in lines[0]["error"]
     assert len(finished(lines)) == 2
+
+
+def test_a_variant_that_was_removed_keeps_its_results_and_is_not_run(folder, tmp_path):
+    plan = read_plan(ROOT / "benchmarks/plans/deep_5.json")
+    results = list(finished(read_lines(ROOT / "benchmarks/results/accuracy.jsonl")).values())
+    measured = select(plan, results, plan.decide_on).lines
+    assert all(sorted(measured[name]) == [0, 1, 2, 3] for name in REMOVED)
+    assert not REMOVED.keys() & CATALOGUE.keys()
+    out = tmp_path / "results.jsonl"
+    assert run(plan_of(variants=(*REMOVED.values(), CATALOGUE["bare"])), folder, out)
+    lines = read_lines(out)
+    assert [line["variant"] for line in lines] == [*REMOVED, "bare", "bare"]
+    assert all("an option that the library has no longer" in line["error"] for line in lines[: len(REMOVED)])
 
 
 def test_a_line_that_was_cut_short_is_run_again(tmp_path, capsys):

@@ -26,7 +26,6 @@ DEVICE = torch.device("cuda", 0)
 SETTINGS = [
     {},
     {"preset": "standardized"},
-    {"projection": "linear"},
     {"label_input": "onehot", "ignore_index": 255},
     {"preset": "standardized", "ignore_index": 255},
 ]
@@ -112,15 +111,13 @@ def test_both_stages_agree_with_the_cpu(kwargs):
     assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"projection": "linear"}])
 @pytest.mark.parametrize("made", [UNet, Wide])
-def test_teacher_and_maps_follow_the_features_of_a_model_that_moved_later(made, kwargs):
+def test_teacher_and_maps_follow_the_features_of_a_model_that_moved_later(made):
     torch.manual_seed(0)
     image, label = batch()
     model = made()
-    reseg = ReSegWrapper(model, example_input=image, **{"preset": "paper", "weight": 1.0, **kwargs})
+    reseg = ReSegWrapper(model, example_input=image, preset="paper", weight=1.0)
     reseg.freeze_teacher()
-    parameters = list(reseg.parameters())
     model(image)
     expected = reseg.alignment_loss(label)
     model.cuda()
@@ -131,8 +128,6 @@ def test_teacher_and_maps_follow_the_features_of_a_model_that_moved_later(made, 
         assert torch.allclose(loss.cpu(), expected, rtol=2e-2)
     loss.backward()
     assert {p.device for p in reseg.teacher.parameters()} == {DEVICE}
-    assert all(a is b for a, b in zip(parameters, reseg.parameters()))
-    assert all(p.device == DEVICE and p.grad is not None for p in parameters)
 
 
 def test_a_wrapper_without_an_example_is_built_where_the_model_is():
@@ -150,7 +145,7 @@ def test_a_wrapper_without_an_example_is_built_where_the_model_is():
 
 
 @pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kwargs", [*SETTINGS, {"subset": 0.5}, {"every": 2}])
+@pytest.mark.parametrize("kwargs", [*SETTINGS, {"every": 2}])
 @pytest.mark.parametrize("made", [UNet, Wide])
 def test_no_step_after_the_first_waits_for_the_device(made, kwargs, amp):
     model, reseg = ready(made, **kwargs)
@@ -328,7 +323,7 @@ def test_the_teacher_runs_in_the_students_autocast_and_the_loss_in_fp32(lower):
 
 
 def test_fp16_autocast_with_a_grad_scaler_trains():
-    model, reseg = ready(preset="standardized", projection="linear")
+    model, reseg = ready(preset="standardized")
     optimizer = torch.optim.Adam([*model.parameters(), *reseg.parameters()], 1e-2)
     scaler = torch.amp.GradScaler("cuda")
     image, label = on_device()
@@ -524,7 +519,7 @@ def deterministic() -> Iterator[None]:
     torch.backends.cudnn.deterministic = False
 
 
-CAPTURED = [*SETTINGS, {"subset": 0.5}, {"every": 2}, {"fold_teacher": True}]
+CAPTURED = [*SETTINGS, {"every": 2}]
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
@@ -548,12 +543,11 @@ def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deter
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-@pytest.mark.parametrize("fold", [False, True])
-def test_a_captured_teacher_follows_a_loaded_state_and_a_move(fold, amp, deterministic):
+def test_a_captured_teacher_follows_a_loaded_state_and_a_move(amp, deterministic):
     results = []
     image, label = on_device()
     for on in (False, True):
-        model, reseg = ready(capture_teacher=on, fold_teacher=fold)
+        model, reseg = ready(capture_teacher=on)
         state = reseg.state_dict()
         doubled = {k: v * 2 if v.is_floating_point() else v for k, v in state["parts"]["teacher"].items()}
         losses = [aligned(model, reseg, image, label, amp) for _ in range(3)]

@@ -72,8 +72,7 @@ def equal(a: Any, b: Any) -> bool:
         worker.compiled_ddp,
         worker.ddp_over_compiled,
         worker.deep_supervision,
-        worker.projection,
-        worker.projection_unused_in_a_step,
+        worker.deep_supervision_unused_in_a_step,
         worker.fsdp_after_the_wrapper,
         worker.fsdp_before_the_wrapper_with_a_teacher,
     ],
@@ -89,17 +88,11 @@ def test_training_on_two_processes_is_training_on_one_with_the_whole_batch(found
     assert not torch.equal(zero["losses"], one["losses"]), "each process has a part of the batch"
     assert zero["keys"] == alone["keys"]
     assert zero["steps"] == alone["steps"]
-    for which in ("model", "projection"):
+    for which in ("model", "heads"):
         assert equal(zero[which], one[which])
         assert close(zero[which], alone[which])
     start = worker.model_of_the_test()
     assert not close(alone["model"], list(start.parameters())), "the steps moved the model"
-
-
-def test_a_projection_that_starts_differently_on_every_process_becomes_and_stays_the_same(found):
-    zero, one = both(found, worker.projection_with_other_seeds)
-    assert zero
-    assert equal(zero, one)
 
 
 @pytest.mark.parametrize("check", [worker.unlabelled_with_a_buffer_per_rank, worker.unlabelled_with_broadcast_buffers])

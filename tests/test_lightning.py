@@ -118,7 +118,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize(
     ("precision", "kwargs"),
-    [("32-true", {"projection": None}), ("bf16-mixed", {"preset": "standardized"})],
+    [("32-true", {}), ("bf16-mixed", {"preset": "standardized"})],
     ids=["fp32", "bf16"],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, precision, kwargs):

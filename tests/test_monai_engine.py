@@ -121,9 +121,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, dims)
 
 
 def test_the_engines_step_is_the_plain_loops_step(tmp_path):
-    engine = Parts(projection=None)
+    engine = Parts()
     engine.run(tmp_path, epochs=1)
-    plain = Parts(projection=None)
+    plain = Parts()
     plain.reseg.fit_recon(plain.loader, steps=4, progress=False)
     losses = []
     for part in plain.loader:

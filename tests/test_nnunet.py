@@ -23,7 +23,6 @@ import pytest
 import torch
 from frameworks_page import section
 
-from reseg_loss import ReSegError
 from reseg_loss.nnunet import __main__ as printer
 
 pytestmark = [
@@ -249,14 +248,6 @@ def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
     tiny.train(made)
     assert type(made.network).__name__ == "OptimizedModule"
     assert made.reseg.calls == 9
-
-
-def test_a_projection_is_refused(folders, monkeypatch, tmp_path):
-    monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    made = tiny.make("nnUNetTrainerReSeg", "2d")
-    made.reseg_settings = {"projection": "linear"}
-    with pytest.raises(ReSegError, match="neither trains nor saves"):
-        tiny.train(made)
 
 
 def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes_on(folders, tmp_path):

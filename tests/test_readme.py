@@ -104,7 +104,7 @@ def test_every_linked_file_exists():
 @pytest.mark.parametrize(
     ("start", "file", "precision", "compiled", "size"),
     [
-        ("| | U-Net, fp32 |", "overhead_h200.json", None, False, (11, 7)),
+        ("| | U-Net, fp32 |", "overhead_h200.json", None, False, (8, 7)),
         ("| compiled student | U-Net |", "overhead_h200.json", CL, True, (8, 5)),
         ("| compiled student, H100 |", "overhead_h100_compiled.json", None, True, (8, 5)),
     ],

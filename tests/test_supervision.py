@@ -14,7 +14,7 @@ from models import PadsInside, UNet, batch, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import DeepSupervision, FeatureExtractor, ReSegError, ReSegWrapper
-from reseg_loss.supervision import _fractions, _nearest
+from reseg_loss.supervision import _nearest
 
 
 def ready(model: nn.Module | None = None, **kwargs) -> tuple[nn.Module, DeepSupervision]:
@@ -114,37 +114,16 @@ def test_task_loss_gets_the_label_in_the_form_it_came_in():
         assert all(torch.equal(small, plain[..., ::r, ::r]) for (_, small), r in zip(got, (2, 4)))
 
 
-def test_soft_labels_are_area_averages_and_leave_ignored_pixels_out():
-    label = torch.tensor([[[0, 1], [255, 1]]])
-    image = torch.randn(1, 1, 2, 2)
-    encoding = DeepSupervision(UNet(), 2, soft=True, ignore_index=255)
-    assert encoding.soft
-    from reseg_loss.labels import LabelEncoding
-
-    encoded, valid = LabelEncoding("onehot", 2, 2, 255).encode(label)
-    assert torch.allclose(_fractions(encoded, valid, (1, 1)).flatten(), torch.tensor([1 / 3, 2 / 3]))
-    assert not _fractions(encoded * 0, valid * 0, (1, 1)).any()
-    assert image.shape == (1, 1, 2, 2)
-
-    model, ds = ready(soft=True)
+def test_weights():
+    model, ds = ready(weights=[1.0, 0.5])
+    assert list(ds.heads) == ["decoder_1", "decoder_2"]
+    assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
     image, label = batch()
-    model(image)
-    got = []
-    ds.loss(label, lambda logits, target: got.append(target) or F.cross_entropy(logits, target))
-    expected = F.adaptive_avg_pool2d(F.one_hot(label, 3).movedim(-1, 1).float(), 4)
-    assert torch.allclose(got[1], expected)
-
-
-def test_heads_on_all_taps_weights_and_decay():
-    model, ds = ready(sides="all", weights=[1.0, 0.5], decay_calls=4)
-    assert list(ds.heads) == ["decoder_1", "decoder_2", "encoder_1", "encoder_2", "bottleneck"]
-    assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5, 0.1, 0.1, 0.1]
-    image, label = batch()
-    values = []
-    for _ in range(6):
+    for weight in (1.0, 0.25):
+        ds.weight = weight
         model(image)
-        values.append(ds.loss(label, lambda logits, target: logits.new_ones(()) + 0 * logits.sum()).item())
-    assert values == pytest.approx([1.8 * f for f in (1, 0.75, 0.5, 0.25, 0, 0)])
+        value = ds.loss(label, lambda logits, target: logits.new_ones(()) + 0 * logits.sum())
+        assert value.item() == pytest.approx(1.5 * weight)
     ds.weight = 0
     zero = ds.loss(label, task_loss)
     zero.backward()
@@ -173,7 +152,7 @@ def test_weight_zero_equals_the_run_without():
 
 
 def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits():
-    model, ds = ready(weights=[1.0, 0.5], decay_calls=10)
+    model, ds = ready(weights=[1.0, 0.5])
     image, label = batch()
     model(image)
     ds.loss(label, task_loss)
@@ -198,18 +177,6 @@ def test_a_state_holds_the_default_weights_so_that_a_change_of_them_leaves_it_as
     _, other = ready(weights=[1.0, 0.5])
     ds.load_state_dict(saved(other))
     assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
-
-
-def test_label_values_are_checked_anew_under_the_settings_of_a_state():
-    image, label = batch()
-    label[0, 0, 0] = 255
-    model, ds = ready(soft=True, ignore_index=255)
-    model(image)
-    ds.loss(label, task_loss)
-    ds.load_state_dict(ready(soft=True)[1].state_dict())
-    model(image)
-    with pytest.raises(ReSegError, match="ignore_index="):
-        ds.loss(label, task_loss)
 
 
 def test_it_works_beside_the_wrapper_in_3d_and_under_autocast():
@@ -270,10 +237,8 @@ def test_heads_that_no_optimizer_knows_are_warned_about_once():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"sides": "encoder"}, "'decoder' or 'all'"),
         ({"weights": [1.0]}, "1 weights for 2 levels"),
         ({"weights": [-1.0, 1.0]}, "weights"),
-        ({"decay_calls": 0}, "decay_calls=0"),
     ],
 )
 def test_bad_choices_are_refused(kwargs, message):
@@ -281,25 +246,22 @@ def test_bad_choices_are_refused(kwargs, message):
         ready(**kwargs)
     with pytest.raises(ReSegError, match="example_input="):
         DeepSupervision(UNet(), 3).parameters()
+    with pytest.raises(ReSegError, match="example_input="):
+        DeepSupervision(UNet(), 3, batch()[0])  # pyright: ignore[reportArgumentType]
 
 
 def test_only_the_features_that_are_supervised_are_recorded():
     (image, _), model = batch(), UNet()
     with FeatureExtractor(model, example_input=image) as everything:
-        plan, decoder = everything.plan, FeatureExtractor(model, everything.plan, sides="decoder")
+        plan, decoder = everything.plan, FeatureExtractor(model, everything.plan, decoder_only=True)
         with decoder:
             model(image)
             every, some = everything.pop(), decoder.pop()
     assert all(torch.equal(a, b) for a, b in zip(some.decoder, every.decoder, strict=True))
     assert (some.encoder, some.bottleneck.numel()) == ((), 0)
-    for sides, extra in (("decoder", 0), ("all", 3)):
-        model, ds = ready(sides=sides)
-        hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
-        assert len(hooked) == len(ds.extractor.taps) == len(plan.selected) + extra
-    with pytest.raises(ReSegError, match="'all' or 'decoder'"):
-        FeatureExtractor(model, plan, sides="encoder")
-    with pytest.raises(ReSegError, match="known plan"):
-        FeatureExtractor(model, {"decoder": ["decoder.1"]}, sides="decoder")
+    model, ds = ready()
+    hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
+    assert len(hooked) == len(ds.extractor.taps) == len(plan.selected)
 
 
 def test_a_level_that_is_all_ignored_is_left_out():
@@ -316,16 +278,6 @@ def test_a_level_that_is_all_ignored_is_left_out():
     label[0, 4, 4] = 2
     model(image)
     assert ds.loss(label, task).item() > 0
-
-
-def test_label_values_are_checked_before_they_are_averaged():
-    model, ds = ready(soft=True)
-    image, label = batch()
-    model(image)
-    with pytest.raises(ReSegError, match="ignore_index="):
-        ds.loss(label + 255, task_loss)
-    with pytest.raises(ReSegError, match="example_input="):
-        DeepSupervision(model, 3, image)
 
 
 def test_a_forward_that_enters_autocast_itself_is_seen_as_such():

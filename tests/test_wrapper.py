@@ -1,4 +1,4 @@
-"""The wrapper's interface: settings, states, label and model forms, components, stats, projections, own teachers."""
+"""The wrapper's interface: settings, states, label and model forms, components, stats, own teachers."""
 
 from __future__ import annotations
 
@@ -111,9 +111,7 @@ def test_before_the_teacher_is_ready_the_three_ways_are_named():
         reseg.alignment_loss(label)
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"projection": "linear", "preset": "standardized", "levels": [2], "bottleneck": 2}]
-)
+@pytest.mark.parametrize("kwargs", [{}, {"preset": "standardized", "levels": [2], "bottleneck": 2}])
 def test_a_state_restores_everything_without_example_or_stage_1(kwargs):
     image, label = batch()
     model, reseg = ready(**kwargs)
@@ -133,12 +131,12 @@ def test_a_state_restores_everything_without_example_or_stage_1(kwargs):
 
 
 def test_loading_into_a_wrapper_that_knows_its_taps_keeps_hooks_and_parameters():
-    _, reseg = ready(projection="linear")
+    _, reseg = ready()
     state = saved(reseg)
-    _, other = ready(projection="linear")
-    parameters, extractor = list(other.parameters()), other.extractor
+    _, other = ready()
+    parameters, extractor = list(other.teacher.parameters()), other.extractor
     other.load_state_dict(state)
-    assert all(a is b for a, b in zip(parameters, other.parameters()))
+    assert all(a is b for a, b in zip(parameters, other.teacher.parameters()))
     assert other.extractor is extractor
     mine, theirs = reseg.teacher.state_dict(), other.teacher.state_dict()
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
@@ -235,29 +233,6 @@ def test_labels_are_checked_at_every_call_and_values_at_the_first():
         reseg.alignment_loss(label[:1])
     model(image)
     reseg.alignment_loss(label)  # the refused call left nothing behind
-
-
-def test_a_projection_is_listed_moves_and_is_warned_about_when_it_does_not():
-    image, label = batch()
-    assert list(ReSegWrapper(UNet()).parameters()) == []
-    with pytest.raises(ReSegError, match="example_input="):
-        ReSegWrapper(UNet(), projection="linear").parameters()
-    for trained in (True, False):
-        model, reseg = ready(UNet(width=2), image, projection="linear")
-        parameters = list(reseg.parameters())
-        assert parameters
-        optimizer = torch.optim.SGD([*model.parameters(), *(parameters if trained else [])], 0.1)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(120):
-                loss = task_loss(model(image), label) + reseg.alignment_loss(label)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        messages = [str(w.message) for w in caught]
-        assert len(messages) == (0 if trained else 1), messages
-        assert all(w.filename == __file__ for w in caught), "it names the line of the loop"
-        assert trained or "reseg.parameters()" in messages[0]
 
 
 def test_unequal_channels_need_no_parameters():
@@ -368,10 +343,10 @@ def test_what_the_copy_keeps_is_named_once(caplog):
     ]
 
 
-def test_to_moves_teacher_and_projection():
-    _, reseg = ready(projection="linear")
+def test_to_moves_the_teacher():
+    _, reseg = ready()
     assert reseg.to(torch.float64) is reseg
-    assert {p.dtype for p in (*reseg.teacher.parameters(), *reseg.parameters())} == {torch.float64}
+    assert {p.dtype for p in reseg.teacher.parameters()} == {torch.float64}
 
 
 def test_after_remove_the_model_is_bare_and_the_wrapper_says_so():
@@ -416,33 +391,31 @@ def test_a_state_that_does_not_fit_leaves_the_wrapper_as_it_was():
 
 
 def test_a_state_found_with_images_of_another_size_keeps_hooks_and_parameters():
-    _, reseg = ready(projection="linear")
-    _, other = ready(image=batch(size=32)[0], projection="linear")
-    parameters = [*other.parameters(), *other.teacher.parameters()]
+    _, reseg = ready()
+    _, other = ready(image=batch(size=32)[0])
+    parameters, extractor = list(other.teacher.parameters()), other.extractor
     other.load_state_dict(saved(reseg))
-    assert all(a is b for a, b in zip(parameters, [*other.parameters(), *other.teacher.parameters()]))
+    assert all(a is b for a, b in zip(parameters, other.teacher.parameters()))
+    assert other.extractor is extractor
 
 
 def test_a_state_of_another_weight_or_with_lists_for_tuples_keeps_hooks_and_parameters():
-    _, reseg = ready(projection="linear", levels=(2, 4), encoder_to_decoder=(1.0, 0.5))
+    _, reseg = ready(levels=(2, 4))
     reseg.weight = 0.2
-    _, other = ready(projection="linear", levels=(2, 4), encoder_to_decoder=(1.0, 0.5))
-    parameters, extractor, teacher = list(other.parameters()), other.extractor, other.teacher
+    _, other = ready(levels=(2, 4))
+    extractor, teacher = other.extractor, other.teacher
     other.load_state_dict(saved(reseg))
-    assert all(a is b for a, b in zip(parameters, other.parameters()))
     assert (other.extractor, other.teacher, other.weight) == (extractor, teacher, 0.2)
-    other.load_state_dict(
-        ReSegWrapper(UNet(), projection="linear", levels=[2, 4], encoder_to_decoder=[1.0, 0.5]).state_dict()
-    )
+    other.load_state_dict(ReSegWrapper(UNet(), levels=[2, 4]).state_dict())
     assert other.teacher is teacher  # a state from before there was a teacher takes none away
 
 
 def test_a_state_that_does_not_fit_changes_nothing():
     image, label = batch()
-    model, reseg = ready(projection="linear")
+    model, reseg = ready()
     model(image)
     expected = reseg.alignment_loss(label)
-    _, other = ready(UNet(classes=4), projection="linear")  # the same taps, another head
+    _, other = ready(UNet(classes=4))  # the same taps, another head
     with pytest.raises(ReSegError, match="another model"):
         reseg.load_state_dict(saved(other))
     model(image)
@@ -488,18 +461,17 @@ def test_label_values_are_checked_anew_under_the_settings_of_a_state():
         reseg.alignment_loss(label)
 
 
-def test_a_copy_of_model_and_wrapper_runs_its_own_teacher_compiled_or_folded(monkeypatch):
+def test_a_copy_of_model_and_wrapper_runs_its_own_compiled_teacher(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda run: compiled.append(run) or (lambda x: run(x)))
     image, label = batch()
-    for kwargs in ({"compile_teacher": True}, {"fold_teacher": True, "teacher_dtype": "bfloat16"}):
-        model, reseg = ready(**kwargs)
-        model(image)
-        expected = reseg.alignment_loss(label)
-        for through in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
-            other_model, other = through((model, reseg))
-            other_model(image)
-            assert torch.equal(other.alignment_loss(label), expected)
+    model, reseg = ready(compile_teacher=True)
+    model(image)
+    expected = reseg.alignment_loss(label)
+    for through in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        other_model, other = through((model, reseg))
+        other_model(image)
+        assert torch.equal(other.alignment_loss(label), expected)
     assert len(compiled) == 3
 
 
@@ -549,7 +521,7 @@ def test_what_cannot_work_is_refused_at_once():
         ({"example_input": ({"image": image},)}, "more than the image"),
         ({"example_input": (image, 1.0)}, "more than the image"),
         ({"example_input": image, "output": "mask"}, "'mask'"),
-        ({"example_input": image, "encoder_to_decoder": [1.0] * 3}, "3 weights, but the features have 2 levels"),
+        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; weights are finite numbers"),
     ):
         with pytest.raises(ReSegError, match=message):
             ReSegWrapper(model, **kwargs)
@@ -615,9 +587,7 @@ def test_numbers_of_numpy_go_into_states_as_plain_ones():
     np = pytest.importorskip("numpy")
     whole, part = np.int64(7), np.float64(0.9)
     reseg = ReSegWrapper(UNet(), example_input=batch()[0], ignore_index=whole, weight=part, every=2, alpha=part)
-    ds = DeepSupervision(
-        UNet(), np.int64(3), example_input=batch()[0], ignore_index=whole, decay_calls=whole, weights=[part] * 2
-    )
+    ds = DeepSupervision(UNet(), np.int64(3), example_input=batch()[0], ignore_index=whole, weights=[part] * 2)
     mixed = CutMixConsistency(UNet(), ramp_calls=whole, ignore_index=whole, threshold=part, decay=part, weight=part)
     for each in (reseg, ds, mixed):
         assert saved(each)

@@ -390,8 +390,6 @@ class Stage2:
         if variant.reseg is not None:
             self.reseg = ReSegWrapper(self.model, example_input=example, **variant.reseg)
             self.reseg.freeze_teacher()
-            self.projection = copy.deepcopy(self.reseg.loss.state_dict())
-            parameters += self.reseg.parameters()
             machine.compile_inside(self.reseg)
             if variant.fed == "image" or not variant.crossed:
                 plan = self.reseg.extractor.plan
@@ -542,7 +540,6 @@ class Stage2:
             for head in self.deep.heads.values():
                 _redraw(head, seed)
         if self.reseg is not None:
-            self.reseg.loss.load_state_dict(self.projection)
             if teacher is None:
                 reset_teacher(self.reseg.teacher, settings, self.classes, seed)
             else:

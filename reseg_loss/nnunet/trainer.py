@@ -12,7 +12,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # pyrig
 from torch import Tensor, nn
 
 from ..checkpoint import write_atomically
-from ..errors import ReSegError
 from ..wrapper import ReSegWrapper
 
 IGNORED = 255  # where regions have an ignore label
@@ -74,8 +73,6 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
 
     def _make_reseg(self) -> ReSegWrapper:
         labels, settings = self.label_manager, dict(self.reseg_settings)
-        if settings.get("projection") is not None:
-            raise ReSegError("projection= has weights, which nnU-Net neither trains nor saves; leave it out")
         if labels.has_regions:
             settings["label_input"] = "onehot"
         if labels.has_ignore_label:

@@ -15,20 +15,38 @@ from torch.utils._pytree import tree_map
 from ..errors import ReSegError
 
 
+def rng_state() -> dict[str, Any]:
+    """The random states of torch, CUDA, random and (where loaded) numpy, as tensors and plain values."""
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state(legacy=False) if numpy else None  # a dict, of any generator
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "random": random.getstate(),
+        "numpy": tree_map(lambda value: value.tolist() if hasattr(value, "tolist") else value, state),
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(value, device)
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = sys.modules.get("numpy")
+    if state["numpy"] and numpy:
+        numpy.random.set_state(state["numpy"])
+
+
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Restore the random states of torch (every CUDA device), random and, where loaded, numpy."""
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
+    state = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng(state)
 
 
 @contextmanager

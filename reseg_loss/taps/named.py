@@ -1,4 +1,4 @@
-"""Taps that the user names: what their modules are, and the U they make once their tensors were seen."""
+"""Taps that the user names: what their modules are, and the U they make."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import TapError, did_you_mean
-from ..formats import interpret
 from .graph import Graph
 from .locate import tap_of
 from .record import Keys, named_modules
@@ -60,37 +59,6 @@ def parse_taps(taps: Mapping[str, Any] | None) -> dict[str, list[Tap]]:
             raise TapError(f"taps[{kind!r}] names {len(entries)} taps; it needs {'one' if entries else 'at least one'}")
         parsed[kind] = [replace(entry, module=_bare(entry.module)) for entry in map(_as_tap, entries)]
     return parsed
-
-
-def seen(
-    tap: Tap,
-    shape: Sequence[int],
-    batch: int,
-    image: Sequence[int],
-    *,
-    mutated: bool,
-    grids: dict[int, tuple[int, ...]] | None = None,
-) -> Tap:
-    """The tap with what its tensor's shape tells, for a batch of images of size `image`; a layout given stays.
-
-    Raises:
-        TapError: the tensor is no feature map over the image, in the layout given.
-    """
-    grid = interpret(shape, batch, image, grids, tap.layout)
-    if grid is None:
-        given = f" in layout {tap.layout}" if tap.layout else ""
-        raise TapError(
-            f"{tap} has shape {tuple(shape)}, which is no feature map{given} of a batch of {batch} images of size "
-            f"{tuple(image)}: its size is not the image's divided by a whole number. Tap another module"
-        )
-    return replace(
-        tap,
-        spatial=grid.spatial,
-        channels=grid.channels,
-        layout=grid.layout,
-        stride=grid.stride,
-        mutated=tap.mutated or mutated,
-    )
 
 
 def pair_up(encoder: Sequence[Tap], decoder: Sequence[Tap], bottleneck: Tap) -> TapPlan:
