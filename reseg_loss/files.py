@@ -134,7 +134,7 @@ def write_atomically(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = _system_error(error)
-        if reason is None:
+        if reason is None or not isinstance(error, Exception):
             raise
         kept = "the file that was there is kept" if target.exists() else "there is no file of before"
         raise ReSegError(f"{path} could not be written ({_told(reason)}); {kept}") from error
@@ -243,11 +243,12 @@ def _partial(target: Path) -> Path:
 def _remove_stale(target: Path, now: float) -> None:
     """Remove what killed runs left of this file; `now` is the file system's time, which may not be this machine's."""
     name = re.compile(re.escape(target.name) + r"\.\d+-[0-9a-f]{8}\.partial")
-    for entry in os.scandir(target.parent):
-        if name.fullmatch(entry.name):
-            with contextlib.suppress(OSError):  # another run was faster, or it is another user's
-                if now - entry.stat().st_mtime > STALE_SECONDS:
-                    os.unlink(entry.path)
+    with contextlib.suppress(OSError):  # a folder may be written and not listed
+        for entry in os.scandir(target.parent):
+            if name.fullmatch(entry.name):
+                with contextlib.suppress(OSError):  # another run was faster, or it is another user's
+                    if now - entry.stat().st_mtime > STALE_SECONDS:
+                        os.unlink(entry.path)
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

@@ -87,17 +87,15 @@ def fit(
             total, seen = None, 0
             for batch in loader:
                 image, label = pair_of(batch, unpack)
-                if run is None:
-                    teacher = prepare(image)
-                    check_image(image, label, teacher)
+                teacher = prepare(image) if run is None else run.teacher
+                check_image(image, label, teacher)
+                if not history and step < CHECKED_STEPS:
                     teacher.encoding.check_values(label)
+                if run is None:
                     _settle_range(teacher, image, label, standardize_image)
                     run = _Run(teacher, loss, optimizer, scheduler, amp, resumed, kept=save is not None)
                     if rehearse is not None:
                         rehearse(run.state())
-                check_image(image, label, run.teacher)
-                if not history and step < CHECKED_STEPS:
-                    run.teacher.encoding.check_values(label)
                 value, valid = run.step(image, label, nullcontext() if recent else first_forward())
                 if not recent:
                     after_first()

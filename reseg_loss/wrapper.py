@@ -237,7 +237,7 @@ class ReSegWrapper:
         resumed = file.read() if file is not None else None
         done = 0
         if resumed is not None:
-            self._continue(resumed["wrapper"], str(checkpoint), standardize_image)
+            self._continue(resumed["wrapper"], resumed["taps"], str(checkpoint), standardize_image)
             done = len(resumed["history"]) if epochs is not None else resumed["step"]
         if done >= (epochs or steps or 0):
             logger.warning(
@@ -258,7 +258,7 @@ class ReSegWrapper:
             return self.teacher.train()
 
         def with_wrapper(use: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-            return lambda state: use({"wrapper": self.state_dict(), **state})
+            return lambda state: use({"wrapper": self.state_dict(), "taps": self._named, **state})
 
         with preserved_rng():
             history = recon.fit(
@@ -442,17 +442,28 @@ class ReSegWrapper:
 
     # --- inside
 
-    def _continue(self, state: Mapping[str, Any], file: str, standardize_image: bool) -> None:
-        """The teacher of an unfinished stage 1, under the settings of this wrapper."""
+    def _continue(self, state: Mapping[str, Any], named: Any, file: str, standardize_image: bool) -> None:
+        """The teacher of an unfinished stage 1, whose taps were `named`, under the settings of this wrapper."""
         check_format(state, FORMAT)
         saved, mine = state["settings"], self.settings.to_dict()
         other = [f"{name}={saved[name]!r}, here {mine[name]!r}" for name in STAGE_1 if saved[name] != mine[name]]
         standardized = state["parts"]["image_map"] is not None
         if standardized != standardize_image:
             other.append(f"standardize_image={standardized}, here {standardize_image}")
+        if self._parts is None:
+            other_taps = named != self._named
+        else:
+            other_taps = not same_taps(self.extractor.plan, plan_from_dict(state["parts"]["taps"]))
+        if other_taps:
+            other.append("other taps than here (print reseg.extractor to see these)")
         if other:
             raise ReSegError(f"{file} is of a stage 1 with {'; '.join(other)}. Name another file, or remove it")
         self._restore(state["parts"], self.settings)
+
+    @property
+    def _named(self) -> dict[str, list[str]]:
+        """The taps that were named, as strings; the same in a run that goes on, before the others are found."""
+        return {kind: [str(tap) for tap in taps] for kind, taps in parse_taps(self._taps).items()}
 
     def _restore(self, state: Mapping[str, Any] | None, settings: Settings) -> None:
         # as dicts: a checkpoint has lists where the user may have written tuples
@@ -479,7 +490,7 @@ class ReSegWrapper:
             projection = [] if parts.loss.projection is None else [(_projection(parts), state["projection"])]
             load_states((parts.teacher, state["teacher"]), *projection)
             image_map = state.get("image_map")
-            parts.teacher.image_map = image_map and ImageMap(image_map["mean"], image_map["std"])
+            parts.teacher.image_map = image_map and ImageMap(tuple(image_map["mean"]), tuple(image_map["std"]))
         if self._parts is not None and self._parts is not parts:
             self._parts.student.remove()
             self._parts.targets.remove()

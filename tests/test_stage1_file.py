@@ -279,6 +279,18 @@ def test_what_cannot_go_on_is_refused(tmp_path):
         fit(path, epochs=2, optimizer=lambda p: torch.optim.SGD([{"params": [next(p)]}, {"params": [next(p)]}], 0.1))
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_other_taps_than_the_files_are_refused_and_the_same_are_not(tmp_path, built):
+    path = tmp_path / "stage1.pt"
+    example = batch()[0] if built else None
+    other = {**UNet.taps, "bottleneck": "bottleneck.0"}
+    for epochs in (1, 2):
+        ReSegWrapper(UNet(), UNet.taps, example).fit_recon(loader(), epochs=epochs, checkpoint=path, progress=False)
+    for taps in (other, None):
+        with pytest.raises(ReSegError, match="other taps than here"):
+            ReSegWrapper(UNet(), taps, example).fit_recon(loader(), epochs=3, checkpoint=path, progress=False)
+
+
 def test_loss_scaling_can_be_switched_on_and_off_on_resuming(tmp_path, caplog):
     path = tmp_path / "stage1.pt"
     for epochs, amp in enumerate((None, torch.float16, None), 1):
@@ -402,6 +414,14 @@ def test_a_link_is_followed(tmp_path):
     write_atomically({"a": 1}, link)
     assert link.is_symlink()
     assert torch.load(real, weights_only=True) == {"a": 1}
+
+
+def test_a_folder_that_cannot_be_listed_can_be_written(tmp_path, monkeypatch):
+    def refused(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refused)
+    fit(tmp_path / "stage1.pt")
 
 
 def test_what_killed_runs_left_goes_after_an_hour(tmp_path):
