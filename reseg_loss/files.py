@@ -136,7 +136,7 @@ def write_atomically(
         reason = _system_error(error)
         if reason is None or not isinstance(error, Exception):
             raise
-        kept = "the file that was there is kept" if target.exists() else "there is no file of before"
+        kept = "the file that was there is kept" if os.path.exists(target) else "there was none before"
         raise ReSegError(f"{path} could not be written ({_told(reason)}); {kept}") from error
 
 
@@ -171,16 +171,18 @@ def _prove(partial: Path) -> None:
         torch.load(partial, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ReSegError(
-            f"what stage 1 wrote cannot be read back ({_first_line(error)}); no file was kept. Leave checkpoint= out"
+            f"what stage 1 wrote to {partial} cannot be read back ({_first_line(error)}), and was removed. A file that "
+            "was there before is kept. Leave checkpoint= out"
         ) from error
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
+    if not os.path.exists(path):  # where a folder may not be searched, Path's own raises
         return None
     otherwise = "Name another file, or remove it to start stage 1 anew"
-    if path.is_dir():
-        raise ReSegError(f"checkpoint={str(path)!r} is a folder; name a file in it")
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise ReSegError(f"checkpoint={str(path)!r} is {kind}; name a file")
     try:
         with open(path, "rb") as file:
             head = file.read(4)
@@ -193,7 +195,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file of another kind, one of many
         raise ReSegError(
-            f"{path} is no file of stage 1, which would overwrite it: it holds no plain values and tensors "
+            f"{path} is no file of stage 1, which would overwrite it: it holds more than plain values and tensors "
             f"({_first_line(error)}). {otherwise}"
         ) from error
     what = "other entries" if isinstance(state, dict) else f"a {type(state).__name__}"
@@ -219,8 +221,6 @@ def _is_whole(path: Path) -> bool:
 
 def _try_writing(path: Path) -> None:
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise ReSegError(f"checkpoint={str(path)!r} is {'a folder' if target.is_dir() else 'no file'}; name a file")
     partial = _partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,4 +263,8 @@ def _told(error: OSError) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """The type that torch refused to unpickle, if that is the error, or what the error says."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return refused[1]
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a message'}"

@@ -364,8 +364,9 @@ def test_a_file_that_cannot_be_written_is_known_before_the_first_batch(tmp_path,
         (tmp_path, "is a folder"),
         (tmp_path / "file" / "stage1.pt", "cannot be written"),
         (tmp_path / ("n" * 250), "cannot be written"),
+        (tmp_path / ("n" * 300), "cannot be written"),
         (io.BytesIO(), "is the path of a file, got BytesIO"),
-        ("/dev/null", "is no file|is empty"),
+        ("/dev/null", "is a device"),
     ):
         with pytest.raises(ReSegError, match=words):
             fit(path, data=Untouched())
@@ -485,5 +486,7 @@ def test_a_file_of_another_version_is_told_from_others(tmp_path):
     with pytest.raises(ReSegError, match="of another version of this library"):
         fit(path)
     torch.save({"a": np.float64(1)}, path)
-    with pytest.raises(ReSegError, match="no file of stage 1, which would overwrite it: it holds no plain values"):
+    with pytest.raises(
+        ReSegError, match=r"no file of stage 1, which would overwrite it: it holds more than plain values .*numpy"
+    ):
         fit(path)
