@@ -1,20 +1,19 @@
-"""States and their files: taps as plain values, for checkpoints that load with weights_only=True."""
+"""States: taps and NumPy's numbers as plain values, for checkpoints that load with weights_only=True."""
 
 from __future__ import annotations
 
 import copy
-import os
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .errors import ReSegError
-from .processes import rank, world_size
 from .taps import Level, Tap, TapPlan
 
 
@@ -69,42 +68,28 @@ def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
         raise ReSegError(f"this state is of another model: {' '.join(map(str.strip, lines[:3]))}{more}") from error
 
 
-def write_atomically(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """torch.save that leaves either the old or the new file, whenever it is killed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def plain_state(value: Any) -> Any:
+    """The same with NumPy's numbers as Python's and its arrays as tensors, at any depth of dicts, lists and tuples.
 
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `write_atomically` wrote, None without a file; under torch.distributed rank 0's file counts for all.
-
-    Raises:
-        ReSegError: the file holds something else than a stage 1, on every rank.
+    Other values stay: they may be plain or not.
     """
-    read = [_read(path) if rank() == 0 and os.path.exists(path) else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(read, 0)
-    state = read[0]
-    if isinstance(state, str):
-        raise ReSegError(f"{path} is no file of stage 1, which would overwrite it; name another ({state})")
-    return state
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Any] | str:
-    """The stage 1 in a file, or why there is none: other ranks wait for it, so that it is not raised here."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a file of another kind, one of many
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'it is empty'}"
-    if not isinstance(state, dict):
-        return f"it holds a {type(state).__name__}"
-    return state if state.keys() >= {"wrapper", "history", "step"} else "it has other entries"
+    kind, numpy = type(value), sys.modules.get("numpy")
+    if kind in (dict, OrderedDict):
+        return kind((plain_state(key), plain_state(entry)) for key, entry in value.items())
+    if kind in (list, tuple):
+        return kind(plain_state(entry) for entry in value)
+    if numpy and isinstance(value, numpy.ndarray) and value.ndim:
+        try:
+            return torch.from_numpy(numpy.array(value))
+        except (TypeError, ValueError):  # strings, objects, or bytes in another order
+            return plain_state(value.tolist())
+    if numpy and isinstance(value, (numpy.generic, numpy.ndarray)):
+        value = value.item()
+    if isinstance(value, bool) or type(value) in (int, float):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def _sizeless(plan: TapPlan) -> list[Any]:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .errors import ReSegError
+from .files import on_rank_0
+from .image_range import ImageMap, far_from_unit, valid_pixels
 from .labels import plain_label, unpack_batch
 from .losses import ReconLoss
 from .processes import rank, world_size
+from .resume import check_schedule, choices, go_on, schedule_choices
 from .taps.dryrun import restore_rng, rng_state
 from .teacher import Teacher
+
+logger = logging.getLogger("reseg_loss")
 
 READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 SAMPLED_BATCHES, SAMPLED_PIXELS = 50, 128  # of each, for the best constant image
@@ -32,6 +39,7 @@ OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch
 def fit(
     loader: Iterable[Any],
     prepare: Callable[[Tensor], Teacher],
+    first_forward: Callable[[], AbstractContextManager[None]],
     after_first: Callable[[], None],
     loss: ReconLoss,
     *,
@@ -40,19 +48,26 @@ def fit(
     optimizer: OptimizerLike | None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None,
     amp: torch.dtype | None,
+    unpack: Callable[[Any], Any] | None,
+    standardize_image: bool,
     resumed: dict[str, Any] | None,
+    rehearse: Callable[[dict[str, Any]], None] | None,
     save: Callable[[dict[str, Any]], None] | None,
     progress: bool,
 ) -> list[float]:
     """Train what `prepare` returns for the first batch; the mean loss of every epoch.
 
-    `after_first` is called once, after the first step, whose gradients are still there. `resumed` is what an earlier
-    `save` was given; with it the run goes on after its last epoch. The caller keeps random states, freezes the teacher
-    and makes files of what `save` gets.
+    `first_forward` is around the first step's forward, `after_first` is called after that step, whose gradients are
+    still there. `resumed` is what an earlier `save` was given; with it the run goes on after its last epoch.
+    `rehearse`, called before the first step, gets of that what is there already. The caller keeps random states,
+    freezes the teacher and makes files of what `save` gets.
 
     Raises:
-        ReSegError: the loader is empty, a batch has another form, or the loss is not finite.
+        ReSegError: the loader is empty, a batch has another form, the loss or a weight is not finite, or the run cannot
+            go on from the file as it is to.
     """
+    if epochs is not None:
+        _check_equal_lengths(loader)
     history: list[float] = list(resumed["history"]) if resumed else []
     step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
     run: _Run | None = None
@@ -71,19 +86,21 @@ def fit(
                 sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
             total, seen = None, 0
             for batch in loader:
-                image, label = unpack_batch(batch)
-                image, label = plain_label(image, "an image"), plain_label(label)
-                if run is None:
-                    teacher = prepare(image)
-                    run = _Run(teacher, loss, optimizer, scheduler, amp, resumed)
-                check_image(image, label, run.teacher)
+                image, label = pair_of(batch, unpack)
+                teacher = prepare(image) if run is None else run.teacher
+                check_image(image, label, teacher)
                 if not history and step < CHECKED_STEPS:
-                    run.teacher.encoding.check_values(label)
-                value, valid = run.step(image, label)
+                    teacher.encoding.check_values(label)
+                if run is None:
+                    _settle_range(teacher, image, label, standardize_image)
+                    run = _Run(teacher, loss, optimizer, scheduler, amp, resumed, kept=save is not None)
+                    if rehearse is not None:
+                        rehearse(run.state())
+                value, valid = run.step(image, label, nullcontext() if recent else first_forward())
                 if not recent:
                     after_first()
                 if len(constants) < SAMPLED_BATCHES:
-                    constants.append(_pixels(image, valid, generator))
+                    constants.append(run.standardized(_pixels(image, valid, generator)))
                 total = value if total is None else total + value
                 recent.append(value)
                 seen, step = seen + 1, step + 1
@@ -97,6 +114,7 @@ def fit(
             history.append(_finite(total, seen, step))
             bar.set_postfix(loss=f"{history[-1]:.4f}")
             if save is not None:
+                run.teacher.check_finite(f"after {step} steps, although the loss before the last was finite")
                 save({**run.state(), "history": history, "step": step, "constants": constants, "rng": rng_state()})
     if history and constants:  # the last steps', for a pass may hold the whole training
         last = float(torch.stack([*recent]).mean()) if recent else history[-1]
@@ -115,9 +133,11 @@ class _Run:
         scheduler: Callable[[torch.optim.Optimizer], Any] | None,
         amp: torch.dtype | None,
         resumed: dict[str, Any] | None,
+        kept: bool,
     ) -> None:
         self.teacher, self.loss, self.amp = teacher, loss, amp
         self.device = teacher.reference.device
+        self.range = teacher.image_map and teacher.image_map.tensors(teacher.encoding.dims, self.device)
         self.module: nn.Module = teacher
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -134,25 +154,31 @@ class _Run:
             raise ReSegError(
                 "the optimizer holds no parameter of the teacher; give a function: optimizer=torch.optim.Adam"
             )
-        self.scheduler = scheduler(self.optimizer) if scheduler else None
+        mine = choices(self.optimizer, amp)
+        self.scheduler = None
+        if scheduler is not None:
+            self.scheduler = scheduler(self.optimizer)
+            check_schedule(self.scheduler, kept)
+        self.choices = {**mine, "schedule": schedule_choices(self.scheduler)} if kept else mine
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         if resumed:
-            if (self.scheduler is None) != (resumed["scheduler"] is None):
-                one, other = ("without", "with") if self.scheduler is None else ("with", "without")
-                raise ReSegError(f"stage 1 is to go on {one} scheduler=, its file was written {other}; give the same")
-            self.optimizer.load_state_dict(resumed["optimizer"])
-            self.scaler.load_state_dict(resumed["scaler"])
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(resumed["scheduler"])
+            changes = go_on(self.optimizer, self.scheduler, self.scaler, resumed, self.choices)
+            if changes and rank() == 0:
+                logger.warning(
+                    "stage 1 goes on with other choices than its file was written with, and yours of now win: %s",
+                    "; ".join(changes),
+                )
 
-    def step(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One step; the loss and the valid mask."""
+    def step(self, image: Tensor, label: Tensor, forward: AbstractContextManager[None]) -> tuple[Tensor, Tensor | None]:
+        """One step, whose forward is within `forward`; the loss and the valid mask."""
         image, label = (x.to(self.device, non_blocking=True) for x in (image, label))
         _, valid = self.teacher.encoding.encode(label)
+        target = self.standardized(image.to(torch.promote_types(image.dtype, torch.float32)))
         context = torch.autocast(self.device.type, dtype=self.amp) if self.amp else nullcontext()
         with torch.enable_grad(), context:
-            prediction = self.module(label)
-            value = self.loss(prediction, image.to(torch.promote_types(image.dtype, torch.float32)), valid)
+            with forward:
+                prediction = self.module(label)
+            value = self.loss(prediction, target, valid)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(value).backward()
         self.scaler.step(self.optimizer)
@@ -161,18 +187,50 @@ class _Run:
             self.scheduler.step()
         return value.detach(), valid
 
+    def standardized(self, image: Tensor) -> Tensor:
+        """An image (B, C, *spatial), or pixels (C, N), as the teacher is to paint it."""
+        if self.range is None:
+            return image
+        mean, std = self.range if image.ndim > 2 else (x.flatten(1).to(image.device) for x in self.range)
+        return (image - mean) / std
+
     def state(self) -> dict[str, Any]:
         return {
+            "choices": self.choices,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
         }
 
 
+def pair_of(batch: Any, unpack: Callable[[Any], Any] | None) -> tuple[Tensor, Tensor]:
+    """(image, label) of a loader's batch as plain tensors, by `unpack` or in one of the forms that are known.
+
+    Raises:
+        ReSegError: the form is another, or there is no tensor where one is expected.
+    """
+    if unpack is not None:
+        pair = unpack(batch)
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise ReSegError(f"batch= is a function from a batch to (image, label); it returned {type(pair).__name__}")
+    else:
+        try:
+            pair = unpack_batch(batch)
+        except ReSegError as error:
+            given = "lambda b: (b['image'], b['mask'])" if isinstance(batch, Mapping) else "lambda b: (b[0], b[1])"
+            raise ReSegError(
+                f"{error}. Of another form, give fit_recon(batch=...) a function to (image, label): batch={given}"
+            ) from error
+    image, label = pair
+    return plain_label(image, "an image"), plain_label(label)
+
+
 def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
     """Raise a ReSegError unless image and label fit each other and the teacher."""
     if not image.is_floating_point():
         raise ReSegError(f"the image has dtype {image.dtype}; the teacher reconstructs it, so make it float")
+    if image.numel() == 0:
+        raise ReSegError(f"the batch is empty: its image has shape {tuple(image.shape)}")
     if image.ndim != teacher.encoding.dims + 2:
         raise ReSegError(
             f"the image has shape {tuple(image.shape)}; expected (B, C, ...) with {teacher.encoding.dims} spatial axes"
@@ -189,17 +247,50 @@ def _finite(total: Tensor, seen: int, step: int) -> float:
     if not math.isfinite(mean):
         raise ReSegError(
             f"the reconstruction loss is {mean} by step {step}: check the images for NaN or infinite values, "
-            "scale them to about unit range, or lower the learning rate (optimizer=). This teacher is lost: build a "
-            "new wrapper"
+            "scale them to about unit range (standardize_image=True), or lower the learning rate (optimizer=). This "
+            "teacher is lost: build a new wrapper"
         )
     return mean
 
 
+def _check_equal_lengths(loader: Iterable[Any]) -> None:
+    """Raise a ReSegError, on every rank, if the ranks have passes of different lengths, as far as loaders tell."""
+    if world_size() == 1:
+        return
+    length: int | None = None
+    with suppress(TypeError):  # loaders of iterable data sets have none
+        length = len(loader)  # pyright: ignore[reportArgumentType]
+    lengths: list[int | None] = [None] * world_size()
+    dist.all_gather_object(lengths, length)
+    if len(set(lengths) - {None}) > 1:
+        raise ReSegError(
+            f"the loaders of the ranks have {lengths} batches, and a rank that is through with its own would be waited "
+            "for without end: give all the same number (DistributedSampler and drop_last=True), or say steps="
+        )
+
+
+def _settle_range(teacher: Teacher, image: Tensor, label: Tensor, standardize: bool) -> None:
+    """Give the teacher the map of the first batch, unless it has one, or say that images are far from unit range."""
+    _, valid = teacher.encoding.encode(label)
+    if standardize:
+        if teacher.image_map is None:
+            teacher.image_map = on_rank_0(lambda: ImageMap.of(image, valid))
+        return
+    teacher.image_map = None
+    level = far_from_unit(image, valid) if rank() == 0 else None
+    if level is not None:
+        message = (
+            f"the images are far from unit range: the root mean square of the first batch is {level:.4g}. Stage 1 "
+            "learns them as they are (eqs. 1-3), which takes long, and the teacher may learn nothing. Scale the images "
+            "to about unit range, or pass fit_recon(standardize_image=True) where the network does that itself"
+        )
+        logger.warning(message)
+        warnings.warn(message, stacklevel=4)
+
+
 def _pixels(image: Tensor, valid: Tensor | None, generator: torch.Generator) -> Tensor:
     """Some valid pixels of every channel, at random: at even distances they might all be in a margin."""
-    flat = image.movedim(1, 0).flatten(1)
-    if valid is not None:
-        flat = flat[:, (valid > 0).flatten().to(flat.device)]
+    flat = valid_pixels(image, valid)
     if flat.shape[1] > SAMPLED_PIXELS:
         index = torch.randint(flat.shape[1], (SAMPLED_PIXELS,), generator=generator, device="cpu")
         flat = flat[:, index.to(flat.device)]

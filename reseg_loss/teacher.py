@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from .errors import ReSegError
 from .hooks import drop_recorders
+from .image_range import ImageMap
 from .labels import LabelEncoding, plain_label
 from .outputs import select_output
 from .taps.dryrun import preserved_modes, preserved_rng
@@ -33,6 +34,10 @@ class Teacher(nn.Module):
         image_channels: channels of the image.
         output: path to the image-sized tensor in the body's output; None finds it (`select_output`).
         bounded: the body's output is one of an activation, and needs the convolution after it to be any image.
+
+    Attributes:
+        image_map: what stage 1 applied to the images before they were compared with what this paints; None is nothing.
+            `ReSegWrapper.reconstruct` undoes it, a call of the teacher does not.
     """
 
     def __init__(
@@ -58,6 +63,9 @@ class Teacher(nn.Module):
         self.after = nn.Identity() if same_out else conv(out_channels, image_channels, 1, **kwargs)
         # follows .to(), for a body without parameters
         self.register_buffer("_like", torch.zeros(0, **kwargs), persistent=False)
+        self.image_map: ImageMap | None = None
+        # masks of -inf and the like, which are no sign of a lost training
+        self._infinite_from_start = frozenset(_not_finite(self.named_buffers()))
 
     def forward(self, label: Any) -> Tensor:
         """(B, image channels, *spatial) from a label in any form that `LabelEncoding` takes."""
@@ -97,6 +105,21 @@ class Teacher(nn.Module):
             for held in (module._parameters, module._buffers):
                 yield from (tensor for tensor in held.values() if tensor is not None)
 
+    def check_finite(self, when: str) -> None:
+        """Raise a ReSegError if a parameter or buffer holds NaN or infinite values. It waits for the device.
+
+        Buffers that did when the teacher was built do not count. `when` is for the message.
+        """
+        names = _not_finite([*self.named_parameters(), *self.named_buffers()])
+        lost = [name for name in names if name not in self._infinite_from_start]
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise ReSegError(
+                f"{', '.join(lost[:3])}{more} of the teacher: NaN or infinite values {when}. Lower the learning rate "
+                "(optimizer=), or scale the images to about unit range (standardize_image=True). This teacher is lost, "
+                "and neither saved nor frozen: build a new wrapper"
+            )
+
     def freeze(self) -> Teacher:
         """Evaluation and no gradients from here on, whatever `train()` says. Returns self."""
         self.frozen = True
@@ -108,6 +131,22 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """As `nn.Module.train`, but a frozen teacher stays in evaluation, so its statistics cannot drift."""
         return super().train(mode and not self.frozen)
+
+
+def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those with NaN or infinite values; waits for each device once."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            # formats of 8 bits know few operators
+            tensor = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+            by_device.setdefault(tensor.device, []).append((name, tensor.isfinite().all()))
+    return [
+        name
+        for entries in by_device.values()
+        for (name, _), finite in zip(entries, torch.stack([finite for _, finite in entries]).tolist())
+        if not finite
+    ]
 
 
 def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Module:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,18 +16,19 @@ from . import recon
 from .checkpoint import (
     check_format,
     load_states,
+    plain_state,
     plan_from_dict,
     plan_to_dict,
-    read_checkpoint,
     same_taps,
-    write_atomically,
 )
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, unwrap
+from .files import Stage1File
+from .image_range import ImageMap
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight
 from .outputs import activation_of, dry_output, select_output
-from .processes import broadcast, rank
+from .processes import broadcast
 from .settings import AT_RUN_TIME, STAGE_1, Settings, settings_of
 from .taps import TapPlan, find_taps
 from .taps.dryrun import image_of, preserved_rng
@@ -163,6 +164,8 @@ class ReSegWrapper:
         optimizer: recon.OptimizerLike | None = None,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         amp: torch.dtype | None = None,
+        batch: Callable[[Any], Any] | None = None,
+        standardize_image: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> list[float]:
@@ -172,25 +175,38 @@ class ReSegWrapper:
         generator or persistent workers of its own goes on where stage 1 left it.
 
         Args:
-            loader: yields (image, label) or dicts with "image" and "label"; images float (B, C, *spatial).
+            loader: yields (image, label) or dicts with "image" and "label", or what `batch` takes; images float
+                (B, C, *spatial), at best of about unit range: where the root mean square of a channel of the first
+                batch is above 10, a warning and a log line say so.
             epochs: passes over the loader; give these or `steps`.
             steps: optimizer steps.
             optimizer: an optimizer of `teacher.parameters()`, or a function that makes one of parameters. Default
                 Adam with learning rate 1e-3.
-            scheduler: a function that makes a schedule of the optimizer; it advances every step.
+            scheduler: a function that makes a schedule of the optimizer; its `step()` is called after every step,
+                without arguments.
             amp: autocast dtype; float16 comes with loss scaling.
+            batch: a function from what the loader yields to (image, label), for batches of another form.
+            standardize_image: learn (image - mean) / std instead of the image: one map per channel, of the valid pixels
+                of the first batch (under torch.distributed rank 0's), which `reconstruct` undoes and states keep. For
+                networks that normalize inside. The losses that are returned are of the standardized images then.
             checkpoint: a file written after every epoch, from which a killed run continues. On CPU it continues to
                 the same bits if the loader draws from the global random states when it is iterated: shuffle=True
                 without a generator, workers that are not persistent. Under torch.distributed rank 0's states count.
+                Where hyperparameters, schedule or amp differ from the file's, those of this call win and a log line
+                names both. The file is tried before the first step and first written to another one in its folder,
+                named file.PROCESS-RANDOM.partial; such leftovers of killed runs are removed after an hour.
             progress: show a bar.
 
         Returns:
             The mean loss of every epoch.
 
         Raises:
-            ReSegError: the loss is not finite, a batch has a form or values that do not fit, the teacher is frozen,
-                this is inference mode, `checkpoint` is another file, or the output that the teacher is trained by does
-                not depend on all tapped modules.
+            ReSegError: the loss or a weight is not finite, a batch has a form or values that do not fit, the teacher is
+                frozen, this is inference mode, or the output that the teacher is trained by does not depend on all
+                tapped modules. `checkpoint` cannot be written or read, is another file, or is of a stage 1 with
+                another class of optimizer or other settings; or optimizer, schedule or model hold what could not be
+                read back from it. Passes are of different lengths under torch.distributed, with `epochs`.
+            TapError: a tapped module of a copy of the model runs without gradients (reentrant checkpointing).
         """
         if (epochs is None) == (steps is None):
             raise ReSegError("say how long to train: epochs= or steps=, one of them")
@@ -198,22 +214,28 @@ class ReSegWrapper:
             raise ReSegError(f"epochs={epochs}, steps={steps}; it must be at least 1")
         if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
             raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
+        if not (batch is None or callable(batch)):
+            raise ReSegError(f"batch= is a function from a batch to (image, label), got {type(batch).__name__}")
         if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
         if torch.is_inference_mode_enabled():
             raise ReSegError("stage 1 trains, which inference mode forbids: call fit_recon outside it")
-        resumed = read_checkpoint(checkpoint) if checkpoint is not None else None
+        file = Stage1File(checkpoint) if checkpoint is not None else None
+        resumed = file.read() if file is not None else None
+        done = 0
         if resumed is not None:
-            self._continue(resumed["wrapper"], str(checkpoint))
+            self._continue(resumed["wrapper"], resumed["taps"], str(checkpoint), standardize_image)
             done = len(resumed["history"]) if epochs is not None else resumed["step"]
-            if done >= (epochs or steps or 0):
-                logger.warning(
-                    "%s holds a finished stage 1 (%d %s): its teacher is used and this loader is not. If it is of "
-                    "other patients, name another file",
-                    checkpoint,
-                    done,
-                    "steps" if epochs is None else "epochs",
-                )
+        if done >= (epochs or steps or 0):
+            logger.warning(
+                "%s holds a finished stage 1 (%d %s): its teacher is used and this loader is not. If it is of "
+                "other patients, name another file",
+                checkpoint,
+                done,
+                "steps" if epochs is None else "epochs",
+            )
+        elif file is not None:
+            file.check()
 
         def prepare(image: Tensor) -> Teacher:
             like = next((p for p in self._model.parameters() if p.is_floating_point()), image)
@@ -222,14 +244,14 @@ class ReSegWrapper:
             self.teacher.to(like.device)  # the model may have moved since
             return self.teacher.train()
 
-        def save(state: dict[str, Any]) -> None:
-            if checkpoint is not None and rank() == 0:
-                write_atomically({"wrapper": self.state_dict(), **state}, checkpoint)
+        def with_wrapper(use: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+            return lambda state: use({"wrapper": self.state_dict(), "taps": self._named, **state})
 
         with preserved_rng():
             history = recon.fit(
                 loader,
                 prepare,
+                self._gradients_wanted,
                 self._check_reached,
                 self.recon_loss,
                 epochs=epochs,
@@ -237,12 +259,32 @@ class ReSegWrapper:
                 optimizer=optimizer,
                 scheduler=scheduler,
                 amp=amp,
+                unpack=batch,
+                standardize_image=standardize_image,
                 resumed=resumed,
-                save=save,
+                rehearse=with_wrapper(file.rehearse) if file is not None else None,
+                save=with_wrapper(file.write) if file is not None else None,
                 progress=progress,
             )
         self.freeze_teacher()
         return history
+
+    @contextmanager
+    def _gradients_wanted(self) -> Iterator[None]:
+        """Around a forward of a teacher that copies the model: raise a TapError if the copy's taps have no gradients.
+
+        Then the model's would have none in stage 2 either. A teacher of the user's needs none there.
+        """
+        extractor = self._known().targets.extractor
+        if self._own_teacher is not None:
+            yield
+            return
+        extractor.enabled = True
+        try:
+            yield
+            extractor.take()
+        finally:
+            extractor.enabled = False
 
     def _check_reached(self) -> None:
         """Raise a ReSegError if the gradients of the reconstruction are None in a whole tapped module.
@@ -267,14 +309,22 @@ class ReSegWrapper:
         """End stage 1 after a loop of your own, or keep an untrained teacher as a control.
 
         Under torch.distributed every rank gets rank 0's teacher.
+
+        Raises:
+            ReSegError: a weight or a buffer of the teacher is not finite.
         """
         broadcast(self.teacher)
+        self.teacher.check_finite("at the end of stage 1")
         self.teacher.freeze()
 
     def reconstruct(self, label: Any) -> Tensor:
-        """The image that the teacher makes of a label map, (B, image channels, *spatial), in evaluation."""
+        """The image that the teacher makes of a label map, (B, image channels, *spatial), in evaluation.
+
+        It is in the images' own units, also where stage 1 standardized them.
+        """
         with evaluating(self.teacher):
-            return self.teacher(label)
+            image = self.teacher(label)
+            return image if self.teacher.image_map is None else self.teacher.image_map.undo(image)
 
     # --- stage 2
 
@@ -328,7 +378,10 @@ class ReSegWrapper:
     # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Teacher, counters, settings and taps: tensors and plain Python values only."""
+        """Teacher, counters, settings and taps: tensors and plain Python values only.
+
+        So are NumPy's numbers and arrays that a model's `get_extra_state` gives; other objects of it stay as they are.
+        """
         state: dict[str, Any] = {
             "format": FORMAT,
             "settings": {**self.settings.to_dict(), "weight": self._weight},
@@ -347,7 +400,8 @@ class ReSegWrapper:
                 "out_channels": teacher.out_channels,
                 "num_classes": teacher.encoding.num_classes,
                 "dims": teacher.encoding.dims,
-                "teacher": dict(teacher.state_dict()),
+                "image_map": None if teacher.image_map is None else asdict(teacher.image_map),
+                "teacher": plain_state(dict(teacher.state_dict())),
             }
         return state
 
@@ -374,13 +428,28 @@ class ReSegWrapper:
 
     # --- inside
 
-    def _continue(self, state: Mapping[str, Any], file: str) -> None:
-        """The teacher of an unfinished stage 1, under the settings of this wrapper."""
+    def _continue(self, state: Mapping[str, Any], named: Any, file: str, standardize_image: bool) -> None:
+        """The teacher of an unfinished stage 1, whose taps were `named`, under the settings of this wrapper."""
+        check_format(state, FORMAT)
         saved, mine = state["settings"], self.settings.to_dict()
         other = [f"{name}={saved[name]!r}, here {mine[name]!r}" for name in STAGE_1 if saved[name] != mine[name]]
+        standardized = state["parts"]["image_map"] is not None
+        if standardized != standardize_image:
+            other.append(f"standardize_image={standardized}, here {standardize_image}")
+        if self._parts is None:
+            other_taps = named != self._named
+        else:
+            other_taps = not same_taps(self.extractor.plan, plan_from_dict(state["parts"]["taps"]))
+        if other_taps:
+            other.append("other taps than here (print reseg.extractor to see these)")
         if other:
             raise ReSegError(f"{file} is of a stage 1 with {'; '.join(other)}. Name another file, or remove it")
         self._restore(state["parts"], self.settings)
+
+    @property
+    def _named(self) -> dict[str, list[str]]:
+        """The taps that were named, as strings; the same in a run that goes on, before the others are found."""
+        return {kind: [str(tap) for tap in taps] for kind, taps in parse_taps(self._taps).items()}
 
     def _restore(self, state: Mapping[str, Any] | None, settings: Settings) -> None:
         # as dicts: a checkpoint has lists where the user may have written tuples
@@ -405,6 +474,8 @@ class ReSegWrapper:
                 teacher = self._make_teacher(encoding, settings, *channels, bounded)
                 parts = self._assemble(plan, teacher, teacher_plan, settings)
             load_states((parts.teacher, state["teacher"]))
+            image_map = state["image_map"]
+            parts.teacher.image_map = image_map and ImageMap(tuple(image_map["mean"]), tuple(image_map["std"]))
         if self._parts is not None and self._parts is not parts:
             self._parts.student.remove()
             self._parts.targets.remove()
@@ -428,7 +499,17 @@ class ReSegWrapper:
                     "label), pass the image alone; if the model takes more, its copy would need that beside the label: "
                     "pass a teacher= that takes the label alone"
                 )
-        plan = find_taps(self._model, example_input, taps=self._taps, levels=s.levels, encoder=s.encoder)
+        try:
+            plan = find_taps(self._model, example_input, taps=self._taps, levels=s.levels, encoder=s.encoder)
+        except RuntimeError as error:
+            weights = {p.dtype for p in self._model.parameters() if p.is_floating_point()}
+            if weights and image.dtype not in weights:
+                raise ReSegError(
+                    f"the model does not run: the image is {image.dtype}, the weights are "
+                    f"{', '.join(map(str, weights))} ({str(error).splitlines()[0]}). Convert the images, by "
+                    "image.float() for instance, or the model"
+                ) from error
+            raise
         output = select_output(dry_output(self._model, example_input), shape[0], spatial, s.output_path)
         classes, bounded = output.shape[1], activation_of(output) is not None
         encoding = LabelEncoding(s.label_input, classes, len(spatial), s.ignore_index)

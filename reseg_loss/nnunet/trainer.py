@@ -11,7 +11,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from ..wrapper import ReSegWrapper
 
 IGNORED = 255  # where regions have an ignore label
