@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as RF
-from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
+from .checkpoint import (
+    PLAN,
+    check_state,
+    load_states,
+    plan_from_dict,
+    plan_to_dict,
+    refuse_other_channels,
+    same_taps,
+)
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
@@ -23,6 +31,18 @@ from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
 
 FORMAT = 1  # of the state_dict
+ENTRIES = {
+    "num_classes": int,
+    "sides": str,
+    "weights": [float],
+    "decay_calls": (int, None),
+    "soft": bool,
+    "ignore_index": (int, None),
+    "weight": float,
+    "calls": int,
+    "taps": PLAN,
+    "heads": dict,
+}
 SIDE_WEIGHT = 0.1  # of a head on an encoder feature or the bottleneck (sides="all")
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -70,11 +90,8 @@ class DeepSupervision:
         soft: bool = False,
         ignore_index: int | None = None,
     ) -> None:
-        if sides not in ("decoder", "all"):
-            raise ReSegError(f"sides={sides!r}; it is 'decoder' or 'all'")
+        _check_settings(sides, num_classes, decay_calls)
         parse_taps(taps)  # refuses what is no tap now, not later
-        if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
-            raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
         self._model = unwrap(model)
         self.num_classes, self.sides, self.decay_calls = plain(num_classes), sides, plain(decay_calls)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
@@ -176,6 +193,7 @@ class DeepSupervision:
     def state_dict(self) -> dict[str, Any]:
         """Heads, taps, counters and settings: tensors and plain Python values only."""
         return {
+            "kind": "DeepSupervision",
             "format": FORMAT,
             "num_classes": self.num_classes,
             "sides": self.sides,
@@ -194,27 +212,37 @@ class DeepSupervision:
         """Restore what `state_dict` gave, settings included; needs no example.
 
         Raises:
-            ReSegError: the state is of another format or model, or of another number of classes. All is then as it
-                was.
-            TapError: the model has not the taps of the state.
+            ReSegError: the state is of another kind, format or model, or of another number of classes, or not whole.
+                All is then as it was.
+            TapError: the model has not the taps of the state. All is then as it was, too.
         """
-        check_format(state, FORMAT)
+        check_state(state, "DeepSupervision", FORMAT, ENTRIES)
+        _check_settings(state["sides"], state["num_classes"], state["decay_calls"])
         if state["num_classes"] != self.num_classes:
             raise ReSegError(f"this state is for {state['num_classes']} classes, not {self.num_classes}")
         plan = plan_from_dict(state["taps"])
-        weights = state["weights"]
+        weight, *weights = (check_weight("weights", w) for w in (state["weight"], *state["weights"]))
+        if len(weights) != len(plan.selected):
+            raise ReSegError(f"this state has {len(weights)} weights for {len(plan.selected)} levels; it is not whole")
         extractor, heads = self._extractor, self._heads
+        if extractor is not None:
+            refuse_other_channels(extractor.plan, plan)
         # rebuilt only where it differs: optimizers hold the heads, compiled models their hooks
         if extractor is None or self.sides != state["sides"] or not same_taps(extractor.plan, plan):
             extractor, heads = self._make(plan, state["sides"], weights)
         assert heads is not None
-        load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
+        try:
+            load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
+        except ReSegError:
+            if extractor is not self._extractor:
+                extractor.remove()
+            raise
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
         self._extractor, self._heads = extractor, heads
         self.sides, self.level_weights, self.decay_calls = state["sides"], weights, state["decay_calls"]
         self.soft, self.ignore_index = state["soft"], state["ignore_index"]
-        self._weight, self._calls, self._labels_checked = state["weight"], state["calls"], False
+        self._weight, self._calls, self._labels_checked = weight, state["calls"], False
         self._arm()
 
     def _make(
@@ -300,6 +328,13 @@ class _Heads(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: head(features[name]) for name, head in self.heads.items()}
+
+
+def _check_settings(sides: str, num_classes: int, decay_calls: int | None) -> None:
+    if sides not in ("decoder", "all"):
+        raise ReSegError(f"sides={sides!r}; it is 'decoder' or 'all'")
+    if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
+        raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
 
 
 def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import check_format, load_states
+from .checkpoint import check_state, load_states
 from .errors import ReSegError
 from .features import unwrap
 from .labels import unwrapped
@@ -26,6 +26,17 @@ from .taps.dryrun import refuse_lazy
 from .teacher import copy_model, is_sharded
 
 FORMAT = 1  # of the state_dict
+ENTRIES = {
+    "ramp_calls": (int, None),
+    "ignore_index": int,
+    "threshold": float,
+    "decay": float,
+    "output": ([(int, str)], None),
+    "weight": float,
+    "calls": int,
+    "started": bool,
+    "average": dict,
+}
 FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
 # before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
 BROADCASTS_TWICE = torch.__version__ >= "2.13"
@@ -173,10 +184,7 @@ class CutMixConsistency:
         perturb: Callable[[Tensor], Tensor] | None = random_intensities,
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
-        if ramp_calls is not None and ramp_calls < 1:
-            raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
-        if not 0 <= threshold <= 1 or not 0 <= decay < 1:
-            raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
+        _check_settings(ramp_calls, threshold, decay)
         if not isinstance(ignore_index, Integral):
             raise ReSegError(f"ignore_index={ignore_index!r}; it is a label value that is no class, 255 for instance")
         self._forward, self._model = model, unwrap(model)
@@ -349,6 +357,7 @@ class CutMixConsistency:
         Random numbers are torch's: save its states beside, as for dropout.
         """
         return {
+            "kind": "CutMixConsistency",
             "format": FORMAT,
             "ramp_calls": self.ramp_calls,
             "ignore_index": self.ignore_index,
@@ -365,13 +374,16 @@ class CutMixConsistency:
         """Restore what `state_dict` gave, settings included.
 
         Raises:
-            ReSegError: the state is of another format or model. All is then as it was.
+            ReSegError: the state is of another kind, format or model, or not whole. All is then as it was.
         """
-        check_format(state, FORMAT)
+        check_state(state, "CutMixConsistency", FORMAT, ENTRIES)
+        _check_settings(state["ramp_calls"], state["threshold"], state["decay"])
+        weight = check_weight("weight", state["weight"])
         load_states((self._average, state["average"]))
         self.ramp_calls, self.ignore_index = state["ramp_calls"], state["ignore_index"]
         self.threshold, self.decay, self.output = state["threshold"], state["decay"], as_path(state["output"])
-        self._weight, self._calls, self._started = state["weight"], state["calls"], state["started"]
+        self._weight, self._calls, self._started = weight, state["calls"], state["started"]
+        self._ignoring = False  # the task loss was asked about another ignore_index
 
     def _predict(self, images: Tensor) -> Tensor:
         """The mean teacher's pseudo-label."""
@@ -450,6 +462,13 @@ class CutMixConsistency:
         mine, theirs = (next(m.parameters(), None) for m in (self._average, self._model))
         if mine is not None and theirs is not None and mine.device != theirs.device:
             self._average.to(theirs.device)
+
+
+def _check_settings(ramp_calls: int | None, threshold: float, decay: float) -> None:
+    if ramp_calls is not None and ramp_calls < 1:
+        raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
+    if not 0 <= threshold <= 1 or not 0 <= decay < 1:
+        raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
 
 
 def _copy(model: nn.Module) -> nn.Module:

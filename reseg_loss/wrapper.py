@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from . import recon, sparse
 from .checkpoint import (
-    check_format,
+    PLAN,
+    check_state,
     load_states,
     plan_from_dict,
     plan_to_dict,
     read_checkpoint,
+    refuse_other_channels,
     same_taps,
     write_atomically,
 )
@@ -39,6 +41,30 @@ from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refu
 logger = logging.getLogger("reseg_loss")
 
 FORMAT = 1  # of the state_dict
+ENTRIES = {
+    "settings": {
+        **{field.name: object for field in fields(Settings)},  # which checks its choices itself
+        **{"weight": float, "divisor": float, "seed": int, "ignore_index": (int, None)},
+        **{"output": ([(int, str)], int, str, None), "levels": ([(int, [int])], None)},
+    },
+    "calls": int,
+    "ready": bool,
+    "parts": (
+        {
+            "taps": PLAN,
+            "teacher_taps": PLAN,
+            "own_teacher": bool,
+            "image_channels": int,
+            "in_channels": int,
+            "out_channels": int,
+            "num_classes": int,
+            "dims": int,
+            "teacher": dict,
+            "projection": dict,
+        },
+        None,
+    ),
+}
 
 
 @dataclass
@@ -49,6 +75,11 @@ class _Parts:
     teacher: Teacher
     targets: Targets
     loss: CrossAlignmentLoss
+
+    def remove(self) -> None:
+        """Take the hooks off student and teacher."""
+        self.student.remove()
+        self.targets.remove()
 
 
 class ReSegWrapper:
@@ -334,8 +365,7 @@ class ReSegWrapper:
     def remove(self) -> None:
         """Take all hooks off. The model is as it was; the wrapper cannot align any more."""
         if self._parts is not None:
-            self._parts.student.remove()
-            self._parts.targets.remove()
+            self._parts.remove()
         self._removed = True
 
     # --- checkpoints
@@ -343,6 +373,7 @@ class ReSegWrapper:
     def state_dict(self) -> dict[str, Any]:
         """Teacher, projection, counters, settings and taps: tensors and plain Python values only."""
         state: dict[str, Any] = {
+            "kind": "ReSegWrapper",
             "format": FORMAT,
             "settings": {**self.settings.to_dict(), "weight": self._weight},
             "calls": self._calls,
@@ -371,15 +402,18 @@ class ReSegWrapper:
         It needs neither an example nor `fit_recon`. A teacher that was saved before the end of stage 1 is not frozen.
 
         Raises:
-            ReSegError: the state is of another format or model, or of a wrapper with a teacher of its own that is not
-                here. The wrapper is then as it was.
-            TapError: the model has not the taps of the state.
+            ReSegError: the state is of another kind, format or model, or not whole, or of a wrapper with a teacher of
+                its own that is not here. The wrapper is then as it was.
+            TapError: the model has not the taps of the state. The wrapper is then as it was, too.
         """
-        check_format(state, FORMAT)
-        ready = state.get("ready", True)
+        check_state(state, "ReSegWrapper", FORMAT, ENTRIES)
+        ready, settings = state["ready"], Settings(**state["settings"])
+        check_weight("weight", settings.weight)
+        if ready and state["parts"] is None:
+            raise ReSegError("this state says that stage 1 is over, but has no teacher; it is not whole")
         if self.ready and state["parts"] is not None and not ready:
             raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
-        self._restore(state["parts"], Settings(**state["settings"]))
+        self._restore(state["parts"], settings)
         self._calls = state["calls"]
         self._labels_checked = False  # its settings may say otherwise what a label is
         self.weight = self.settings.weight
@@ -390,6 +424,7 @@ class ReSegWrapper:
 
     def _continue(self, state: Mapping[str, Any], file: str) -> None:
         """The teacher of an unfinished stage 1, under the settings of this wrapper."""
+        check_state(state, "ReSegWrapper", FORMAT, ENTRIES)
         saved, mine = state["settings"], self.settings.to_dict()
         other = [f"{name}={saved[name]!r}, here {mine[name]!r}" for name in STAGE_1 if saved[name] != mine[name]]
         if other:
@@ -401,12 +436,16 @@ class ReSegWrapper:
         saved, mine = settings.to_dict(), self.settings.to_dict()
         same = all(saved[name] == mine[name] for name in saved if name not in AT_RUN_TIME)
         parts = self._parts if same else None
+        recon_loss = ReconLoss(settings.alpha, settings.beta)
+        _alignment(replace(settings, projection=None), {})  # as when a wrapper is built
         if state is not None:
             if state["own_teacher"] != (self._own_teacher is not None):
                 raise ReSegError(
                     "a state with a teacher of your own needs the same module, teacher=, and no other does"
                 )
             plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
+            if self._parts is not None:
+                refuse_other_channels(self._parts.student.plan, plan)
             # rebuilt only where it differs: optimizers hold the projection, compiled models their hooks
             if parts is None or not (
                 same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
@@ -419,12 +458,15 @@ class ReSegWrapper:
                 teacher = self._make_teacher(encoding, settings, *channels, bounded)
                 parts = self._assemble(plan, teacher, teacher_plan, settings)
             projection = [] if parts.loss.projection is None else [(_projection(parts), state["projection"])]
-            load_states((parts.teacher, state["teacher"]), *projection)
+            try:
+                load_states((parts.teacher, state["teacher"]), *projection)
+            except ReSegError:
+                if parts is not self._parts:
+                    parts.remove()
+                raise
         if self._parts is not None and self._parts is not parts:
-            self._parts.student.remove()
-            self._parts.targets.remove()
-        self._parts, self.settings = parts, settings
-        self.recon_loss = ReconLoss(settings.alpha, settings.beta)
+            self._parts.remove()
+        self._parts, self.settings, self.recon_loss = parts, settings, recon_loss
 
     def _build(self, example_input: Any) -> _Parts:
         """Find taps and make the teacher from an example, in dry forwards that leave no trace."""
