@@ -19,7 +19,6 @@ from .errors import ReSegError
 from .processes import rank, world_size
 from .taps import Level, Tap, TapPlan
 
-
 _TAP = {"tap": str, "channels": int, "layout": str, "spatial": [int], "stride": [int], "mutated": bool}
 # what `plan_to_dict` writes down, for `check_state`
 PLAN = {"levels": [{"encoder": _TAP, "decoder": _TAP, "selected": bool}], "bottleneck": _TAP}
@@ -51,7 +50,7 @@ def same_taps(a: TapPlan, b: TapPlan) -> bool:
 
 
 def refuse_other_channels(mine: TapPlan, theirs: TapPlan) -> None:
-    """Raise a ReSegError where the taps of two plans are named alike and have other channels: they are of two models."""
+    """Raise a ReSegError where the taps of two plans have one name and other channels: they are of two models."""
     here = {str(tap): tap.channels for tap in _taps(mine)}
     for tap in _taps(theirs):
         if here.get(str(tap), tap.channels) != tap.channels:
@@ -98,15 +97,16 @@ def _check_entry(value: Any, wanted: Any, where: str) -> None:
             for i, element in enumerate(value):
                 _check_entry(element, each[0], f"element {i} of {where}")
             return
-        kinds = (int, float) if each is float else each  # a file of another program may hold 1 for 1.0
-        if value is None if each is None else isinstance(each, type) and isinstance(value, kinds):
-            if not isinstance(value, bool) or each in (bool, object):
-                return
-    names = [each.__name__ if isinstance(each, type) else _FORMS.get(type(each), "None") for each in allowed]
+        if each is None:
+            fits = value is None
+        else:
+            kinds = (int, float) if each is float else each  # a file of another program may hold 1 for 1.0
+            is_bool = isinstance(value, bool)  # an int, to Python
+            fits = isinstance(each, type) and isinstance(value, kinds) and (not is_bool or each in (bool, object))
+        if fits:
+            return
+    names = ["None" if x is None else (x if isinstance(x, type) else type(x)).__name__ for x in allowed]
     raise ReSegError(f"{where} is {_shown(value)}, not {' or '.join(names)}")
-
-
-_FORMS = {dict: "dict", list: "list"}
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ from .checkpoint import restore_rng, rng_state
 from .errors import ReSegError
 from .labels import plain_label, unpack_batch
 from .losses import ReconLoss
-from .processes import rank, world_size
+from .processes import in_step, rank, world_size
 from .teacher import Teacher
 
 READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device
@@ -70,7 +70,7 @@ def fit(
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
             total, seen = None, 0
-            for batch in loader:
+            for batch in in_step(loader) if steps is None else loader:
                 image, label = unpack_batch(batch)
                 image, label = plain_label(image, "an image"), plain_label(label)
                 if run is None:

@@ -19,7 +19,7 @@ from .checkpoint import (
     refuse_other_channels,
     same_taps,
 )
-from .companion import UnmovedWarning, distributed, undistributed
+from .companion import UnmovedWarning, distributed, refuse_join, undistributed
 from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
@@ -293,6 +293,7 @@ class DeepSupervision:
             inputs["bottleneck"] = features.bottleneck
         for level, x in zip(self.extractor.plan.selected, features.decoder):
             _check_covers(level.stride, x.shape[2:], image[2:])
+        refuse_join(self._model, "the heads of deep supervision are reduced beside it")
         self._heads = distributed(self._heads, device)
         self._unmoved.check(self._heads.parameters())
         enabled, dtype = recorded.autocast

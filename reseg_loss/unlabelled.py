@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import check_state, load_states
+from .companion import refuse_join
 from .errors import ReSegError
 from .features import unwrap
 from .labels import unwrapped
@@ -281,6 +282,8 @@ class CutMixConsistency:
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
         _refuse_broadcast(forward)
+        if _uncompiled(forward) is not self._model:  # which alone is not reduced at each forward
+            refuse_join(self._model, "two forwards a step are one too many")
         self._start()
         label = self._predict(images)
         mixed, label = self._exchanged(images, label)
@@ -524,10 +527,15 @@ def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         )
 
 
-def _refuse_broadcast(forward: Any) -> None:
-    """Raise a ReSegError for a DistributedDataParallel after whose second forward the first's backward fails."""
+def _uncompiled(forward: Any) -> Any:
     while isinstance(getattr(forward, "_orig_mod", None), nn.Module):
         forward = forward._orig_mod
+    return forward
+
+
+def _refuse_broadcast(forward: Any) -> None:
+    """Raise a ReSegError for a DistributedDataParallel after whose second forward the first's backward fails."""
+    forward = _uncompiled(forward)
     if BROADCASTS_TWICE or not isinstance(forward, DistributedDataParallel):
         return
     if forward.will_sync_module_buffers():

@@ -24,7 +24,7 @@ from .checkpoint import (
     same_taps,
     write_atomically,
 )
-from .companion import UnmovedWarning, distributed, undistributed
+from .companion import UnmovedWarning, distributed, refuse_join, undistributed
 from .errors import ReSegError, TapError
 from .features import FeatureExtractor, unwrap
 from .labels import LabelEncoding, plain_label
@@ -578,6 +578,7 @@ class ReSegWrapper:
                 features, label = sparse.take(features, index), label.index_select(0, index)
         targets, valid = parts.targets(label, recorded.autocast, settings)
         if loss.projection is not None:
+            refuse_join(self._model, "the projection is reduced beside it (projection=None has nothing to reduce)")
             loss.projection = distributed(loss.projection, device)
             self._unmoved.check(loss.projection.parameters())
         terms = loss(features, targets, valid, components=True)
