@@ -22,6 +22,7 @@ from .checkpoint import (
 from .companion import UnmovedWarning, distributed, refuse_join, undistributed
 from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
+from .inputs import OF_IMAGES, OF_MODEL, readable, refuse_not_finite, value_of
 from .labels import LabelEncoding, plain_label
 from .losses import check_weight
 from .outputs import refuse_probabilities, trained_activation
@@ -54,6 +55,14 @@ class DeepSupervision:
     It is no nn.Module: the model's parameters and state_dict keys stay as they are. Train `parameters()` beside the
     model's, add `loss(label, task_loss)` to your loss, and drop it all with `remove()`. It works beside
     `ReSegWrapper` on the same model, and records by the same rules (`FeatureExtractor`).
+
+    It adds about as much as the task loss for every level, so that with three the loss is some four times as large:
+
+    - The model's gradients grow with it. Adam and its kin divide that out; SGD takes larger steps, so that a learning
+      rate tuned without may be too large. `weight` makes it less.
+    - If you clip gradients, clip the heads' with the model's: `clip_grad_norm_([*model.parameters(),
+      *ds.parameters()], ...)`. The norm is a larger one than before, so the same limit clips more.
+    - The total can't be compared with that of runs without. Log the task loss by itself, and `stats()` beside it.
 
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
@@ -99,11 +108,13 @@ class DeepSupervision:
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
         self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False
+        self._last: dict[str, Tensor | float] = {}
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
             activation = trained_activation(self._model, example_input)
-            refuse_probabilities(activation, "your task loss takes probabilities, while the heads give logits")
+            what = "your task loss takes probabilities, while the heads give logits"
+            refuse_probabilities(activation, what, self._model)
             self._extractor, self._heads = self._make(plan, sides, self.level_weights)
 
     @property
@@ -183,6 +194,16 @@ class DeepSupervision:
     def record(self) -> AbstractContextManager[None]:
         """Mark the forward that the next `loss` is for, in loops with several forwards a step."""
         return self.extractor.record() if self._extractor is not None else nullcontext()
+
+    def stats(self) -> dict[str, float]:
+        """The last call's values for a log: each head's task loss, "loss" and "weight".
+
+        "decoder_1" is the task loss of a head, "weighted/decoder_1" its part in what `loss` returned. "loss" is the sum
+        over heads by their weights, times "weight" (`factor()`) what was returned. A call at weight 0 leaves "weight"
+        alone. With `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading them
+        waits for the device.
+        """
+        return {name: float(value) for name, value in self._last.items()}
 
     def remove(self) -> None:
         """Take all hooks off; the model is as it was."""
@@ -276,6 +297,7 @@ class DeepSupervision:
             raise ReSegError("the model is in evaluation; deep supervision is for training steps, call model.train()")
         factor = self.factor()
         if factor == 0:
+            self._last = {"weight": 0.0}
             return torch.zeros((), device=label.device, requires_grad=True)
         recorded = self.extractor.take()
         assert self._heads is not None
@@ -284,9 +306,9 @@ class DeepSupervision:
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
         encoding.check_shape(label, image)
-        if self.soft and not self._labels_checked:  # else they are the task loss's affair
+        first = not self._labels_checked
+        if self.soft and readable(device, first):  # else they are the task loss's affair
             encoding.check_values(label)
-            self._labels_checked = True
         sides = {"decoder": features.decoder, "encoder": features.encoder}
         inputs = {f"{side}_{i + 1}": x for side, xs in sides.items() for i, x in enumerate(xs)}
         if self.sides == "all":
@@ -300,7 +322,7 @@ class DeepSupervision:
         with torch.autocast(device.type, dtype=dtype, enabled=enabled):
             logits = self._heads(inputs)
         encoded, valid = encoding.encode(label) if self.soft else (None, None)
-        total = torch.zeros((), device=device)
+        values: dict[str, Tensor] = {}
         for name, x in logits.items():
             size = x.shape[2:]
             target = _nearest(label, size) if encoded is None else _fractions(encoded, valid, size)
@@ -308,12 +330,17 @@ class DeepSupervision:
             if self.ignore_index is not None and encoded is None:
                 counts = (target != self.ignore_index).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
-            value = task_loss(x, target)
-            if not isinstance(value, Tensor) or value.ndim:
-                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ReSegError(f"task_loss gave {what}, and a scalar is needed")
-            total = total + self.weight_of(name) * (value if counts is None else value * counts)
-        self._calls += 1
+            value = value_of(task_loss, x, target, f"the head {name}")
+            values[name] = value if counts is None else value * counts
+            made_of = {OF_IMAGES: [recorded.image], OF_MODEL: [inputs[name]], f"the head {name} is not finite": [x]}
+            refuse_not_finite(value, made_of, _of_task_loss(name, self.ignore_index), first=first)
+        total = torch.zeros((), device=device)
+        for name, value in values.items():
+            total = total + self.weight_of(name) * value
+        self._last = {name: value.detach() for name, value in values.items()}
+        self._last |= {f"weighted/{name}": factor * self.weight_of(name) * value for name, value in self._last.items()}
+        self._last |= {"loss": total.detach(), "weight": factor}
+        self._calls, self._labels_checked = self._calls + 1, True
         if self.decay_calls is not None:
             self._arm()
         return factor * total
@@ -336,6 +363,14 @@ def _check_settings(sides: str, num_classes: int, decay_calls: int | None) -> No
         raise ReSegError(f"sides={sides!r}; it is 'decoder' or 'all'")
     if num_classes < 1 or (decay_calls is not None and decay_calls < 1):
         raise ReSegError(f"num_classes={num_classes}, decay_calls={decay_calls}; they must be at least 1")
+
+
+def _of_task_loss(name: str, ignore_index: int | None) -> str:
+    hint = "" if ignore_index is not None else ", and ignore_index= of DeepSupervision leaves such a level out"
+    return (
+        f"task_loss is NaN or infinite for the head {name}, whose logits are finite. Most losses are where every pixel "
+        f"of the label is one that they ignore{hint}; or the label itself is not finite"
+    )
 
 
 def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:

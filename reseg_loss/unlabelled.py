@@ -17,6 +17,7 @@ from .checkpoint import check_state, load_states
 from .companion import refuse_join
 from .errors import ReSegError
 from .features import unwrap
+from .inputs import OF_IMAGES, OF_MODEL, refuse_not_finite, value_of
 from .labels import unwrapped
 from .losses import check_weight
 from .outputs import activation_of, refuse_probabilities, select_output
@@ -252,7 +253,8 @@ class CutMixConsistency:
             images: (B, C, *spatial), float, on the model's device, at least 2. Of a list, element 0.
             task_loss: your loss of logits (B, classes, *spatial) and a label (B, *spatial), int64, with
                 `ignore_index`; of a model with one channel (B, 1, *spatial), 0 or 1. Where no pixel is sure it gets a
-                label of zeros, and its value does not count.
+                label of zeros, and its value does not count. It need not be the loss of the labelled images: where
+                that one cannot leave a label value out (many Dice losses), nn.CrossEntropyLoss(ignore_index=...) does.
             weight: instead of `factor()`. In a step that is captured as a CUDA graph, a tensor, since Python's ramp
                 would stand still.
             forward: runs the model on the images instead of the `model` that this was made with: a wrapper of it that
@@ -262,16 +264,20 @@ class CutMixConsistency:
             A scalar to add to your loss. At weight 0 a zero on which backward works.
 
         Raises:
-            ReSegError: the images are not such a batch, or fail in the model; the model is in evaluation; its output
-                has no logits; `task_loss` does not leave `ignore_index` out; `deep` has another one, or a labelled
-                forward that waits for its loss; or DistributedDataParallel copies buffers where torch cannot do it
-                twice a step.
+            ReSegError: the images are not such a batch, are not finite, or fail in the model; gradients are off, or the
+                model is in evaluation; its output has no logits; `task_loss` fails, or does not leave `ignore_index`
+                out; `deep` has another one, or a labelled forward that waits for its loss; DistributedDataParallel
+                copies buffers where torch cannot do it twice a step, or is in a join() context.
             TapError: a tap of `deep` did not fire.
         """
         images = _plain_images(images)
         forward = self._forward if forward is None else forward
+        if not torch.is_grad_enabled():
+            raise ReSegError("gradients are off (torch.no_grad or inference mode); this loss is for training steps")
         if not self._model.training:
             raise ReSegError("the model is in evaluation; this loss is for training steps, call model.train()")
+        if weight is not None and not isinstance(weight, Tensor):
+            check_weight("weight", weight)
         factor = self.factor() if weight is None else weight
         if not isinstance(factor, Tensor) and factor == 0:
             return torch.zeros((), device=images.device, requires_grad=True)
@@ -282,7 +288,7 @@ class CutMixConsistency:
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
         _refuse_broadcast(forward)
-        if _uncompiled(forward) is not self._model:  # which alone is not reduced at each forward
+        if _plain(forward) is not self._model:  # which alone is not reduced at each forward
             refuse_join(self._model, "two forwards a step are one too many")
         self._start()
         label = self._predict(images)
@@ -292,16 +298,24 @@ class CutMixConsistency:
         with self.deep.record() if self.deep is not None else nullcontext():
             output = forward(mixed)
             logits = select_output(output, len(mixed), tuple(mixed.shape[2:]), self.output)
+            made_of = {
+                f"unlabelled {OF_IMAGES}": [images],
+                "perturb= gave NaN or infinite values for images that are finite": [mixed],
+                OF_MODEL: [logits],
+            }
+            refuse_not_finite(logits, made_of, first=not self._ignoring)
             if not self._ignoring:
                 what = "pseudo-labels are taken from logits (output= names others that it returns)"
-                refuse_probabilities(activation_of(logits), what)
+                refuse_probabilities(activation_of(logits), what, self._model)
                 _check_ignoring(task_loss, logits.detach(), label, self.ignore_index)
                 self._ignoring = True
             side = self.deep.loss(label, task_loss) if self.deep is not None else 0.0
         sure = label != self.ignore_index
         counts = sure.any()
         # most losses are NaN where everything is ignored
-        value = side + counts * task_loss(logits, torch.where(counts, label, torch.zeros_like(label)))
+        target = torch.where(counts, label, torch.zeros_like(label))
+        value = side + counts * value_of(task_loss, logits, target, "unlabelled images")
+        refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
         used = factor.detach() if isinstance(factor, Tensor) else factor
         self._last = {"loss": value.detach(), "weight": used, "sure": sure.float().mean()}
         self._calls += 1
@@ -496,15 +510,21 @@ def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_in
         return
     label = torch.full_like(like, ignore_index)
     label.flatten(1)[:, : label[0].numel() // 2] = 0
-    must = f"it must leave the label value {ignore_index} out, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does"
+    must = (
+        f"it must leave the label value {ignore_index} out, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does. "
+        "If the loss of the labelled images cannot, give another here: it need not be the same"
+    )
     try:
         with torch.enable_grad():
             logits = logits.requires_grad_()
-            (gradient,) = torch.autograd.grad(task_loss(logits, label), logits)
+            value = value_of(task_loss, logits, label, "a label with pixels that do not count")
+            (gradient,) = torch.autograd.grad(value, logits)
         ignored = (label == ignore_index).unsqueeze(1) if label.ndim < gradient.ndim else label == ignore_index
         leaves_out = bool((gradient.isfinite().all() & ~(gradient != 0).logical_and(ignored).any()).item())
     except torch.OutOfMemoryError:
         raise
+    except ReSegError as error:
+        raise error if error.__cause__ is None else ReSegError(f"{error}; {must}") from error.__cause__
     except Exception as error:
         raise ReSegError(f"task_loss failed on a label of shape {tuple(label.shape)}, int64, with pixels that do not "
                          f"count; {must} ({type(error).__name__}: {error})") from error  # fmt: skip
@@ -527,7 +547,7 @@ def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         )
 
 
-def _uncompiled(forward: Any) -> Any:
+def _plain(forward: Any) -> Any:
     while isinstance(getattr(forward, "_orig_mod", None), nn.Module):
         forward = forward._orig_mod
     return forward
@@ -535,7 +555,7 @@ def _uncompiled(forward: Any) -> Any:
 
 def _refuse_broadcast(forward: Any) -> None:
     """Raise a ReSegError for a DistributedDataParallel after whose second forward the first's backward fails."""
-    forward = _uncompiled(forward)
+    forward = _plain(forward)
     if BROADCASTS_TWICE or not isinstance(forward, DistributedDataParallel):
         return
     if forward.will_sync_module_buffers():
@@ -552,7 +572,6 @@ def _plain_images(images: Any) -> Tensor:
         found = f"{tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise ReSegError(f"unlabelled images are a float tensor (B, C, H, W) or (B, C, D, H, W), got {found}")
     if len(images) < 2:
-        raise ReSegError(
-            "one unlabelled image has no other to be mixed with: use batches of at least 2 (drop_last=True)"
-        )
+        what = "one unlabelled image has no other" if len(images) else "an empty batch has no unlabelled images"
+        raise ReSegError(f"{what} to be mixed with: use batches of at least 2 (drop_last=True)")
     return images

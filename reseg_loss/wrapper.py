@@ -26,7 +26,8 @@ from .checkpoint import (
 )
 from .companion import UnmovedWarning, distributed, refuse_join, undistributed
 from .errors import ReSegError, TapError
-from .features import FeatureExtractor, unwrap
+from .features import FeatureExtractor, Features, unwrap
+from .inputs import OF_IMAGES, OF_MODEL, readable, refuse_not_finite
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight, term_names
 from .outputs import activation_of, dry_output, select_output
@@ -65,6 +66,16 @@ ENTRIES = {
         None,
     ),
 }
+
+
+OF_TEACHER = (
+    "the teacher's features hold NaN or infinite values: its weights do, or it overflows in low precision. Fit a new "
+    "one, or run it in another precision (teacher_dtype=)"
+)
+OF_SIZE = (
+    "the alignment loss is NaN or infinite, and the features are finite: their values are too large to be squared, or "
+    "the projection's weights are not finite"
+)
 
 
 @dataclass
@@ -567,9 +578,9 @@ class ReSegWrapper:
         device = recorded.features.bottleneck.device
         label = label.to(device, non_blocking=True)
         teacher.encoding.check_shape(label, recorded.image.shape)
-        if not self._labels_checked:
+        first = not self._labels_checked
+        if readable(device, first):
             teacher.encoding.check_values(label)
-            self._labels_checked = True
         features = recorded.features
         if settings.subset is not None:
             chosen = sparse.draw(label.shape[0], settings.subset, settings.seed, self._calls)
@@ -583,10 +594,12 @@ class ReSegWrapper:
             self._unmoved.check(loss.projection.parameters())
         terms = loss(features, targets, valid, components=True)
         total = loss.combine(terms)
+        made_of = {OF_IMAGES: [recorded.image], OF_MODEL: _all(recorded.features), OF_TEACHER: _all(targets)}
+        refuse_not_finite(total, made_of, OF_SIZE, first=first)
         self._last = {name: term.detach() for name, term in {**terms, "alignment": total}.items()}
         if task_loss is not None:
             self._last |= self._gradient_norms(terms, task_loss)
-        self._calls += 1
+        self._calls, self._labels_checked = self._calls + 1, True
         self._arm()
         return terms if components else self._weight * settings.every * total
 
@@ -624,6 +637,10 @@ def _alignment(settings: Settings, channels: Mapping[str, tuple[int, int]]) -> C
         channels=channels,
         seed=settings.seed,
     )
+
+
+def _all(features: Features) -> list[Tensor]:
+    return [*features.encoder, *features.decoder, features.bottleneck]
 
 
 def _share_parameters(a: nn.Module, b: nn.Module) -> bool:
