@@ -97,12 +97,10 @@ def _check_entry(value: Any, wanted: Any, where: str) -> None:
             for i, element in enumerate(value):
                 _check_entry(element, each[0], f"element {i} of {where}")
             return
-        if each is None:
-            fits = value is None
-        else:
-            kinds = (int, float) if each is float else each  # a file of another program may hold 1 for 1.0
-            is_bool = isinstance(value, bool)  # an int, to Python
-            fits = isinstance(each, type) and isinstance(value, kinds) and (not is_bool or each in (bool, object))
+        fits = each is None and value is None
+        if isinstance(each, type):
+            kinds = (int, float) if each is float else (each,)  # a file of another program may hold 1 for 1.0
+            fits = isinstance(value, kinds) and (not isinstance(value, bool) or each in (bool, object))
         if fits:
             return
     names = ["None" if x is None else (x if isinstance(x, type) else type(x)).__name__ for x in allowed]
