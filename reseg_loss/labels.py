@@ -59,6 +59,8 @@ class LabelEncoding:
     def check_shape(self, label: Tensor, image_shape: torch.Size | tuple[int, ...]) -> None:
         """Raise a ReSegError unless `label` is (B, *spatial), (B, 1, *spatial) or (B, classes, *spatial)."""
         batch, spatial = image_shape[0], tuple(image_shape[2:])
+        if batch == 0:
+            raise ReSegError(f"the batch is empty: its images have shape {tuple(image_shape)}")
         forms = [(batch, *spatial), (batch, 1, *spatial), (batch, self.num_classes, *spatial)]
         if tuple(label.shape) not in forms:
             raise ReSegError(

@@ -17,6 +17,12 @@ ACTIVATIONS = {
     "SoftmaxBackward0": "softmax",
     "LogSoftmaxBackward0": "log-softmax",
 }
+MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "sigmoid": (nn.Sigmoid,),
+    "log-sigmoid": (nn.LogSigmoid,),
+    "softmax": (nn.Softmax, nn.Softmax2d),
+    "log-softmax": (nn.LogSoftmax,),
+}
 # what may stand between an activation and the output and leaves its values as they are
 PASSING = {f"{name}Backward0" for name in ("ToCopy", "Clone", "Slice", "Select", "View", "Alias", "Unsqueeze")}
 
@@ -91,11 +97,19 @@ def trained_activation(model: nn.Module, example_input: Any) -> str | None:
         return None
 
 
-def refuse_probabilities(activation: str | None, what: str) -> None:
+def refuse_probabilities(activation: str | None, what: str, model: nn.Module) -> None:
     """Raise a ReSegError if a model ends in an activation; `what` says who would go wrong with it, and how."""
-    if activation is not None:
-        raise ReSegError(
-            f"the model ends in a {activation}, and {what}. Leave the {activation} out of the model in training, with "
-            "a task loss that takes logits: nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, smp's DiceLoss with "
-            "from_logits=True, MONAI's with softmax=True or sigmoid=True"
+    if activation is None:
+        return
+    modules = [name for name, module in model.named_modules() if isinstance(module, MODULES[activation])]
+    recipe = f"Where its forward does that, return logits while self.training, and the {activation} of them otherwise"
+    if modules:
+        recipe = (
+            f"If that is its module {modules[-1]!r}, model.set_submodule({modules[-1]!r}, nn.Identity()) takes it out "
+            f"and leaves the state_dict keys as they are: apply the {activation} where you predict. {recipe}"
         )
+    raise ReSegError(
+        f"the model ends in a {activation}, and {what}. {recipe}. Train with a task loss that takes logits: "
+        "nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, smp's DiceLoss with from_logits=True, MONAI's with softmax=True or "
+        "sigmoid=True"
+    )

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -21,7 +20,7 @@ from .files import on_rank_0
 from .image_range import ImageMap, far_from_unit, valid_pixels
 from .labels import plain_label, unpack_batch
 from .losses import ReconLoss
-from .processes import rank, world_size
+from .processes import in_step, rank, world_size
 from .resume import check_schedule, choices, go_on, schedule_choices
 from .taps.dryrun import restore_rng, rng_state
 from .teacher import Teacher
@@ -66,8 +65,6 @@ def fit(
         ReSegError: the loader is empty, a batch has another form, the loss or a weight is not finite, or the run cannot
             go on from the file as it is to.
     """
-    if epochs is not None:
-        _check_equal_lengths(loader)
     history: list[float] = list(resumed["history"]) if resumed else []
     step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
     run: _Run | None = None
@@ -85,7 +82,7 @@ def fit(
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
             total, seen = None, 0
-            for batch in loader:
+            for batch in in_step(loader) if steps is None else loader:
                 image, label = pair_of(batch, unpack)
                 teacher = prepare(image) if run is None else run.teacher
                 check_image(image, label, teacher)
@@ -251,22 +248,6 @@ def _finite(total: Tensor, seen: int, step: int) -> float:
             "teacher is lost: build a new wrapper"
         )
     return mean
-
-
-def _check_equal_lengths(loader: Iterable[Any]) -> None:
-    """Raise a ReSegError, on every rank, if the ranks have passes of different lengths, as far as loaders tell."""
-    if world_size() == 1:
-        return
-    length: int | None = None
-    with suppress(TypeError):  # loaders of iterable data sets have none
-        length = len(loader)  # pyright: ignore[reportArgumentType]
-    lengths: list[int | None] = [None] * world_size()
-    dist.all_gather_object(lengths, length)
-    if len(set(lengths) - {None}) > 1:
-        raise ReSegError(
-            f"the loaders of the ranks have {lengths} batches, and a rank that is through with its own would be waited "
-            "for without end: give all the same number (DistributedSampler and drop_last=True), or say steps="
-        )
 
 
 def _settle_range(teacher: Teacher, image: Tensor, label: Tensor, standardize: bool) -> None:

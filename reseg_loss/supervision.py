@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
-from .companion import UnmovedWarning, distributed, undistributed
+from .checkpoint import (
+    PLAN,
+    check_state,
+    load_states,
+    plan_from_dict,
+    plan_to_dict,
+    refuse_other_channels,
+    same_taps,
+)
+from .companion import UnmovedWarning, distributed, refuse_join, undistributed
 from .errors import ReSegError
 from .features import FeatureExtractor, unwrap
+from .inputs import OF_IMAGES, OF_MODEL, refuse_not_finite, value_of
 from .labels import LabelEncoding, plain_label
 from .losses import check_weight
 from .outputs import refuse_probabilities, trained_activation
@@ -22,6 +31,15 @@ from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
 
 FORMAT = 1  # of the state_dict
+ENTRIES = {
+    "num_classes": int,
+    "weights": [float],
+    "ignore_index": (int, None),
+    "weight": float,
+    "calls": int,
+    "taps": PLAN,
+    "heads": dict,
+}
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,6 +50,14 @@ class DeepSupervision:
     It is no nn.Module: the model's parameters and state_dict keys stay as they are. Train `parameters()` beside the
     model's, add `loss(label, task_loss)` to your loss, and drop it all with `remove()`. It works beside
     `ReSegWrapper` on the same model, and records by the same rules (`FeatureExtractor`).
+
+    It adds about as much as the task loss for every level, so that with three the loss is some four times as large:
+
+    - The model's gradients grow with it. Adam and its kin divide that out; SGD takes larger steps, so that a learning
+      rate tuned without may be too large. `weight` makes it less.
+    - If you clip gradients, clip the heads' with the model's: `clip_grad_norm_([*model.parameters(),
+      *ds.parameters()], ...)`. The norm is a larger one than before, so the same limit clips more.
+    - The total can't be compared with that of runs without. Log the task loss by itself, and `stats()` beside it.
 
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
@@ -61,21 +87,23 @@ class DeepSupervision:
         weights: Sequence[float] | None = None,
         ignore_index: int | None = None,
     ) -> None:
-        parse_taps(taps)  # refuses what is no tap now, not later
         if num_classes < 1:
             raise ReSegError(f"num_classes={num_classes}; it must be at least 1")
+        parse_taps(taps)  # refuses what is no tap now, not later
         self._model = unwrap(model)
         self.num_classes = plain(num_classes)
         self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
         self.ignore_index = plain(ignore_index)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
-        self._weight, self._calls, self._removed = 1.0, 0, False
+        self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False
+        self._last: dict[str, Tensor | float] = {}
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
             activation = trained_activation(self._model, example_input)
-            refuse_probabilities(activation, "your task loss takes probabilities, while the heads give logits")
+            what = "your task loss takes probabilities, while the heads give logits"
+            refuse_probabilities(activation, what, self._model)
             self._extractor, self._heads = self._make(plan, self.level_weights)
 
     @property
@@ -148,6 +176,16 @@ class DeepSupervision:
         """Mark the forward that the next `loss` is for, in loops with several forwards a step."""
         return self.extractor.record() if self._extractor is not None else nullcontext()
 
+    def stats(self) -> dict[str, float]:
+        """The last call's values for a log: each head's task loss, "loss" and "weight".
+
+        "decoder_1" is the task loss of a head, "weighted/decoder_1" its part in what `loss` returned. "loss" is the sum
+        over heads by their weights, times "weight" what was returned. A call at weight 0 leaves "weight"
+        alone. With `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading them
+        waits for the device.
+        """
+        return {name: float(value) for name, value in self._last.items()}
+
     def remove(self) -> None:
         """Take all hooks off; the model is as it was."""
         if self._extractor is not None:
@@ -157,6 +195,7 @@ class DeepSupervision:
     def state_dict(self) -> dict[str, Any]:
         """Heads, taps, counters and settings: tensors and plain Python values only."""
         return {
+            "kind": "DeepSupervision",
             "format": FORMAT,
             "num_classes": self.num_classes,
             # also where they are the default, so that a state goes on as it was when that changes
@@ -172,26 +211,35 @@ class DeepSupervision:
         """Restore what `state_dict` gave, settings included; needs no example.
 
         Raises:
-            ReSegError: the state is of another format or model, or of another number of classes. All is then as it
-                was.
-            TapError: the model has not the taps of the state.
+            ReSegError: the state is of another kind, format or model, or of another number of classes, or not whole.
+                All is then as it was.
+            TapError: the model has not the taps of the state. All is then as it was, too.
         """
-        check_format(state, FORMAT)
+        check_state(state, "DeepSupervision", FORMAT, ENTRIES)
         if state["num_classes"] != self.num_classes:
             raise ReSegError(f"this state is for {state['num_classes']} classes, not {self.num_classes}")
         plan = plan_from_dict(state["taps"])
-        weights = state["weights"]
+        weight, *weights = (check_weight("weights", w) for w in (state["weight"], *state["weights"]))
+        if len(weights) != len(plan.selected):
+            raise ReSegError(f"this state has {len(weights)} weights for {len(plan.selected)} levels; it is not whole")
         extractor, heads = self._extractor, self._heads
+        if extractor is not None:
+            refuse_other_channels(extractor.plan, plan)
         # rebuilt only where it differs: optimizers hold the heads, compiled models their hooks
         if extractor is None or not same_taps(extractor.plan, plan):
             extractor, heads = self._make(plan, weights)
         assert heads is not None
-        load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
+        try:
+            load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
+        except ReSegError:
+            if extractor is not self._extractor:
+                extractor.remove()
+            raise
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
         self._extractor, self._heads = extractor, heads
         self.level_weights, self.ignore_index = weights, state["ignore_index"]
-        self._weight, self._calls = state["weight"], state["calls"]
+        self._weight, self._calls, self._labels_checked = weight, state["calls"], False
         self._arm()
 
     def _make(self, plan: TapPlan, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
@@ -219,6 +267,7 @@ class DeepSupervision:
         if not self._model.training:
             raise ReSegError("the model is in evaluation; deep supervision is for training steps, call model.train()")
         if self._weight == 0:
+            self._last = {"weight": 0.0}
             return torch.zeros((), device=label.device, requires_grad=True)
         recorded = self.extractor.take()
         assert self._heads is not None
@@ -227,26 +276,35 @@ class DeepSupervision:
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
         encoding.check_shape(label, image)
+        first = not self._labels_checked
         inputs = {f"decoder_{i + 1}": x for i, x in enumerate(features.decoder)}
         for level, x in zip(self.extractor.plan.selected, features.decoder):
             _check_covers(level.stride, x.shape[2:], image[2:])
+        refuse_join(self._model, "the heads of deep supervision are reduced beside it")
         self._heads = distributed(self._heads, device)
         self._unmoved.check(self._heads.parameters())
         enabled, dtype = recorded.autocast
         with torch.autocast(device.type, dtype=dtype, enabled=enabled):
             logits = self._heads(inputs)
-        total = torch.zeros((), device=device)
+        values: dict[str, Tensor] = {}
         for name, x in logits.items():
             target, counts = _nearest(label, x.shape[2:]), None
             if self.ignore_index is not None:
                 counts = (target != self.ignore_index).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
-            value = task_loss(x, target)
-            if not isinstance(value, Tensor) or value.ndim:
-                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ReSegError(f"task_loss gave {what}, and a scalar is needed")
-            total = total + self.weight_of(name) * (value if counts is None else value * counts)
-        self._calls += 1
+            value = value_of(task_loss, x, target, f"the head {name}")
+            values[name] = value if counts is None else value * counts
+            made_of = {OF_IMAGES: [recorded.image], OF_MODEL: [inputs[name]], f"the head {name} is not finite": [x]}
+            refuse_not_finite(value, made_of, _of_task_loss(name, self.ignore_index), first=first)
+        total = torch.zeros((), device=device)
+        for name, value in values.items():
+            total = total + self.weight_of(name) * value
+        self._last = {name: value.detach() for name, value in values.items()}
+        self._last |= {
+            f"weighted/{name}": self._weight * self.weight_of(name) * value for name, value in self._last.items()
+        }
+        self._last |= {"loss": total.detach(), "weight": self._weight}
+        self._calls, self._labels_checked = self._calls + 1, True
         return self._weight * total
 
 
@@ -260,6 +318,14 @@ class _Heads(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: head(features[name]) for name, head in self.heads.items()}
+
+
+def _of_task_loss(name: str, ignore_index: int | None) -> str:
+    hint = "" if ignore_index is not None else ", and ignore_index= of DeepSupervision leaves such a level out"
+    return (
+        f"task_loss is NaN or infinite for the head {name}, whose logits are finite. Most losses are where every pixel "
+        f"of the label is one that they ignore{hint}; or the label itself is not finite"
+    )
 
 
 def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:

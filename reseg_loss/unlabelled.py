@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import check_format, load_states
+from .checkpoint import check_state, load_states
+from .companion import refuse_join
 from .errors import ReSegError
 from .features import unwrap
+from .inputs import OF_IMAGES, OF_MODEL, refuse_not_finite, value_of
 from .labels import unwrapped
 from .losses import check_weight
 from .outputs import activation_of, refuse_probabilities, select_output
@@ -26,6 +28,17 @@ from .taps.dryrun import refuse_lazy
 from .teacher import copy_model, is_sharded
 
 FORMAT = 1  # of the state_dict
+ENTRIES = {
+    "ramp_calls": (int, None),
+    "ignore_index": int,
+    "threshold": float,
+    "decay": float,
+    "output": ([(int, str)], None),
+    "weight": float,
+    "calls": int,
+    "started": bool,
+    "average": dict,
+}
 FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
 # before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
 BROADCASTS_TWICE = torch.__version__ >= "2.13"
@@ -172,10 +185,7 @@ class CutMixConsistency:
         perturb: Callable[[Tensor], Tensor] | None = random_intensities,
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
-        if ramp_calls is not None and ramp_calls < 1:
-            raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
-        if not 0 <= threshold <= 1 or not 0 <= decay < 1:
-            raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
+        _check_settings(ramp_calls, threshold, decay)
         if not isinstance(ignore_index, Integral):
             raise ReSegError(f"ignore_index={ignore_index!r}; it is a label value that is no class, 255 for instance")
         self._forward, self._model = model, unwrap(model)
@@ -242,7 +252,8 @@ class CutMixConsistency:
             images: (B, C, *spatial), float, on the model's device, at least 2. Of a list, element 0.
             task_loss: your loss of logits (B, classes, *spatial) and a label (B, *spatial), int64, with
                 `ignore_index`; of a model with one channel (B, 1, *spatial), 0 or 1. Where no pixel is sure it gets a
-                label of zeros, and its value does not count.
+                label of zeros, and its value does not count. It need not be the loss of the labelled images: where
+                that one cannot leave a label value out (many Dice losses), nn.CrossEntropyLoss(ignore_index=...) does.
             weight: instead of `factor()`. In a step that is captured as a CUDA graph, a tensor, since Python's ramp
                 would stand still.
             forward: runs the model on the images instead of the `model` that this was made with: a wrapper of it that
@@ -252,16 +263,20 @@ class CutMixConsistency:
             A scalar to add to your loss. At weight 0 a zero on which backward works.
 
         Raises:
-            ReSegError: the images are not such a batch, or fail in the model; the model is in evaluation; its output
-                has no logits; `task_loss` does not leave `ignore_index` out; `deep` has another one, or a labelled
-                forward that waits for its loss; or DistributedDataParallel copies buffers where torch cannot do it
-                twice a step.
+            ReSegError: the images are not such a batch, are not finite, or fail in the model; gradients are off, or the
+                model is in evaluation; its output has no logits; `task_loss` fails, or does not leave `ignore_index`
+                out; `deep` has another one, or a labelled forward that waits for its loss; DistributedDataParallel
+                copies buffers where torch cannot do it twice a step, or is in a join() context.
             TapError: a tap of `deep` did not fire.
         """
         images = _plain_images(images)
         forward = self._forward if forward is None else forward
+        if not torch.is_grad_enabled():
+            raise ReSegError("gradients are off (torch.no_grad or inference mode); this loss is for training steps")
         if not self._model.training:
             raise ReSegError("the model is in evaluation; this loss is for training steps, call model.train()")
+        if weight is not None and not isinstance(weight, Tensor):
+            check_weight("weight", weight)
         factor = self.factor() if weight is None else weight
         if not isinstance(factor, Tensor) and factor == 0:
             return torch.zeros((), device=images.device, requires_grad=True)
@@ -272,6 +287,8 @@ class CutMixConsistency:
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
         _refuse_broadcast(forward)
+        if _plain(forward) is not self._model:  # which alone is not reduced at each forward
+            refuse_join(self._model, "two forwards a step are one too many")
         self._start()
         label = self._predict(images)
         mixed, label = self._exchanged(images, label)
@@ -280,16 +297,24 @@ class CutMixConsistency:
         with self.deep.record() if self.deep is not None else nullcontext():
             output = forward(mixed)
             logits = select_output(output, len(mixed), tuple(mixed.shape[2:]), self.output)
+            made_of = {
+                f"unlabelled {OF_IMAGES}": [images],
+                "perturb= gave NaN or infinite values for images that are finite": [mixed],
+                OF_MODEL: [logits],
+            }
+            refuse_not_finite(logits, made_of, first=not self._ignoring)
             if not self._ignoring:
                 what = "pseudo-labels are taken from logits (output= names others that it returns)"
-                refuse_probabilities(activation_of(logits), what)
+                refuse_probabilities(activation_of(logits), what, self._model)
                 _check_ignoring(task_loss, logits.detach(), label, self.ignore_index)
                 self._ignoring = True
             side = self.deep.loss(label, task_loss) if self.deep is not None else 0.0
         sure = label != self.ignore_index
         counts = sure.any()
         # most losses are NaN where everything is ignored
-        value = side + counts * task_loss(logits, torch.where(counts, label, torch.zeros_like(label)))
+        target = torch.where(counts, label, torch.zeros_like(label))
+        value = side + counts * value_of(task_loss, logits, target, "unlabelled images")
+        refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
         used = factor.detach() if isinstance(factor, Tensor) else factor
         self._last = {"loss": value.detach(), "weight": used, "sure": sure.float().mean()}
         self._calls += 1
@@ -348,6 +373,7 @@ class CutMixConsistency:
         Random numbers are torch's: save its states beside, as for dropout.
         """
         return {
+            "kind": "CutMixConsistency",
             "format": FORMAT,
             "ramp_calls": self.ramp_calls,
             "ignore_index": self.ignore_index,
@@ -364,13 +390,16 @@ class CutMixConsistency:
         """Restore what `state_dict` gave, settings included.
 
         Raises:
-            ReSegError: the state is of another format or model. All is then as it was.
+            ReSegError: the state is of another kind, format or model, or not whole. All is then as it was.
         """
-        check_format(state, FORMAT)
+        check_state(state, "CutMixConsistency", FORMAT, ENTRIES)
+        _check_settings(state["ramp_calls"], state["threshold"], state["decay"])
+        weight = check_weight("weight", state["weight"])
         load_states((self._average, state["average"]))
         self.ramp_calls, self.ignore_index = state["ramp_calls"], state["ignore_index"]
         self.threshold, self.decay, self.output = state["threshold"], state["decay"], as_path(state["output"])
-        self._weight, self._calls, self._started = state["weight"], state["calls"], state["started"]
+        self._weight, self._calls, self._started = weight, state["calls"], state["started"]
+        self._ignoring = False  # the task loss was asked about another ignore_index
 
     def _predict(self, images: Tensor) -> Tensor:
         """The mean teacher's pseudo-label."""
@@ -451,6 +480,13 @@ class CutMixConsistency:
             self._average.to(theirs.device)
 
 
+def _check_settings(ramp_calls: int | None, threshold: float, decay: float) -> None:
+    if ramp_calls is not None and ramp_calls < 1:
+        raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
+    if not 0 <= threshold <= 1 or not 0 <= decay < 1:
+        raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
+
+
 def _copy(model: nn.Module) -> nn.Module:
     """The mean teacher of a model."""
     _refuse_sharded(model)
@@ -473,15 +509,21 @@ def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_in
         return
     label = torch.full_like(like, ignore_index)
     label.flatten(1)[:, : label[0].numel() // 2] = 0
-    must = f"it must leave the label value {ignore_index} out, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does"
+    must = (
+        f"it must leave the label value {ignore_index} out, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does. "
+        "If the loss of the labelled images cannot, give another here: it need not be the same"
+    )
     try:
         with torch.enable_grad():
             logits = logits.requires_grad_()
-            (gradient,) = torch.autograd.grad(task_loss(logits, label), logits)
+            value = value_of(task_loss, logits, label, "a label with pixels that do not count")
+            (gradient,) = torch.autograd.grad(value, logits)
         ignored = (label == ignore_index).unsqueeze(1) if label.ndim < gradient.ndim else label == ignore_index
         leaves_out = bool((gradient.isfinite().all() & ~(gradient != 0).logical_and(ignored).any()).item())
     except torch.OutOfMemoryError:
         raise
+    except ReSegError as error:
+        raise error if error.__cause__ is None else ReSegError(f"{error}; {must}") from error.__cause__
     except Exception as error:
         raise ReSegError(f"task_loss failed on a label of shape {tuple(label.shape)}, int64, with pixels that do not "
                          f"count; {must} ({type(error).__name__}: {error})") from error  # fmt: skip
@@ -504,10 +546,15 @@ def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         )
 
 
-def _refuse_broadcast(forward: Any) -> None:
-    """Raise a ReSegError for a DistributedDataParallel after whose second forward the first's backward fails."""
+def _plain(forward: Any) -> Any:
     while isinstance(getattr(forward, "_orig_mod", None), nn.Module):
         forward = forward._orig_mod
+    return forward
+
+
+def _refuse_broadcast(forward: Any) -> None:
+    """Raise a ReSegError for a DistributedDataParallel after whose second forward the first's backward fails."""
+    forward = _plain(forward)
     if BROADCASTS_TWICE or not isinstance(forward, DistributedDataParallel):
         return
     if forward.will_sync_module_buffers():
@@ -524,7 +571,6 @@ def _plain_images(images: Any) -> Tensor:
         found = f"{tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise ReSegError(f"unlabelled images are a float tensor (B, C, H, W) or (B, C, D, H, W), got {found}")
     if len(images) < 2:
-        raise ReSegError(
-            "one unlabelled image has no other to be mixed with: use batches of at least 2 (drop_last=True)"
-        )
+        what = "one unlabelled image has no other" if len(images) else "an empty batch has no unlabelled images"
+        raise ReSegError(f"{what} to be mixed with: use batches of at least 2 (drop_last=True)")
     return images

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from . import recon
 from .checkpoint import (
-    check_format,
+    PLAN,
+    check_state,
     load_states,
     plain_state,
     plan_from_dict,
     plan_to_dict,
+    refuse_other_channels,
     same_taps,
 )
 from .errors import ReSegError, TapError
-from .features import FeatureExtractor, unwrap
+from .features import FeatureExtractor, Features, unwrap
 from .files import Stage1File
 from .image_range import ImageMap
+from .inputs import OF_IMAGES, OF_MODEL, readable, refuse_not_finite
 from .labels import LabelEncoding, plain_label
 from .losses import CrossAlignmentLoss, ReconLoss, check_weight
 from .outputs import activation_of, dry_output, select_output
@@ -39,6 +42,37 @@ from .teacher import Teacher, copy_for_teacher, evaluating, input_channels, refu
 logger = logging.getLogger("reseg_loss")
 
 FORMAT = 1  # of the state_dict
+ENTRIES = {
+    "settings": {
+        **{field.name: object for field in fields(Settings)},  # which checks its choices itself
+        **{"weight": float, "divisor": float, "seed": int, "ignore_index": (int, None)},
+        **{"output": ([(int, str)], int, str, None), "levels": ([(int, [int])], None)},
+    },
+    "calls": int,
+    "ready": bool,
+    "parts": (
+        {
+            "taps": PLAN,
+            "teacher_taps": PLAN,
+            "own_teacher": bool,
+            "image_channels": int,
+            "in_channels": int,
+            "out_channels": int,
+            "num_classes": int,
+            "dims": int,
+            "image_map": ({"mean": [float], "std": [float]}, None),
+            "teacher": dict,
+        },
+        None,
+    ),
+}
+
+
+OF_TEACHER = (
+    "the teacher's features hold NaN or infinite values: its weights do, or it overflows in low precision. Fit a new "
+    "one, or run it in another precision (teacher_dtype=)"
+)
+OF_SIZE = "the alignment loss is NaN or infinite, and the features are finite: their values are too large to be squared"
 
 
 @dataclass
@@ -49,6 +83,11 @@ class _Parts:
     teacher: Teacher
     targets: Targets
     loss: CrossAlignmentLoss
+
+    def remove(self) -> None:
+        """Take the hooks off student and teacher."""
+        self.student.remove()
+        self.targets.remove()
 
 
 class ReSegWrapper:
@@ -371,8 +410,7 @@ class ReSegWrapper:
     def remove(self) -> None:
         """Take all hooks off. The model is as it was; the wrapper cannot align any more."""
         if self._parts is not None:
-            self._parts.student.remove()
-            self._parts.targets.remove()
+            self._parts.remove()
         self._removed = True
 
     # --- checkpoints
@@ -383,6 +421,7 @@ class ReSegWrapper:
         So are NumPy's numbers and arrays that a model's `get_extra_state` gives; other objects of it stay as they are.
         """
         state: dict[str, Any] = {
+            "kind": "ReSegWrapper",
             "format": FORMAT,
             "settings": {**self.settings.to_dict(), "weight": self._weight},
             "calls": self._calls,
@@ -411,15 +450,18 @@ class ReSegWrapper:
         It needs neither an example nor `fit_recon`. A teacher that was saved before the end of stage 1 is not frozen.
 
         Raises:
-            ReSegError: the state is of another format or model, or of a wrapper with a teacher of its own that is not
-                here. The wrapper is then as it was.
-            TapError: the model has not the taps of the state.
+            ReSegError: the state is of another kind, format or model, or not whole, or of a wrapper with a teacher of
+                its own that is not here. The wrapper is then as it was.
+            TapError: the model has not the taps of the state. The wrapper is then as it was, too.
         """
-        check_format(state, FORMAT)
-        ready = state["ready"]
+        check_state(state, "ReSegWrapper", FORMAT, ENTRIES)
+        ready, settings = state["ready"], Settings(**state["settings"])
+        check_weight("weight", settings.weight)
+        if ready and state["parts"] is None:
+            raise ReSegError("this state says that stage 1 is over, but has no teacher; it is not whole")
         if self.ready and state["parts"] is not None and not ready:
             raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
-        self._restore(state["parts"], Settings(**state["settings"]))
+        self._restore(state["parts"], settings)
         self._calls = state["calls"]
         self._labels_checked = False  # its settings may say otherwise what a label is
         self.weight = self.settings.weight
@@ -430,7 +472,7 @@ class ReSegWrapper:
 
     def _continue(self, state: Mapping[str, Any], named: Any, file: str, standardize_image: bool) -> None:
         """The teacher of an unfinished stage 1, whose taps were `named`, under the settings of this wrapper."""
-        check_format(state, FORMAT)
+        check_state(state, "ReSegWrapper", FORMAT, ENTRIES)
         saved, mine = state["settings"], self.settings.to_dict()
         other = [f"{name}={saved[name]!r}, here {mine[name]!r}" for name in STAGE_1 if saved[name] != mine[name]]
         standardized = state["parts"]["image_map"] is not None
@@ -456,12 +498,16 @@ class ReSegWrapper:
         saved, mine = settings.to_dict(), self.settings.to_dict()
         same = all(saved[name] == mine[name] for name in saved if name not in AT_RUN_TIME)
         parts = self._parts if same else None
+        recon_loss = ReconLoss(settings.alpha, settings.beta)
+        _alignment(settings)  # as when a wrapper is built
         if state is not None:
             if state["own_teacher"] != (self._own_teacher is not None):
                 raise ReSegError(
                     "a state with a teacher of your own needs the same module, teacher=, and no other does"
                 )
             plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
+            if self._parts is not None:
+                refuse_other_channels(self._parts.student.plan, plan)
             # rebuilt only where it differs: compiled models hold their hooks
             if parts is None or not (
                 same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
@@ -473,14 +519,17 @@ class ReSegWrapper:
                 bounded = "after.weight" in state["teacher"]  # else its channels alone tell
                 teacher = self._make_teacher(encoding, settings, *channels, bounded)
                 parts = self._assemble(plan, teacher, teacher_plan, settings)
-            load_states((parts.teacher, state["teacher"]))
+            try:
+                load_states((parts.teacher, state["teacher"]))
+            except ReSegError:
+                if parts is not self._parts:
+                    parts.remove()
+                raise
             image_map = state["image_map"]
             parts.teacher.image_map = image_map and ImageMap(tuple(image_map["mean"]), tuple(image_map["std"]))
         if self._parts is not None and self._parts is not parts:
-            self._parts.student.remove()
-            self._parts.targets.remove()
-        self._parts, self.settings = parts, settings
-        self.recon_loss = ReconLoss(settings.alpha, settings.beta)
+            self._parts.remove()
+        self._parts, self.settings, self.recon_loss = parts, settings, recon_loss
 
     def _build(self, example_input: Any) -> _Parts:
         """Find taps and make the teacher from an example, in dry forwards that leave no trace."""
@@ -591,16 +640,18 @@ class ReSegWrapper:
         device = recorded.features.bottleneck.device
         label = label.to(device, non_blocking=True)
         teacher.encoding.check_shape(label, recorded.image.shape)
-        if not self._labels_checked:
+        first = not self._labels_checked
+        if readable(device, first):
             teacher.encoding.check_values(label)
-            self._labels_checked = True
         targets, valid = parts.targets(label, recorded.autocast, settings)
         terms = loss(recorded.features, targets, valid, components=True)
         total = loss.combine(terms)
+        made_of = {OF_IMAGES: [recorded.image], OF_MODEL: _all(recorded.features), OF_TEACHER: _all(targets)}
+        refuse_not_finite(total, made_of, OF_SIZE, first=first)
         self._last = {name: term.detach() for name, term in {**terms, "alignment": total}.items()}
         if task_loss is not None:
             self._last |= self._gradient_norms(terms, task_loss)
-        self._calls += 1
+        self._calls, self._labels_checked = self._calls + 1, True
         self._arm()
         return terms if components else self._weight * settings.every * total
 
@@ -636,6 +687,10 @@ def _alignment(settings: Settings) -> CrossAlignmentLoss:
         normalize=settings.normalize,
         seed=settings.seed,
     )
+
+
+def _all(features: Features) -> list[Tensor]:
+    return [*features.encoder, *features.decoder, features.bottleneck]
 
 
 def _share_parameters(a: nn.Module, b: nn.Module) -> bool:

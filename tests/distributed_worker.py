@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 import warnings
@@ -12,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from models import UNet, batch, task_loss
+from models import UNet, batch, ignoring, task_loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -267,6 +268,131 @@ def stage_1_with_a_distributed_sampler(rank: int, world: int) -> Any:
     return {"teacher": teacher, "epoch": sampler.epoch}
 
 
+JOINED = (STEPS, STEPS - 1)  # batches of each rank
+
+
+def join_with_alignment(rank: int, world: int) -> Any:
+    """Uneven batches under join(); alone, what they are: of each step the sum over ranks of the gradients, over two."""
+    model = model_of_the_test()
+    reseg = wrapped(model)
+    run = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def loss_of(step: int, rank: int) -> Tensor:
+        image, label = part(step, rank, 2)
+        return task_loss(run(image), label) + reseg.alignment_loss(label)
+
+    context = run.join() if isinstance(run, DistributedDataParallel) else contextlib.nullcontext()
+    with context:
+        for step in range(JOINED[rank]):
+            optimizer.zero_grad()
+            if world > 1:
+                loss_of(step, rank).backward()
+            else:
+                for other in (r for r, count in enumerate(JOINED) if step < count):
+                    (loss_of(step, other) / 2).backward()
+            optimizer.step()
+    return [full(p) for p in model.parameters()]
+
+
+def join_with_unlabelled_images(rank: int, world: int) -> Any:
+    """The second forward is the model's own, which sends nothing."""
+    model = model_of_the_test()
+    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255, threshold=0.0)
+    run = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with run.join():
+        for step in range(JOINED[rank]):
+            image, label = part(step, rank, world)
+            loss = task_loss(run(image), label) + mixed.loss(image, ignoring)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            mixed.update()
+    return [full(p) for p in model.parameters()]
+
+
+def join_refused(rank: int, world: int) -> Any:
+    """What is said of a join() that would abort the processes, for each that sends something beside the model."""
+    messages = {}
+    for name in ("deep", "unlabelled", "held by another module"):
+        model = model_of_the_test()
+        mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
+        deep = DeepSupervision(model, 3, example_input=batch()[0])
+        run = DistributedDataParallel(nn.Sequential(model) if name == "held by another module" else model)
+        try:
+            with run.join():
+                for step in range(JOINED[rank]):
+                    image, label = part(step, rank, world)
+                    loss = task_loss(run(image), label)
+                    if name == "unlabelled":
+                        loss = loss + mixed.loss(image, ignoring, forward=run)
+                    else:
+                        loss = loss + deep.loss(label, task_loss)
+                    loss.backward()
+            messages[name] = "it was not refused"
+        except ValueError as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
+
+
+def join_that_ends_with_the_first(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    run = DistributedDataParallel(model)
+    ds = DeepSupervision(run, 3, example_input=batch()[0])
+    try:
+        with run.join(throw_on_early_termination=True):
+            for step in range(JOINED[rank]):
+                image, label = part(step, rank, world)
+                (task_loss(run(image), label) + ds.loss(label, task_loss)).backward()
+    except RuntimeError as error:
+        return ds.calls, str(error)
+    return "nobody ended"
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples with a length that cannot be trusted."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Any:
+        return iter(list(zip(*batch(n=self.samples))))
+
+    def __len__(self) -> int:
+        return 100
+
+
+class Batches:
+    """An iterable without a length."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def stage_1_uneven(rank: int, world: int) -> Any:
+    """What is said of uneven loaders with and without a length, and the teachers of those that stage 1 takes."""
+    found: dict[str, Any] = {}
+    batches = [part(step, rank, world) for step in range(JOINED[rank])]
+    stream = torch.utils.data.DataLoader(Stream(2 * JOINED[rank]), 2)
+    for name, loader in (("list", batches), ("iterable data set", stream), ("iterable", Batches(batches))):
+        reseg = ReSegWrapper(model_of_the_test())
+        try:
+            reseg.fit_recon(loader, epochs=2, progress=False)
+            found[name] = "it was not refused"
+        except ValueError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    by_steps, even = ReSegWrapper(model_of_the_test()), ReSegWrapper(model_of_the_test())
+    by_steps.fit_recon(batches, steps=5, progress=False)
+    even.fit_recon(Batches([part(step, rank, world) for step in range(STEPS)]), epochs=2, progress=False)
+    for name, reseg in (("steps", by_steps), ("even", even)):
+        found[name] = [full(p) for p in reseg.teacher.parameters()]
+    return found
+
+
 CHECKS = [
     ddp,
     ddp_given_to_the_wrapper,
@@ -284,6 +410,11 @@ CHECKS = [
     fsdp_before_the_wrapper,
     fsdp_with_unlabelled_images,
     fsdp_before_the_wrapper_with_a_teacher,
+    join_with_alignment,
+    join_with_unlabelled_images,
+    join_refused,
+    join_that_ends_with_the_first,
+    stage_1_uneven,
 ]
 
 

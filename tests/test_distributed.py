@@ -147,3 +147,46 @@ def test_a_mean_teacher_of_a_sharded_model_is_refused_before_and_after(found):
         for message in messages:
             assert message.startswith("ReSegError: the model")
             assert "needs whole parameters" in message
+
+
+def test_uneven_batches_under_join_train_with_the_alignment_loss(found):
+    zero, one = both(found, worker.join_with_alignment)
+    assert equal(zero, one)
+    alone = worker.join_with_alignment(0, 1)
+    assert close(zero, alone)
+    assert not close(alone, list(worker.model_of_the_test().parameters())), "the steps moved the model"
+
+
+def test_uneven_batches_under_join_train_with_unlabelled_images_in_the_model_itself(found):
+    zero, one = both(found, worker.join_with_unlabelled_images)
+    assert equal(zero, one)
+    assert not close(zero, list(worker.model_of_the_test().parameters()))
+
+
+def test_what_is_reduced_beside_the_model_is_refused_under_join_on_every_process(found):
+    says = {
+        "deep": "the heads of deep supervision are reduced beside it",
+        "held by another module": "the heads of deep supervision are reduced beside it",
+        "unlabelled": "two forwards a step",
+    }
+    for messages in both(found, worker.join_refused):
+        assert messages.keys() == says.keys()
+        for name, what in says.items():
+            assert messages[name].startswith("ReSegError: the model's DistributedDataParallel is in a join() context")
+            assert what in messages[name]
+            assert "DistributedSampler" in messages[name]
+
+
+def test_a_join_that_ends_with_the_first_process_may_have_heads_beside_it(found):
+    assert [each[0] for each in both(found, worker.join_that_ends_with_the_first)] == [2, 2]
+
+
+def test_uneven_loaders_of_stage_1_are_refused_on_every_process_or_trained_by_steps(found):
+    results = both(found, worker.stage_1_uneven)
+    for result in results:
+        for name, more in (("list", ""), ("iterable data set", " or more"), ("iterable", " or more")):
+            assert result[name].startswith("ReSegError: the ranks have different numbers of batches"), name
+            assert f"3{more} on rank 0, 2 on rank 1" in result[name]
+            assert "steps=" in result[name]
+    for which in ("steps", "even"):
+        assert equal(results[0][which], results[1][which])

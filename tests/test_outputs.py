@@ -145,3 +145,25 @@ def test_a_model_that_holds_its_own_losses_trains_and_is_copied(copied):
         loss = task_loss(each(image), label)
         (loss + each.ds.loss(label, task_loss) + each.reseg.alignment_loss(label)).backward()
         assert all(p.grad is not None for p in each.parameters())
+
+
+@pytest.mark.parametrize("kind", ["module", "forward"])
+def test_the_recipe_for_a_model_that_ends_in_an_activation_works(kind):
+    class Ends(UNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.end = nn.ModuleList([nn.Softmax(1)]) if kind == "module" else nn.ModuleList()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.end[0](super().forward(x)) if kind == "module" else super().forward(x).softmax(1)
+
+    model = Ends()
+    keys = list(model.state_dict())
+    with pytest.raises(ReSegError, match=r"return logits while self\.training") as error:
+        DeepSupervision(model, 3, example_input=batch()[0])
+    recipe = "model.set_submodule('end.0', nn.Identity())"
+    assert (recipe in str(error.value)) == (kind == "module")
+    if kind == "module":
+        eval(recipe)
+        DeepSupervision(model, 3, example_input=batch()[0])
+        assert list(model.state_dict()) == keys

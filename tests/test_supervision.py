@@ -310,3 +310,31 @@ def test_a_label_is_not_stretched_over_what_a_model_pads_inside():
     model(image[..., :36, :48])  # from 36 to 48: six cells of stride 2
     with pytest.raises(ReSegError, match=r"stride \(2, 2\) have size \(24, 24\) .* \(36, 48\).*Pad image and label"):
         ds.loss(label[..., :36, :48], task_loss)
+
+
+def test_stats_are_the_parts_of_the_loss():
+    image, label = batch()
+    model = UNet()
+    ds = DeepSupervision(model, 3, example_input=image, weights=[1.0, 0.5, 0.25][: len(UNet.taps["decoder"]) - 1])
+    ds.weight = 0.5
+    assert ds.stats() == {}
+    seen: list[float] = []
+
+    def noted(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = task_loss(logits, target)
+        seen.append(float(value.detach()))
+        return value
+
+    model(image)
+    loss = float(ds.loss(label, noted).detach())
+    stats = ds.stats()
+    assert [stats["decoder_1"], stats["decoder_2"]] == pytest.approx(seen)
+    assert [stats["weighted/decoder_1"], stats["weighted/decoder_2"]] == pytest.approx([seen[0] / 2, seen[1] / 4])
+    assert stats["weighted/decoder_1"] + stats["weighted/decoder_2"] == pytest.approx(loss)
+    assert stats["loss"] * stats["weight"] == pytest.approx(loss)
+    assert stats["weight"] == 0.5
+    assert len(stats) == 6
+    ds.weight = 0
+    model(image)
+    ds.loss(label, task_loss)
+    assert ds.stats() == {"weight": 0.0}

@@ -20,6 +20,10 @@ class ReSegCallback(Callback):
     LightningModule when `setup` is called. Their states lie in `checkpoint["callbacks"]`, never in the module's
     state_dict, and a resumed run has no stage 1. A wrapper whose weight is 0 when training starts gets none either.
 
+    The checkpoint's weights load without this library. To resume from one (`trainer.fit(..., ckpt_path=...)`) takes it
+    if the optimizer has parameters of the heads or the projection: without them torch says that a parameter group
+    "doesn't match the size of optimizer's group", and the optimizer has to begin anew.
+
     Args:
         loader: batches for stage 1; None takes the trainer's training loader, if it is one.
         **fit_recon: of `ReSegWrapper.fit_recon`, `epochs=` or `steps=` above all.
@@ -73,5 +77,9 @@ class ReSegCallback(Callback):
         """Give every attribute its state back."""
         for name, state in state_dict.items():
             if name not in self._found:
-                raise ReSegError(f"the checkpoint has a state for self.{name}, the module has {list(self._found)}")
+                raise ReSegError(
+                    f"the checkpoint has a state for self.{name}, the module has {list(self._found)}. To go on without "
+                    "it load the weights alone (checkpoint['state_dict']): the optimizer's state may hold its "
+                    "parameters, too"
+                )
             self._found[name].load_state_dict(state)

@@ -21,6 +21,9 @@ class ReSegHandler:
     Give the wrapper to CheckpointSaver and CheckpointLoader under a name of its own, as you do with the network and
     the optimizer: a resumed run has no stage 1. While the weight is 0 there is none either.
 
+    Let it be the last of `train_handlers` where your project takes one of them by its place (`train_handlers[0]`), for
+    whatever comes after it has another.
+
     Args:
         reseg: the wrapper around the trainer's network.
         loader: batches for stage 1; None takes the trainer's own.
@@ -56,7 +59,8 @@ class ReSegHandler:
 class DeepSupervisionHandler:
     """Adds deep supervision with the trainer's own loss function.
 
-    The optimizer must have `ds.parameters()`; give `ds` to CheckpointSaver and CheckpointLoader, too.
+    The optimizer must have `ds.parameters()`; give `ds` to CheckpointSaver and CheckpointLoader, too. Let it be one of
+    the last of `train_handlers`, as `ReSegHandler`.
 
     Args:
         ds: the heads on the trainer's network.

@@ -175,10 +175,27 @@ def private_copy(example_input: Any) -> Any:
 
 
 def call(model: nn.Module, example_input: Any) -> Any:
-    """`model` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(example_input, Mapping):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, (tuple, list)) else model(example_input)
+    """`model` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Raises:
+        ReSegError: the example is empty, or the model fails on one of another dtype or device than its parameters.
+    """
+    image = image_of(example_input)
+    if image.shape[0] == 0:
+        raise ReSegError(f"the example is empty: its image has shape {tuple(image.shape)}")
+    try:
+        if isinstance(example_input, Mapping):
+            return model(**example_input)
+        return model(*example_input) if isinstance(example_input, (tuple, list)) else model(example_input)
+    except RuntimeError as error:
+        like = next((p for p in model.parameters() if p.is_floating_point()), image)
+        if (image.dtype, image.device) == (like.dtype, like.device):
+            raise
+        raise ReSegError(
+            f"the model fails on an example that is {image.dtype} on {image.device}, while its parameters are "
+            f"{like.dtype} on {like.device}: give images as the training will, image.to({like.device.type!r}, "
+            f"{like.dtype}) ({error})"
+        ) from error
 
 
 def tensors(x: Any, keys: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], Tensor]]:
