@@ -13,8 +13,8 @@ from . import functional as RF
 from .checkpoint import check_format, load_states, plan_from_dict, plan_to_dict, same_taps
 from .companion import UnmovedWarning, distributed, undistributed
 from .errors import ReSegError
-from .features import FeatureExtractor, unwrap
-from .labels import LabelEncoding, plain_label
+from .features import FeatureExtractor, refuse_evaluation, unwrap
+from .labels import LabelEncoding, has_value, plain_label
 from .losses import check_weight
 from .outputs import refuse_probabilities, trained_activation
 from .settings import plain
@@ -244,8 +244,7 @@ class DeepSupervision:
     def _loss(self, label: Tensor, task_loss: TaskLoss) -> Tensor:
         if self._removed:
             raise ReSegError("the hooks were removed; build a new DeepSupervision")
-        if not self._model.training:
-            raise ReSegError("the model is in evaluation; deep supervision is for training steps, call model.train()")
+        refuse_evaluation(self._model)
         factor = self.factor()
         if factor == 0:
             return torch.zeros((), device=label.device, requires_grad=True)
@@ -277,7 +276,7 @@ class DeepSupervision:
             target = _nearest(label, size) if encoded is None else _fractions(encoded, valid, size)
             counts = None
             if self.ignore_index is not None and encoded is None:
-                counts = (target != self.ignore_index).any()
+                counts = (~has_value(target, self.ignore_index)).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
             value = task_loss(x, target)
             if not isinstance(value, Tensor) or value.ndim:

@@ -358,3 +358,17 @@ def test_a_label_is_not_stretched_over_what_a_model_pads_inside():
     model(image[..., :36, :48])  # from 36 to 48: six cells of stride 2
     with pytest.raises(ReSegError, match=r"stride \(2, 2\) have size \(24, 24\) .* \(36, 48\).*Pad image and label"):
         ds.loss(label[..., :36, :48], task_loss)
+
+
+def test_an_ignored_value_that_the_labels_dtype_cannot_hold_leaves_no_level_out():
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        return task_loss(logits, label.long())
+
+    image, label = batch()
+    model, ds = ready(ignore_index=256)  # which wraps to 0
+    values = []
+    for dtype in (torch.int64, torch.uint8):
+        model(image)
+        values.append(ds.loss(torch.zeros_like(label, dtype=dtype), loss))
+    assert torch.equal(*values)
+    assert values[0] > 0
