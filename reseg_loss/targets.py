@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import capture
-from .features import FeatureExtractor, Features
+from .errors import TapError
+from .features import FeatureExtractor, Features, unwrap
 from .fold import find_chains, folded, same_features
 from .settings import Settings
 from .taps import TapPlan
@@ -30,6 +32,9 @@ class Targets:
     def __init__(self, teacher: Teacher, plan: TapPlan) -> None:
         self.teacher = teacher
         self.extractor = _extractor(teacher.body, plan)
+        self._body = unwrap(teacher.body)
+        # buffers that a forward in evaluation changes, as (module, name); None: not known yet
+        self._moving: list[tuple[nn.Module, str]] | None = None
         self._compiled: Callable[[Tensor], None] | None = None
         self._tried_channels_last = False
         # what it was made of, and what `_fold` returns
@@ -47,6 +52,11 @@ class Targets:
             settings: how to run.
         """
         teacher, device = self.teacher, label.device
+        if unwrap(teacher.body) is not self._body:
+            raise TapError(
+                "the teacher's body is another module than the one whose taps are read: wrap or replace it before "
+                "ReSegWrapper is built, as teacher="
+            )
         if teacher.reference.device != device:
             teacher.to(device)
         if teacher.body.training:  # a body of the user's may be part of another module, whose train() reaches it
@@ -62,7 +72,7 @@ class Targets:
         def features(encoded: Tensor) -> Features:
             # no cache of casts: a CUDA graph would read one after it is freed
             cast = torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
-            with torch.no_grad(), cast:
+            with torch.no_grad(), cast, self._unmoved():
                 return extractor.features_of(lambda: run(encoded))
 
         if device.type == "cuda" and low and not self._tried_channels_last:
@@ -76,12 +86,13 @@ class Targets:
             except RuntimeError as error:  # a view() that counts on the usual order
                 logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
                 teacher.to_channels_last(False)
-        if settings.fold_teacher and low:
+        if settings.fold_teacher and low and not self._moving:
             run, extractor = self._fold(encoded, dtype)
         if settings.capture_teacher and capture.serves(device):
             # a folded body is another one once the teacher has changed
             is_folded = extractor is not self.extractor
-            made_of = extractor if is_folded else (run, [t.data_ptr() for t in teacher.tensors()])
+            modules, tensors = teacher.made_of()
+            made_of = extractor if is_folded else (run, modules, [t.data_ptr() for t in tensors])
             return self._captured(features, encoded, made_of, (enabled, dtype)), valid
         return features(encoded), valid
 
@@ -95,12 +106,30 @@ class Targets:
         # a copied or pickled one makes its own: a compiled function stays bound to the teacher that it was made of
         return {**self.__dict__, "_compiled": None, "_folded": None}
 
+    @contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Keep the teacher as it is, where a forward in evaluation changes its buffers; the first one shows which."""
+        first = self._moving is None
+        if first and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            yield  # nothing can be compared now
+            return
+        with self.teacher.unmoved(self._moving) as moved:
+            yield
+        if first:
+            self._moving = moved
+            if moved:
+                held = {id(module._buffers[name]) for module, name in moved}
+                names = [name for name, buffer in self.teacher.named_buffers() if id(buffer) in held]
+                message = "the teacher's %s change in evaluation, too, and are put back, so that it stays frozen"
+                logger.warning(message, ", ".join(names))
+
     def _fold(self, encoded: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor], None], FeatureExtractor]:
         """The teacher's forward with its chains folded, and its taps; made anew when the teacher has changed.
 
         Where that would not compute what the teacher does, a warning, and the teacher as it is.
         """
-        made_of = dtype, [(t.data_ptr(), t._version) for t in self.teacher.tensors()]
+        modules, tensors = self.teacher.made_of()
+        made_of = dtype, modules, [(t.data_ptr(), t._version) for t in tensors]
         if self._folded is None or self._folded[0] != made_of:
             with torch.no_grad(), torch.autocast(encoded.device.type, enabled=False):
                 self._folded = made_of, self._make_folded(encoded[:1], dtype)
@@ -120,8 +149,11 @@ class Targets:
         try:  # in the precision that the teacher has, in which folding changes next to nothing
             chains = find_chains(teacher.body, example, self.extractor.taps)
             trial = folded(teacher.body, chains, example.dtype)
-            ours = _extractor(trial, plan).features_of(lambda: trial(example))
-            same = same_features(ours, self.extractor.features_of(lambda: teacher.body(example)))
+            with self._unmoved():
+                theirs = self.extractor.features_of(lambda: teacher.body(example))
+            if self._moving:
+                return unfolded("evaluation changes its buffers")
+            same = same_features(_extractor(trial, plan).features_of(lambda: trial(example)), theirs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a forward may ask a convolution for anything that a folded one has not

@@ -75,6 +75,7 @@ def equal(a: Any, b: Any) -> bool:
         worker.projection,
         worker.projection_unused_in_a_step,
         worker.fsdp_after_the_wrapper,
+        worker.compiled_fsdp_after_the_wrapper,
         worker.fsdp_before_the_wrapper_with_a_teacher,
     ],
     ids=lambda check: check.__name__,
