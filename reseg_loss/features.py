@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 from .errors import ReSegError, TapError
 from .formats import to_channels_first
-from .hooks import AllSeen, InputHook, OutputHook, Recording, RootEnter, RootExit, RootFailed
+from .hooks import (
+    NO_REPLICAS,
+    AllSeen,
+    InputHook,
+    OutputHook,
+    Place,
+    Recording,
+    RootEnter,
+    RootExit,
+    RootFailed,
+    refuse_backward_hooks,
+)
 from .taps import Level, Tap, TapPlan, find_taps
 from .taps.named import module_of
 
@@ -45,7 +56,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise ReSegError(f"expected an nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
-            raise ReSegError("nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel")
+            raise ReSegError(NO_REPLICAS)
         if isinstance(model, torch.jit.ScriptModule):
             raise ReSegError("a scripted module takes no hooks; pass the Python module it was made from")
         if type(model).__name__ == "FullyShardedDataParallel":
@@ -56,6 +67,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # pyright: ignore[reportAssignmentType]
         else:
             return model
+
+
+def refuse_evaluation(model: nn.Module) -> None:
+    """Raise a ReSegError if the model is in evaluation."""
+    if not model.training:
+        raise ReSegError(
+            "the model is in evaluation, and this loss is for training steps: call model.train() before the forward; "
+            "in a step that validation shares, add this loss only `if model.training:`"
+        )
 
 
 class FeatureExtractor:
@@ -103,7 +123,10 @@ class FeatureExtractor:
         else:
             raise ReSegError("to find the taps pass example_input=, an image batch as the model takes it, or a TapPlan")
         self._recording.clone = frozenset(str(tap) for tap in self.taps if tap.mutated)
-        self._modules = {tap: module_of(self._model, tap) for tap in self.taps}
+        for tap in self.taps:
+            module = module_of(self._model, tap)
+            if not tap.is_input:
+                refuse_backward_hooks(module, str(tap))
         # hooks go when the extractor does, so a forgotten one neither records nor holds memory
         self._finalizer = weakref.finalize(self, _detach, self._recording, self._handles)
 
@@ -139,8 +162,12 @@ class FeatureExtractor:
             raise ReSegError("the extractor is attached already")
         recording, model = self._recording, self._model
         groups: dict[tuple[nn.Module, bool, str], list[Tap]] = {}
-        for tap, module in self._modules.items():
-            groups.setdefault((module, tap.is_input, tap.module), []).append(tap)
+        for tap in self.taps:
+            groups.setdefault((module_of(model, tap), tap.is_input, tap.module), []).append(tap)
+        paths: dict[nn.Module, list[tuple[str, ...]]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            paths.setdefault(module, []).append(tuple(path.split(".")) if path else ())
+        places = []
         self._handles.append(model.register_forward_pre_hook(RootEnter(recording), with_kwargs=True))
         for (module, is_input, _), taps in groups.items():
             if is_input:
@@ -148,7 +175,10 @@ class FeatureExtractor:
             else:
                 handle = module.register_forward_hook(OutputHook(recording, tuple(taps)))
             self._handles.append(handle)
-        self._handles.append(model.register_forward_hook(RootExit(recording)))
+            kind = "_forward_pre_hooks" if is_input else "_forward_hooks"
+            places.append(Place(str(taps[0]), tuple(paths[module]), kind, handle.id))
+        recording.places = tuple(places)
+        self._handles.append(model.register_forward_hook(RootExit(recording), with_kwargs=True))
         self._handles.append(model.register_forward_hook(RootFailed(recording), always_call=True))
         return self
 
@@ -215,7 +245,8 @@ class FeatureExtractor:
 
         Raises:
             ReSegError: no forward, or several, were recorded.
-            TapError: a tap did not fire, fired without gradients, or has another layout than before.
+            TapError: a tap did not fire, fired without gradients, has another layout than before, or its module was
+                wrapped or replaced since the hooks were set.
         """
         return self.take().features
 
@@ -234,6 +265,7 @@ class FeatureExtractor:
                 "there are no hooks on the model: call attach() of this extractor (`.extractor`) before the forward. A "
                 "model that is copied or loaded whole together with its attributes gets none of its own accord"
             )
+        recording.check(self._model, settled=forward is None or forward["settled"])
         if forward is None:
             raise ReSegError(
                 "no training forward was recorded since the last call. Call the model itself (not model.forward) once, "

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,30 @@ from .errors import ReSegError, TapError
 from .taps import Tap
 from .taps.dryrun import image_of
 
+NO_REPLICAS = """nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel, a process per GPU:
+    torch.distributed.init_process_group()
+    device = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(device)
+    model = nn.parallel.DistributedDataParallel(model.to(device), device_ids=[device])  # instead of nn.DataParallel
+    loader = DataLoader(data, batch_size, sampler=torch.utils.data.DistributedSampler(data))
+and start it with: torchrun --nproc_per_node=NUMBER_OF_GPUS train.py"""
+
+
+class Place(NamedTuple):
+    """Where a tap's hook was set: the module's names in the model, and the hook's key in the dict `kind` there."""
+
+    tap: str
+    paths: tuple[tuple[str, ...], ...]
+    kind: str
+    key: int
+
 
 class Recording:
     """What the hooks of one extractor share. It holds no module, so the hooks make no reference cycle."""
 
     def __init__(self, training_only: bool) -> None:
         self.training_only = training_only
+        self.places: tuple[Place, ...] = ()
         self.enabled = True
         self.clone: frozenset[str] = frozenset()  # taps that are overwritten later
         self.wanted = 0  # the number of taps after which a forward is ended; 0: it goes on
@@ -32,6 +50,55 @@ class Recording:
         """Drop every forward, whether running or waiting."""
         self.open = self.done = None
         self.several = self.held = False
+
+    def settle(self, model: nn.Module) -> None:
+        """Move the taps' hooks behind those that were set since: what these change, the model goes on with."""
+        for place in self.places:
+            for path in place.paths:
+                module = self._carrier(model, path, place)
+                if module is not None and not _is_last(getattr(module, place.kind), place.key):
+                    getattr(module, place.kind).move_to_end(place.key)
+
+    def check(self, model: nn.Module, settled: bool) -> None:
+        """Raise a TapError unless what the hooks record is what the model goes on with.
+
+        `settled` is whether their order was made right before the forward.
+        """
+        for place in self.places:
+            for path in place.paths:
+                module = self._carrier(model, path, place)
+                if module is None:
+                    raise TapError(
+                        f"{place.tap}: {'.'.join(path)!r} of the model is no longer the module that was hooked. It (or "
+                        "one around it) was wrapped, replaced or moved, or its hooks were taken off, as adapters "
+                        "(LoRA), quantization and convert_sync_batchnorm do, for instance. Make such changes first, "
+                        "and build what reads the features (ReSegWrapper, DeepSupervision, FeatureExtractor) afterwards"
+                    )
+                if not settled and not _is_last(getattr(module, place.kind), place.key, sharded=True):
+                    raise TapError(
+                        f"{place.tap}: a hook was set on {'.'.join(path)!r} later than ours, and whether a compiled "
+                        "model runs it, and in which order, cannot be told. Set it before what reads the features "
+                        "(ReSegWrapper, DeepSupervision, FeatureExtractor) is built"
+                    )
+                if place.kind == "_forward_hooks":
+                    refuse_backward_hooks(module, place.tap)
+
+    def _carrier(self, model: nn.Module, path: tuple[str, ...], place: Place) -> nn.Module | None:
+        """The module at a path, or the one that was compiled there since, if it has the hook; else None."""
+        module = model
+        for name in path:
+            inner = module._modules.get(name)
+            if inner is None and "_orig_mod" in module._modules:
+                inner = module._modules["_orig_mod"]._modules.get(name)  # pyright: ignore[reportOptionalMemberAccess]
+            if inner is None:
+                return None
+            module = inner
+        hook = getattr(module, place.kind).get(place.key)
+        if hook is None and "_orig_mod" in module._modules and not getattr(module, place.kind):
+            module = module._modules["_orig_mod"]
+            hook = getattr(module, place.kind).get(place.key)
+        # by what it writes to, for copies of a module have hooks with the same keys
+        return module if getattr(hook, "recording", None) is self else None
 
     def finish(self) -> None:
         """The running forward has ended: it waits, unless another does already."""
@@ -67,7 +134,7 @@ class RootEnter(Recorder):
         if recording is None:
             return
         if getattr(module, "_is_replica", False):
-            raise ReSegError("nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel")
+            raise ReSegError(NO_REPLICAS)
         recording.open = None
         # torch.compiler.is_exporting() itself is True in every compiled graph of torch 2.11
         if not recording.enabled or recording.held or getattr(torch.compiler, "_is_exporting_flag", False):
@@ -78,11 +145,12 @@ class RootEnter(Recorder):
             # a checkpointed root runs again inside backward (never the case in a compiled graph)
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
-        image = args[0] if args else None
-        if not (isinstance(image, Tensor) and image.ndim in (4, 5) and image.is_floating_point()):
-            image = image_of((args, kwargs))  # a search, which older compilers cannot trace
+        settled = not torch.compiler.is_compiling()
+        if settled:
+            recording.settle(module)
         recording.open = {
-            "image": image,
+            "image": _image(args, kwargs),
+            "settled": settled,
             "autocast": None,
             "grad": torch.is_grad_enabled(),
             "calls": {},
@@ -93,8 +161,9 @@ class RootEnter(Recorder):
 class RootExit(Recorder):
     """After the model: finishes the forward."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.recording is not None and self.recording.open is not None:
+            self.recording.open["image"] = _image(args, kwargs)  # which a later pre-hook may have changed
             self.recording.finish()
 
 
@@ -162,6 +231,45 @@ def drop_recorders(module: nn.Module) -> None:
             for key in [key for key, hook in getattr(part, name).items() if isinstance(hook, Recorder)]:
                 for kind in (name, f"{name}_with_kwargs", f"{name}_always_called"):
                     getattr(part, kind, {}).pop(key, None)
+
+
+def refuse_backward_hooks(module: nn.Module, tap: str) -> None:
+    """Raise a TapError if torch hands on another tensor than the one that forward hooks see, for backward hooks."""
+    everywhere = nn.modules.module
+    if (
+        module._backward_pre_hooks
+        or (module._backward_hooks and module._is_full_backward_hook)
+        or everywhere._global_backward_pre_hooks
+        or (everywhere._global_backward_hooks and everywhere._global_is_full_backward_hook)
+    ):
+        raise TapError(
+            f"{tap}: its module has a full backward hook (of its own or of all modules), which would not see this "
+            "loss's gradient, for torch gives the model another tensor than forward hooks get. Remove it, or tap what "
+            "the next module takes in, as in:module.path"
+        )
+
+
+def _is_last(hooks: Any, key: int, sharded: bool = False) -> bool:
+    """Whether one of our hooks has only others of ours behind it; with `sharded` also those of fully_shard."""
+    for other in reversed(hooks):
+        if other == key:
+            return True
+        hook = hooks[other]
+        if not (isinstance(hook, Recorder) or (sharded and _shards(hook))):
+            return False
+    return False
+
+
+def _shards(hook: Any) -> bool:
+    """Whether a hook is one of FSDP2, which gathers weights and gives back the output, at most in another dtype."""
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
+
+
+def _image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    image = args[0] if args else None
+    if isinstance(image, Tensor) and image.ndim in (4, 5) and image.is_floating_point():
+        return image
+    return image_of((args, kwargs))  # a search, which older compilers cannot trace
 
 
 def _element(value: Any, keys: tuple[int | str, ...], name: str) -> Tensor:

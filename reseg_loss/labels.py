@@ -35,6 +35,19 @@ def plain_label(label: Any, what: str = "a label") -> Tensor:
     return label
 
 
+def has_value(label: Tensor, value: int) -> Tensor:
+    """Where a label has a value, bool: nowhere if its dtype cannot hold the value, which torch would wrap or round."""
+    if label.dtype in _FEW_OPERATORS:
+        label = label.long()
+    if label.dtype is torch.bool:
+        holds = value in (0, 1)
+    elif label.is_floating_point():
+        holds = float(torch.tensor(value, dtype=torch.float64).to(label.dtype)) == value
+    else:
+        holds = torch.iinfo(label.dtype).min <= value <= torch.iinfo(label.dtype).max
+    return label == value if holds else torch.zeros_like(label, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class LabelEncoding:
     """How label maps become the teacher's input.
@@ -126,7 +139,10 @@ class LabelEncoding:
 
     def _ignored(self, label: Tensor) -> Tensor:
         """(B, 1, *spatial), True where any channel says ignore."""
-        ignored = torch.zeros_like(label, dtype=torch.bool) if self.ignore_index is None else label == self.ignore_index
+        if self.ignore_index is None:
+            ignored = torch.zeros_like(label, dtype=torch.bool)
+        else:
+            ignored = has_value(label, self.ignore_index)
         return ignored.unsqueeze(1) if label.ndim == self.dims + 1 else ignored.any(1, keepdim=True)
 
 

@@ -20,9 +20,9 @@ from .checkpoint import (
 )
 from .companion import UnmovedWarning, distributed, refuse_join, undistributed
 from .errors import ReSegError
-from .features import FeatureExtractor, unwrap
+from .features import FeatureExtractor, refuse_evaluation, unwrap
 from .inputs import OF_IMAGES, OF_MODEL, refuse_not_finite, value_of
-from .labels import LabelEncoding, plain_label
+from .labels import LabelEncoding, has_value, plain_label
 from .losses import check_weight
 from .outputs import refuse_probabilities, trained_activation
 from .settings import plain
@@ -264,8 +264,7 @@ class DeepSupervision:
     def _loss(self, label: Tensor, task_loss: TaskLoss) -> Tensor:
         if self._removed:
             raise ReSegError("the hooks were removed; build a new DeepSupervision")
-        if not self._model.training:
-            raise ReSegError("the model is in evaluation; deep supervision is for training steps, call model.train()")
+        refuse_evaluation(self._model)
         if self._weight == 0:
             self._last = {"weight": 0.0}
             return torch.zeros((), device=label.device, requires_grad=True)
@@ -290,7 +289,7 @@ class DeepSupervision:
         for name, x in logits.items():
             target, counts = _nearest(label, x.shape[2:]), None
             if self.ignore_index is not None:
-                counts = (target != self.ignore_index).any()
+                counts = (~has_value(target, self.ignore_index)).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
             value = value_of(task_loss, x, target, f"the head {name}")
             values[name] = value if counts is None else value * counts

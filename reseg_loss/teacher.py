@@ -12,15 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .errors import ReSegError
 from .hooks import drop_recorders
 from .image_range import ImageMap
 from .labels import LabelEncoding, plain_label
 from .outputs import select_output
-from .taps.dryrun import preserved_modes, preserved_rng
+from .taps.dryrun import preserved_modes, preserved_rng, tensors
 
 logger = logging.getLogger("reseg_loss")
+
+POWER_ITERATIONS = 15  # as many as torch's spectral_norm makes for its first weight
 
 
 class Teacher(nn.Module):
@@ -99,11 +104,18 @@ class Teacher(nn.Module):
                 return parameter
         return self.get_buffer("_like")
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All parameters and buffers, without their names, which take twice as long: this is asked in every step."""
-        for module in self.modules():
+    def made_of(self) -> tuple[list[Any], list[Tensor]]:
+        """All modules and the keys of their hooks; all parameters and buffers.
+
+        Without names, which take twice as long: this is asked in every step.
+        """
+        modules, hooks, tensors = [*self.modules()], [], []
+        for module in modules:
+            hooks += (*module._forward_pre_hooks, *module._forward_hooks)
             for held in (module._parameters, module._buffers):
-                yield from (tensor for tensor in held.values() if tensor is not None)
+                if held:
+                    tensors += [tensor for tensor in held.values() if tensor is not None]
+        return [*modules, *hooks], tensors
 
     def check_finite(self, when: str) -> None:
         """Raise a ReSegError if a parameter or buffer holds NaN or infinite values. It waits for the device.
@@ -121,12 +133,38 @@ class Teacher(nn.Module):
             )
 
     def freeze(self) -> Teacher:
-        """Evaluation and no gradients from here on, whatever `train()` says. Returns self."""
+        """Evaluation and no gradients from here on, whatever `train()` says. Returns self.
+
+        Observers of quantization-aware training, which go on in evaluation, stop.
+        """
         self.frozen = True
         self.requires_grad_(False)
+        for module in self.modules():
+            if callable(stop := getattr(module, "disable_observer", None)):
+                stop()
         for parameter in self.parameters():
             parameter.grad = None
         return self.eval()
+
+    @contextmanager
+    def unmoved(self, known: list[tuple[nn.Module, str]] | None = None) -> Iterator[list[tuple[nn.Module, str]]]:
+        """Put back the buffers that some modules (counters, observers) change in evaluation, too.
+
+        Yields a list, which then holds them as (module, name). `known` is that of an earlier forward: the others are
+        not compared.
+        """
+        asked = known
+        if asked is None:
+            asked = [(module, name) for module in self.modules() for name in module._buffers]
+        before = [(m, name, held, held.clone()) for m, name in asked if (held := m._buffers.get(name)) is not None]
+        moved: list[tuple[nn.Module, str]] = []
+        try:
+            yield moved
+        finally:
+            for module, name, held, value in before:
+                if known is not None or _changed(module._buffers.get(name), value):
+                    module._buffers[name] = held.copy_(value)
+                    moved.append((module, name))
 
     def train(self, mode: bool = True) -> Teacher:
         """As `nn.Module.train`, but a frozen teacher stays in evaluation, so its statistics cannot drift."""
@@ -189,12 +227,17 @@ def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
             f"the forward of {', '.join(patched)} was replaced on the object (model.forward = ...), and a copy would "
             f"run the original's; use torch.compile(model) or model.compile(), patch afterwards, or {otherwise}"
         )
+    # results of a past forward that modules hold (old weight_norm, deep supervision heads), which only a graph needs
+    held = (t for module in model.modules() for value in vars(module).values() for _, t in tensors(value))
+    detached = {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
     try:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model, detached)
     except Exception as error:
         raise ReSegError(
-            f"{type(model).__name__} cannot be copied for {purpose} ({type(error).__name__}: {error}); "
-            f"drop what it holds from past forwards, or {otherwise}"
+            f"{type(model).__name__} cannot be copied for {purpose}, for {_uncopyable(model)} cannot "
+            f"({type(error).__name__}: {error}). If a forward in training left its results there, run one without "
+            "gradients, `with torch.no_grad(): model(image)`, or build this before the first forward; otherwise "
+            f"remove it, or {otherwise}"
         ) from error
     drop_recorders(copied)
     for parameter in copied.parameters():
@@ -209,11 +252,43 @@ def redraw(model: nn.Module) -> list[str]:
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset) and not inspect.signature(reset).parameters:
+                made = [*getattr(module, "parametrizations", ())]
                 with parametrize.cached():  # a parametrized weight is computed anew at every access otherwise
                     reset()
-                    for name in getattr(module, "parametrizations", ()):
+                    for name in made:
                         setattr(module, name, getattr(module, name))
+                for _ in range(POWER_ITERATIONS):
+                    for name in made:
+                        getattr(module, name)
+                _redraw_hooked(module)
     return [name for name, p in model.named_parameters() if p._version == versions[name]]
+
+
+def _redraw_hooked(module: nn.Module) -> None:
+    """Let the parameters follow a drawn weight that a forward pre-hook makes of them, and will make anew."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            drawn = getattr(module, hook.name)
+            module.get_parameter(f"{hook.name}_g").copy_(torch.norm_except_dim(drawn, 2, hook.dim))
+            module.get_parameter(f"{hook.name}_v").copy_(drawn)
+        elif isinstance(hook, (SpectralNorm, BasePruningMethod)):
+            name = hook.name if isinstance(hook, SpectralNorm) else hook._tensor_name
+            module.get_parameter(f"{name}_orig").copy_(getattr(module, name))
+            for _ in range(POWER_ITERATIONS if isinstance(hook, SpectralNorm) else 0):
+                hook.compute_weight(module, do_power_iteration=True)
+
+
+def _uncopyable(model: nn.Module) -> str:
+    """The attributes of modules that cannot be copied."""
+    found = []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name != "_modules":
+                try:
+                    copy.deepcopy(value)
+                except Exception:
+                    found.append(f"{path}.{name}".lstrip("."))
+    return ", ".join(found) or "a part of it"
 
 
 def input_channels(module: nn.Module, default: int) -> int:
@@ -237,8 +312,15 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients; train flags are as before afterwards."""
-    with preserved_modes(module), torch.no_grad():
-        module.eval()
+def evaluating(teacher: Teacher) -> Iterator[None]:
+    """Evaluation without gradients; train flags and buffers are as before afterwards."""
+    with preserved_modes(teacher), torch.no_grad(), teacher.unmoved():
+        teacher.eval()
         yield
+
+
+def _changed(now: Tensor | None, before: Tensor) -> bool:
+    """Whether a buffer has other values; one of another shape is a cache, made anew for another size."""
+    if now is None or now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    return not bool(((now == before) | ((now != now) & (before != before))).all())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import check_state, load_states
 from .companion import refuse_join
 from .errors import ReSegError
-from .features import unwrap
+from .features import refuse_evaluation, unwrap
 from .inputs import OF_IMAGES, OF_MODEL, refuse_not_finite, value_of
 from .labels import unwrapped
 from .losses import check_weight
@@ -273,8 +274,7 @@ class CutMixConsistency:
         forward = self._forward if forward is None else forward
         if not torch.is_grad_enabled():
             raise ReSegError("gradients are off (torch.no_grad or inference mode); this loss is for training steps")
-        if not self._model.training:
-            raise ReSegError("the model is in evaluation; this loss is for training steps, call model.train()")
+        refuse_evaluation(self._model)
         if weight is not None and not isinstance(weight, Tensor):
             check_weight("weight", weight)
         factor = self.factor() if weight is None else weight
@@ -404,7 +404,13 @@ class CutMixConsistency:
     def _predict(self, images: Tensor) -> Tensor:
         """The mean teacher's pseudo-label."""
         # modes are the model's, so that parts which the user has frozen in evaluation are here, too
-        for mine, theirs in zip(self._average.modules(), self._model.modules()):
+        pairs = [*zip_longest(_uncompiled(self._average), _uncompiled(self._model))]
+        if any(type(mine) is not type(theirs) for mine, theirs in pairs):
+            raise ReSegError(
+                "the model has other modules than when its mean teacher was made; build CutMixConsistency after the "
+                "model is changed"
+            )
+        for mine, theirs in pairs:
             if mine.training != theirs.training:
                 mine.training = theirs.training
         try:
@@ -498,6 +504,11 @@ def _copy(model: nn.Module) -> nn.Module:
             "away; keep them in float32 and use torch.autocast"
         )
     return copy_model(model, "the mean teacher", "leave it as it was until this is built").requires_grad_(False)
+
+
+def _uncompiled(model: nn.Module) -> Iterator[Any]:
+    """Every module but those that torch.compile put around another."""
+    return (module for module in model.modules() if "_orig_mod" not in module._modules)
 
 
 def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_index: int) -> None:

@@ -24,7 +24,7 @@ from .checkpoint import (
     same_taps,
 )
 from .errors import ReSegError, TapError
-from .features import FeatureExtractor, Features, unwrap
+from .features import FeatureExtractor, Features, refuse_evaluation, unwrap
 from .files import Stage1File
 from .image_range import ImageMap
 from .inputs import OF_IMAGES, OF_MODEL, readable, refuse_not_finite
@@ -617,8 +617,7 @@ class ReSegWrapper:
     def _aligned(self, label: Any, components: bool, task_loss: Tensor | None) -> Tensor | dict[str, Tensor]:
         if self._removed:
             raise ReSegError("the hooks were removed; build a new ReSegWrapper to align again")
-        if not self._model.training:
-            raise ReSegError("the model is in evaluation; alignment_loss is for training steps, call model.train()")
+        refuse_evaluation(self._model)
         if task_loss is not None and not isinstance(task_loss, Tensor):
             raise ReSegError(f"task_loss= is the task loss's value, a tensor, here; got {type(task_loss).__name__}")
         label = plain_label(label)

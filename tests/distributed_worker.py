@@ -228,6 +228,12 @@ def fsdp_after_the_wrapper(rank: int, world: int) -> Any:
     return train(sharded(model, world), model, reseg, rank, world)
 
 
+def compiled_fsdp_after_the_wrapper(rank: int, world: int) -> Any:
+    model = model_of_the_test()
+    reseg = wrapped(model)
+    return train(torch.compile(sharded(model, world), backend="eager"), model, reseg, rank, world)
+
+
 def fsdp_before_the_wrapper(rank: int, world: int) -> Any:
     model = sharded(model_of_the_test(), world)
     try:
@@ -407,6 +413,7 @@ CHECKS = [
     stage_1_with_other_seeds_and_batch_statistics,
     stage_1_with_a_distributed_sampler,
     fsdp_after_the_wrapper,
+    compiled_fsdp_after_the_wrapper,
     fsdp_before_the_wrapper,
     fsdp_with_unlabelled_images,
     fsdp_before_the_wrapper_with_a_teacher,

@@ -226,7 +226,7 @@ def test_the_setting_is_part_of_the_state_and_may_be_changed_by_one(graphs):
     state, teacher = reseg.state_dict(), reseg.teacher
     assert state["settings"]["capture_teacher"] is True
     assert Settings(**state["settings"]).capture_teacher
-    del state["settings"]["capture_teacher"]  # of an older version
+    state["settings"]["capture_teacher"] = False
     reseg.load_state_dict(state)
     assert reseg.settings.capture_teacher is False
     assert reseg.teacher is teacher

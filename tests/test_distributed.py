@@ -74,6 +74,7 @@ def equal(a: Any, b: Any) -> bool:
         worker.deep_supervision,
         worker.deep_supervision_unused_in_a_step,
         worker.fsdp_after_the_wrapper,
+        worker.compiled_fsdp_after_the_wrapper,
         worker.fsdp_before_the_wrapper_with_a_teacher,
     ],
     ids=lambda check: check.__name__,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reseg_loss import ReSegError
-from reseg_loss.labels import LabelEncoding, plain_label, unpack_batch
+from reseg_loss.labels import LabelEncoding, has_value, plain_label, unpack_batch
 
 INDEX = torch.tensor([[[0, 1], [2, 255]]])  # (1, 2, 2)
 IMAGE = (1, 1, 2, 2)
@@ -97,3 +97,36 @@ def test_unsigned_labels_are_read_as_others(mode):
     encoding.check_values(INDEX.to(torch.uint16))
     for ours, expected in zip(encoding.encode(INDEX.to(torch.uint16)), encoding.encode(INDEX)):
         assert torch.equal(ours, expected)
+
+
+DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.float16,
+          torch.bfloat16, torch.float32, torch.float64]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_a_dtype_cannot_hold_is_nowhere_in_the_label(dtype):
+    largest = {torch.bool: 1, torch.int8: 127, torch.uint8: 255, torch.float16: 2048}.get(dtype, 2**14)
+    label = torch.tensor([0, 1, 2, 127, 128, 255, 256, 2048, 2**14]).clamp(max=largest).to(dtype)
+    numbers = [int(number) for number in label.double().tolist()]
+    for value in (-(2**40), -129, -100, -1, 0, 1, 127, 128, 255, 256, 257, 511, 2049, 2**14, 2**24 + 1, 2**40):
+        assert has_value(label, value).tolist() == [number == value for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore"), [(torch.uint8, 256), (torch.uint8, -100), (torch.int8, 256), (torch.bool, 255)]
+)
+@pytest.mark.parametrize("mode", ["index", "onehot"])
+def test_an_ignored_value_out_of_the_dtypes_range_ignores_no_class(dtype, ignore, mode):
+    label = torch.tensor([[[0, 1], [1, 0]]]).to(dtype)
+    encoding = LabelEncoding(mode, 2, 2, ignore_index=ignore)
+    encoding.check_values(label)
+    encoded, valid = encoding.encode(label)
+    assert valid is not None
+    assert bool((valid == 1).all())
+    assert torch.equal(encoded, LabelEncoding(mode, 2, 2).encode(label)[0])
+
+
+def test_a_value_that_wraps_to_the_ignored_one_is_refused():
+    label = torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8)  # which equals -1 for torch
+    with pytest.raises(ReSegError, match="255"):
+        LabelEncoding("index", 2, 2, ignore_index=-1).check_values(label)

@@ -338,3 +338,17 @@ def test_stats_are_the_parts_of_the_loss():
     model(image)
     ds.loss(label, task_loss)
     assert ds.stats() == {"weight": 0.0}
+
+
+def test_an_ignored_value_that_the_labels_dtype_cannot_hold_leaves_no_level_out():
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        return task_loss(logits, label.long())
+
+    image, label = batch()
+    model, ds = ready(ignore_index=256)  # which wraps to 0
+    values = []
+    for dtype in (torch.int64, torch.uint8):
+        model(image)
+        values.append(ds.loss(torch.zeros_like(label, dtype=dtype), loss))
+    assert torch.equal(*values)
+    assert values[0] > 0

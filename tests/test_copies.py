@@ -1,0 +1,101 @@
+"""Copies of the user's model: what they draw anew, what they leave behind, and which models have none."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from models import UNet, batch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from reseg_loss import CutMixConsistency, ReSegError, ReSegWrapper
+
+
+def old_weight_norm(conv: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it, models still have it
+        return nn.utils.weight_norm(conv)
+
+
+def pruned(conv: nn.Module) -> nn.Module:
+    return prune.random_unstructured(conv, "weight", 0.5)
+
+
+NORMS = {
+    "old spectral norm": nn.utils.spectral_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "old weight norm": old_weight_norm,
+    "weight norm": parametrizations.weight_norm,
+    "pruned": pruned,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_random_teacher_has_nothing_of_the_models_weights_however_they_are_made(norm):
+    torch.manual_seed(0)
+    model = UNet()
+    for parameter in model.parameters():
+        parameter.data.mul_(50)
+    for block in (*model.encoder, model.bottleneck, *model.decoder):
+        NORMS[norm](block[0])
+    for _ in range(30):  # in training: what the norms hold belongs to the model's weights then
+        model(batch()[0])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    reseg = ReSegWrapper(model, example_input=batch()[0])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in kept.items())
+    body = reseg.teacher.body
+    assert not any(torch.equal(p, q) for p, q in zip(body.parameters(), model.parameters()) if p.ndim > 1)
+    plain = UNet()  # drawn as torch draws it
+    body.eval()
+    body(batch()[0])
+    for block, like in zip((*body.encoder, *body.decoder), (*plain.encoder, *plain.decoder)):
+        weight, norm_of = block[0].weight.detach().flatten(1), like[0].weight.detach()
+        if "spectral" in norm:
+            assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, rel=0.05)
+        else:
+            assert weight.abs().max() <= norm_of.abs().max() * 1.05
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("init", ["random", "copy"])
+def test_what_modules_hold_of_a_training_forward_is_copied_without_its_graph(norm, init):
+    class Holding(UNet):
+        """Keeps its heads' outputs, as DynUNet does."""
+
+        heads: ClassVar[Any] = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.heads, self.last = [y[:, :1]], {"x": (y,)}
+            return y
+
+    image, label = batch()
+    model = Holding()
+    NORMS[norm](model.encoder[1][0])
+    model(image).sum().backward()
+    reseg = ReSegWrapper(model, example_input=image, teacher_init=init)
+    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
+    assert model.heads[0].requires_grad
+    assert torch.equal(reseg.teacher.body.heads[0], model.heads[0])
+    assert not reseg.teacher.body.heads[0].requires_grad
+    assert torch.equal(mixed.average.eval()(image), model.eval()(image))
+    reseg.freeze_teacher()
+    model.train()(image)
+    assert reseg.alignment_loss(label) > 0
+
+
+def test_a_model_that_cannot_be_copied_is_told_which_part_and_the_cures():
+    class Opaque:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    model = UNet()
+    model.encoder[1].cache = Opaque(model(batch()[0]))
+    with pytest.raises(ReSegError, match=r"encoder\.1\.cache cannot .*with torch\.no_grad\(\): model\(image\)"):
+        ReSegWrapper(model, example_input=batch()[0])
+    with torch.no_grad():
+        model.encoder[1].cache = Opaque(model(batch()[0]))
+    ReSegWrapper(model, example_input=batch()[0])
