@@ -21,6 +21,7 @@ Size = tuple[int, ...]
 
 # What a piece is of: an axis of the image, by its number, or one of these.
 BATCH, CHANNEL, UNKNOWN = "batch", "channel", "unknown"
+SLOT = "slot"  # what a product over all places of two feature maps leaves: neither place nor channel of one map
 JOINED = "joined"  # axes that were concatenated, as a class token and tokens are
 MIXED = "mixed"  # what a linear layer over space made of it; one of as many outputs as there were cells undoes it
 
@@ -174,6 +175,10 @@ def _is_cells(axis: Axis) -> bool:
     return bool(axis) and all(isinstance(piece.label, int) for piece in axis)
 
 
+def _has_cells(axis: Axis) -> bool:
+    return any(isinstance(piece.label, int) or any(map(_has_cells, piece.parts)) for piece in axis)
+
+
 def _outermost(axes: Sequence[Axis]) -> dict[int | str, int] | None:
     """The step of the outermost piece of each axis of the image; None if one, or the batch, lies there twice."""
     spans: dict[int | str, list[tuple[int, int]]] = {}
@@ -276,12 +281,8 @@ def _spatial(node: Node, sources: list[Axes], image: Size) -> Axes | None:
         return declared if node.shape[0] == image[0] else None
     space = [_resized(axis, n) for axis, n in zip(source[2:], node.shape[2:])]
     plain = all(len(axis) == 1 and isinstance(axis[0].label, int) for axis in space)
-    if (
-        declared
-        and not plain
-        and _length(source[0]) == image[0]
-        and not any(len(a) > 1 and _is_cells(a) for a in space)
-    ):
+    placed = any((len(axis) > 1 and _is_cells(axis)) or any(piece.label == SLOT for piece in axis) for axis in space)
+    if declared and not plain and not placed and _length(source[0]) == image[0]:
         return declared
     wide = node.shape[1]
     channels = _mapped(source, 1, wide) if "conv" in node.operator else _resized(source[1], wide)
@@ -513,8 +514,14 @@ def _product(given: dict[str, Any], node: Node) -> Axes | None:
         return *b.axes[:-2], _mapped(b.axes, len(b.axes) - 2, node.shape[-2]), b.axes[-1]
     if a.axes is None:
         return None
-    columns = _mapped(a.axes, len(a.axes) - 1, node.shape[-1]) if b.constant else _unknown(node.shape[-1])
-    return *a.axes[:-1], b.axes[-1] if b.axes else columns
+    if b.constant:
+        return *a.axes[:-1], _mapped(a.axes, len(a.axes) - 1, node.shape[-1])
+    if b.axes is None:
+        return *a.axes[:-1], _unknown(node.shape[-1])
+    rows, columns = a.axes[-2], b.axes[-1]
+    if not any(map(_has_cells, (rows, columns))):
+        rows, columns = ((Piece(SLOT, _length(axis)),) for axis in (rows, columns))
+    return *a.axes[:-2], rows, columns
 
 
 _FACTORS = ("self", "mat1", "mat2", "batch1", "batch2")

@@ -26,7 +26,10 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
             what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
         raise TapError(_explain(graph, what))
     trunk, notes, levels = shape.trunk, [], []
+    met = {graph.size(node) for call in graph.calls for _, node in call.outputs}
     for size in sorted(shape.floors, reverse=True):
+        if size not in met and not shape.floors[size].skips:
+            continue  # of a step on the way from one level to the next
         level, note = _level(shape, shape.floors[size], encoder)
         levels += [level] if level else []
         notes += [note] if note else []
