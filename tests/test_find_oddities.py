@@ -285,6 +285,23 @@ def test_opaque_kernels_are_bridged() -> None:
     plan = found(Small(act=Opaque))
     assert names(plan) == NAMES
     assert str(plan.bottleneck) == "down.3"
+    assert len(plan.notes) == 1
+    assert plan.notes[0].startswith(
+        "told by shape, as a kernel before hides what it does: down.0 (NCHW), fuse.0 (NCHW)"
+    )
+
+
+def test_a_layout_that_is_given_is_not_told_by_shape() -> None:
+    named = {
+        "encoder": [Tap("down.0", layout="NCHW"), Tap("down.1", layout="NCHW")],
+        "decoder": [Tap("fuse.0", layout="NCHW"), "fuse.1"],
+        "bottleneck": Tap("down.3", layout="NCHW"),
+    }
+    plan = find_taps(Small(act=Opaque), torch.randn(2, 3, 32, 32), taps=named)
+    assert plan.notes == (
+        "told by shape, as a kernel before hides what it does: fuse.1 (NCHW). "
+        "If a layout is not right, give it: Tap(..., layout=...)",
+    )
 
 
 class Outputs(Small):
@@ -933,6 +950,38 @@ class OneLevel(nn.Module):
         return self.head(self.c(torch.cat([F.interpolate(self.b(skip), scale_factor=2), skip], 1)))
 
 
+class Tuples(Small):
+    """Blocks that return their feature beside something else, in a net that only goes down and, once, up."""
+
+    class Block(nn.Module):
+        def __init__(self, cin: int, cout: int) -> None:
+            super().__init__()
+            self.conv = conv(cin, cout, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return F.relu(self.conv(x) + 1), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(3, 4), self.Block(4, 8), self.Block(8, 16)])
+        self.head = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2:]
+        for block in self.blocks:
+            x, _ = block(x)
+        return F.interpolate(self.head(x), size)
+
+
+def test_the_list_in_an_error_shows_elements_of_tuples_and_the_error_what_still_works() -> None:
+    with pytest.raises(TapError) as raised:
+        find_taps(Tuples(), torch.randn(2, 3, 32, 32))
+    message = str(raised.value)
+    assert "16x16: blocks.0[0]\n" in message
+    assert "8x8: blocks.1[0]\n" in message
+    assert "CutMixConsistency trains every segmentation network, if deep= is left out" in message
+
+
 def test_one_level_is_not_enough_and_the_error_shows_it() -> None:
     with pytest.raises(TapError) as raised:
         find_taps(OneLevel(), torch.randn(2, 3, 32, 32))
@@ -1029,6 +1078,30 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fuse.1 (8)" in lines[3]
     assert main(["test_find_oddities:OneLevel", "--shape", "1,3,32,32"]) == 1
     assert "Name the taps by hand" in capsys.readouterr().err
+    assert main(["test_find_oddities:Small", "--shape", "1,1,32,32", "width=6", "cin=1"]) == 0
+    assert "down.1 (12)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_module:Small"], "there is no module 'no_such_module'"),
+        (["test_find_oddities"], "not of the form MODULE:FACTORY"),
+        (["test_find_oddities:Smal"], "has no 'Smal'. Did you mean 'Small'"),
+        (["test_find_oddities:conv"], "cannot be called so: missing a required argument: 'cin'. It takes (cin: "),
+        (["test_find_oddities:Small", "wide=3"], "unexpected keyword argument 'wide'. It takes (width: "),
+        (["test_find_oddities:Small", "3"], "'3' is no argument of the model: write NAME=VALUE"),
+        (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: these are whole numbers"),
+        (["test_find_oddities:NAMES"], "is list, not a class or a function"),
+        (["test_find_oddities:Output", "features=1"], "returned Output, not a torch.nn.Module"),
+    ],
+)
+def test_a_wrong_command_is_told_in_a_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 class ChannelsLast(nn.Module):

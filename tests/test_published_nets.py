@@ -12,7 +12,7 @@ from torch import nn
 
 from reseg_loss.taps import find_taps
 
-# the skips of U-KAN and UNeXt are pooled and rectified by functional code; their decoders end in a norm where tokens are
+# skips are pooled and rectified by functional code; where there are tokens, the decoder's last feature is its norm
 TOKEN_UNET = {
     4: ("in:encoder3", "decoder4"),
     8: ("in:patch_embed3", "dnorm4"),

@@ -1,4 +1,4 @@
-"""Stage 5: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
+"""Stage 6: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
 
 from __future__ import annotations
 
@@ -214,8 +214,9 @@ def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
         around = {graph.size(node) for _, node in graph.calls[call.parent].outputs[:1]} if call.parent else set()
         for keys, node in call.outputs:
             size = graph.size(node)
-            if size and not keys and size not in around:  # of nested modules of one size, the outermost is enough
-                by_size.setdefault(size, []).append(call.name + (f"@{call.count}" if call.count else ""))
+            if size and size not in around:  # of nested modules of one size, the outermost is enough
+                name = str(Tap(call.name, keys=keys, call=call.count))
+                by_size.setdefault(size, []).append(name)
     rows = []
     for size in sorted(by_size, key=math.prod, reverse=True):
         names = by_size[size]
@@ -228,5 +229,6 @@ def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
             "Name the taps by hand: taps={'encoder': [...], 'decoder': [...], 'bottleneck': '...'}, finest first, one "
             "encoder and one decoder tap per level, of the same size. Modules that return a feature map, by size:",
             *(rows or ["  none"]),
+            "Without any taps, CutMixConsistency trains every segmentation network, if deep= is left out.",
         ]
     )

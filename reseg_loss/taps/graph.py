@@ -1,4 +1,4 @@
-"""Stage 2: the record as a graph over feature maps, in which calls can be folded to one node or opened."""
+"""Stage 3: the record as a graph over feature maps, in which calls can be folded to one node or opened."""
 
 from __future__ import annotations
 
