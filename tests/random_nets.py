@@ -389,7 +389,9 @@ class Net(nn.Module):
         )
         self.middle = ClassToken(widths[-1], down[-1], sizes[-1]) if rng.random() < 0.15 else None
         up[-1] = down[-1]
-        self.up = nn.ModuleList([Up((widths[j], widths[i]), up[j], up[i], (sizes[j], sizes[i]), rng) for i, j in pairs])
+        self.up = nn.ModuleList(
+            [self.way_up((widths[j], widths[i]), (up[j], up[i]), (sizes[j], sizes[i]), rng) for i, j in pairs]
+        )
         way = rng.choice(["cat", "sum", "gated"])
         self.merge = nn.ModuleList([Merge(widths[i], up[i], down[i], sizes[i], way) for i in range(depth - 1)])
         self.decoder = nn.ModuleList([Stage(widths[i], up[i], sizes[i], rng) for i in range(depth - 1)])
@@ -397,7 +399,18 @@ class Net(nn.Module):
         self.heads = nn.ModuleList(
             [conv(dims)(width, 2, 1) for width in widths[: 1 + (depth > 2 and rng.random() < 0.2)]]
         )
-        self.scale = step
+        self.scale, self.sizes = step, sizes
+
+    def way_up(
+        self, widths: tuple[int, int], layouts: tuple[str, str], sizes: tuple[Size, Size], rng: random.Random
+    ) -> nn.Module:
+        """A module of its own, or a bare 1x1 convolution before an interpolation in the net's forward."""
+        if set(layouts) == {"first"} and rng.random() < 0.3:
+            return conv(len(sizes[0]))(*widths, 1)
+        return Up(widths, *layouts, sizes, rng)
+
+    def go_up(self, i: int, x: Tensor) -> Tensor:
+        return self.up[i](x) if isinstance(self.up[i], Up) else F.interpolate(self.up[i](x), self.sizes[i])
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         x, skips, outputs = self.embed(x), [], []
@@ -407,7 +420,7 @@ class Net(nn.Module):
         if self.middle is not None:
             x = self.middle(x)
         for i in reversed(range(len(self.decoder))):
-            x = self.decoder[i](self.merge[i](self.up[i](x), skips[i]))
+            x = self.decoder[i](self.merge[i](self.go_up(i, x), skips[i]))
             if i < len(self.heads):
                 logits = self.heads[i](to_map(x, self.decoder[i].layout, self.decoder[i].size))
                 outputs.insert(0, F.interpolate(logits, scale_factor=self.scale) if self.scale > 1 else logits)

@@ -94,6 +94,7 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
     """The decoder's last feature of a level after the merge and before the head, as wide as the encoder's if any is."""
     graph, merged, head = trunk.graph, floor.merged(), _head_start(trunk)
     body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
+    body = [node for node in body if graph.before_going_up(node) == node]
     taps = [tap for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
     if inner := _inner(trunk, floor, body):
         taps.insert(0, inner)
@@ -155,7 +156,7 @@ def _callers(graph: Graph, call: Call) -> list[int]:
 
 def _bottleneck(trunk: Trunk) -> Tap | None:
     """The deepest feature: the end of the trunk, or where that is a concatenation or unseen, an operand of it."""
-    graph, end = trunk.graph, trunk.bottleneck
+    graph, end = trunk.graph, trunk.graph.before_going_up(trunk.bottleneck)
     joined = graph.nodes[end].operator == "aten::cat"
     tap = tap_at(graph, end, inputs=not joined)
     if tap and not joined:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from .. import formats
 from .axes import follow, grid_of
-from .record import Call, Keys, Record
+from .record import Call, Keys, Record, Ref
 
 Size = tuple[int, ...]
 
@@ -57,6 +57,23 @@ class Graph:
         """The channels of a node, 0 if it is no feature map."""
         grid = self.grid(node)
         return grid.channels if grid else 0
+
+    @cached_property
+    def users(self) -> dict[int, list[int]]:
+        """For every node that is used, those computed from it."""
+        return self.record.users()
+
+    def before_going_up(self, node: int) -> int:
+        """What a bare 1x1 convolution takes in, if all that follows it is interpolation; else the node itself.
+
+        The two commute, so such a convolution is a part of going up, whichever comes first.
+        """
+        made, users = self.nodes[node], self.users.get(node, [])
+        weight = made.arguments.get("weight")
+        if made.operator != "aten::convolution" or not isinstance(weight, Ref) or set(weight.shape[2:]) != {1}:
+            return node
+        goes_up = bool(users) and all("upsample" in self.nodes[user].operator for user in users)
+        return made.sources[0] if goes_up and self.size(made.sources[0]) == self.size(node) else node
 
     def ancestors(self, nodes: Iterable[int]) -> set[int]:
         """`nodes` and all that they were computed from."""
