@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -228,26 +229,62 @@ class Scan(nn.Module):
         return x + (y.transpose(-2, -1) if self.exchange else y)
 
 
+class Reordered(ByTokens):
+    """Tokens in an order that an index gives, and back: an operator that hides where they lie."""
+
+    def make(self, width: int, size: Size, rng: random.Random) -> nn.Module:
+        return Permuted(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)), math.prod(size))
+
+
+class Permuted(nn.Module):
+    def __init__(self, inner: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.inner, self.order = inner, nn.Buffer(torch.randperm(tokens), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x[:, self.order])[:, self.order.argsort()]
+
+
 BLOCKS: tuple[Callable[[int, Size, random.Random], nn.Module], ...] = (
-    *(Convolve, Convolve, SqueezeExcite, ConvNeXt, ByTokens, Perceptron, Mixer, Convolve1d, Attend, Windows, Scan),
+    *(
+        Convolve,
+        Convolve,
+        SqueezeExcite,
+        ConvNeXt,
+        ByTokens,
+        Perceptron,
+        Mixer,
+        Convolve1d,
+        Attend,
+        Windows,
+        Scan,
+        Reordered,
+    ),
 )
 
 
 class Stage(Described):
-    """Blocks at one level, the last of which the stage returns in its layout."""
+    """Blocks at one level, the last of which the stage returns in its layout; in a pair, if it is `paired`."""
 
-    def __init__(self, width: int, layout: str, size: Size, rng: random.Random) -> None:
+    def __init__(self, width: int, layout: str, size: Size, rng: random.Random, paired: bool = False) -> None:
         super().__init__(layout, size)
+        self.paired = paired
         choices = [b for b in BLOCKS if not (b is Mixer and math.prod(size) > 256)]
         self.blocks = nn.ModuleList([rng.choice(choices)(width, size, rng) for _ in range(rng.randint(1, 2))])
         self.norm = nn.LayerNorm(width) if layout in ("last", "tokens") and rng.random() < 0.5 else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = to_map(x, self.layout, self.size)
         for block in self.blocks:
             x = block(x)
         x = from_map(x, self.layout)
-        return x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return (1 * x, None) if self.paired else x
+
+
+def feature(stage: nn.Module, x: Tensor) -> Tensor:
+    x = stage(x)
+    return x[0] if isinstance(x, tuple) else x
 
 
 class ClassToken(Described):
@@ -382,7 +419,8 @@ class Net(nn.Module):
         one = rng.choice(LAYOUTS) if rng.random() < 0.5 else None  # in most nets one layout throughout
         down, up = ([one or rng.choice(LAYOUTS) for _ in range(depth)] for _ in range(2))
         self.embed = Embed(widths[0], down[0], sizes[0], step, rng)
-        self.encoder = nn.ModuleList([Stage(*level, rng) for level in zip(widths, down, sizes)])
+        self.paired = rng.random() < 0.15
+        self.encoder = nn.ModuleList([Stage(*level, rng, self.paired) for level in zip(widths, down, sizes)])
         pairs = [(i, i + 1) for i in range(depth - 1)]
         self.down = nn.ModuleList(
             [Down((widths[i], widths[j]), down[i], down[j], (sizes[i], sizes[j]), rng) for i, j in pairs]
@@ -394,7 +432,9 @@ class Net(nn.Module):
         )
         way = rng.choice(["cat", "sum", "gated"])
         self.merge = nn.ModuleList([Merge(widths[i], up[i], down[i], sizes[i], way) for i in range(depth - 1)])
-        self.decoder = nn.ModuleList([Stage(widths[i], up[i], sizes[i], rng) for i in range(depth - 1)])
+        self.decoder = nn.ModuleList([Stage(widths[i], up[i], sizes[i], rng, self.paired) for i in range(depth - 1)])
+        adapts = rng.random() < 0.15  # the skip is what an adapter makes of the encoder's feature
+        self.adapter = nn.ModuleList([Stage(widths[i], down[i], sizes[i], rng) for i in range(depth - 1) if adapts])
         dims = len(sizes[0])
         self.heads = nn.ModuleList(
             [conv(dims)(width, 2, 1) for width in widths[: 1 + (depth > 2 and rng.random() < 0.2)]]
@@ -415,12 +455,12 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         x, skips, outputs = self.embed(x), [], []
         for i, stage in enumerate(self.encoder):
-            x = stage(self.down[i - 1](x) if i else x)
-            skips.append(x)
+            x = feature(stage, self.down[i - 1](x) if i else x)
+            skips.append(self.adapter[i](x) if i < len(self.adapter) else x)
         if self.middle is not None:
             x = self.middle(x)
         for i in reversed(range(len(self.decoder))):
-            x = self.decoder[i](self.merge[i](self.go_up(i, x), skips[i]))
+            x = feature(self.decoder[i], self.merge[i](self.go_up(i, x), skips[i]))
             if i < len(self.heads):
                 logits = self.heads[i](to_map(x, self.decoder[i].layout, self.decoder[i].size))
                 outputs.insert(0, F.interpolate(logits, scale_factor=self.scale) if self.scale > 1 else logits)
@@ -438,7 +478,7 @@ class NoDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         for i, stage in enumerate(self.encoder):
-            x = stage(self.down[i - 1](x) if i else x)
+            x = feature(stage, self.down[i - 1](x) if i else x)
         x = self.head(to_map(x, self.encoder[-1].layout, self.encoder[-1].size))
         return x.flatten(2).mean(2) if self.classify else F.interpolate(x, self.size)
 
@@ -447,7 +487,8 @@ def build(seed: int) -> Case:
     """The net of a seed: always the same, with the same weights and image."""
     rng = random.Random(seed)
     dims = 3 if rng.random() < 0.25 else 2
-    depth = rng.choice([3, 3, 4] if dims == 2 else [3])
+    kind = rng.choice(["no decoder", "one level", *["U"] * 14])
+    depth = 2 if kind == "one level" else rng.choice([3, 3, 4] if dims == 2 else [3])
     step = rng.choice([1, 1, 2, 4] if dims == 2 else [1, 2])
     finest = [rng.choice([16, 32] if dims == 2 else [8])] * dims
     if rng.random() < 0.3:
@@ -455,31 +496,39 @@ def build(seed: int) -> Case:
     sizes = [tuple(side // 2**level for side in finest) for level in range(depth)]
     if dims == 3 and rng.random() < 0.4:  # anisotropic
         sizes = [(finest[0] // 2 ** max(level - 1, 0), *size[1:]) for level, size in enumerate(sizes)]
-    cells = [math.prod(size) for size in sizes]
     image = tuple(side * step for side in finest)
+    cells = [math.prod(size) for size in sizes]
     widths = sorted(2 * rng.randint(2, 8) for _ in range(depth))
     if rng.random() < 0.5:
         level = rng.randrange(depth)
-        few = [count for count in {*cells, *finest} if count <= 256 and count % 2 == 0]
-        if few:
-            widths[level] = rng.choice(sorted(few))
-            widths[level:] = [max(width, widths[level]) for width in widths[level:]]
+        few = sorted(count for count in {*cells, *finest} if count <= 256 and count % 2 == 0)
+        widths[level] = rng.choice(few)
+        widths[level:] = [max(width, widths[level]) for width in widths[level:]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net: nn.Module = Net(widths, sizes, step, rng)
-        refused = rng.random() < 0.1
-        paths = [f"encoder.{i}" for i in range(depth - 1)], [f"decoder.{i}" for i in range(depth - 1)]
-        bottleneck = "middle" if net.middle is not None else f"encoder.{depth - 1}"
-        if refused:
-            net = NoDecoder(net, widths[-1], rng.random() < 0.5, image)
+        net = Net(widths, sizes, step, rng)
+        model: nn.Module = net
+        prefix = ""
+        if kind == "no decoder":
+            model = NoDecoder(net, widths[-1], rng.random() < 0.5, image)
         elif rng.random() < 0.3:
-            net = nn.Sequential(nn.Conv2d(3, 3, 1) if dims == 2 else nn.Conv3d(3, 3, 1), net)
-            paths, bottleneck = tuple([f"1.{path}" for path in side] for side in paths), f"1.{bottleneck}"
-        x = torch.randn(2, 3, *image)
-    taps = [*paths[0], *paths[1], bottleneck] if not refused else []
-    stages = {path: net.get_submodule(path) for path in taps}
+            model, prefix = nn.Sequential((nn.Conv2d, nn.Conv3d)[dims - 2](3, 3, 1), net), "1."
+        x = torch.randn(rng.choice([1, 2, 2, 3, 4, 8]), 3, *image)
+    stages = {f"{prefix}encoder.{i}": net.encoder[i] for i in range(depth)}
+    stages |= {f"{prefix}decoder.{i}": net.decoder[i] for i in range(depth - 1)}
+    if net.paired:
+        stages = {f"{path}[0]": stage for path, stage in stages.items()}
+    paths = list(stages)
+    encoder, bottleneck, decoder = paths[: depth - 1], paths[depth - 1], paths[depth:]
+    if net.adapter:
+        encoder = [f"{prefix}adapter.{i}" for i in range(depth - 1)]
+        stages |= dict(zip(encoder, net.adapter))
+    if net.middle is not None:
+        bottleneck = f"{prefix}middle"
+        stages[bottleneck] = net.middle
     return Case(
-        *(net.eval(), x, tuple(paths[0]), tuple(paths[1]), bottleneck, refused),
+        *(model.eval(), x, tuple(encoder), tuple(decoder), bottleneck),
+        refused=kind != "U",
         collides=not set(widths).isdisjoint(cells),
         layouts={path: str(stage.layout) for path, stage in stages.items()},
         sizes={path: tuple(stage.size) for path, stage in stages.items()},  # pyright: ignore
