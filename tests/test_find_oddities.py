@@ -304,6 +304,79 @@ def test_a_layout_that_is_given_is_not_told_by_shape() -> None:
     )
 
 
+class Add(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+class TwoEncoders(Small):
+    """Of two modalities: the sums of both encoders' features are the skips."""
+
+    def __init__(self, modules: bool) -> None:
+        super().__init__()
+        self.other = nn.ModuleList([conv(a, b) for a, b in ((3, 4), (4, 8), (8, 16), (16, 32))])
+        self.add = nn.ModuleList([Add() for _ in self.down]) if modules else [torch.add] * 4
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        y, features = x.flip(1), []
+        for i, (block, other, add) in enumerate(zip(self.down, self.other, self.add)):
+            x, y = block(self.pool(x) if i else x), other(self.pool(y) if i else y)
+            features.append(add(x, y))
+        return features
+
+
+def test_of_two_encoders_the_sum_is_the_skip() -> None:
+    plan = found(TwoEncoders(modules=True))
+    assert names(plan) == [(f"add.{i}", f"fuse.{i}") for i in range(3)]
+    assert str(plan.bottleneck) == "add.3"
+    assert plan.notes == ()
+
+
+def test_of_two_encoders_whose_sum_no_hook_sees_one_is_tapped_and_the_plan_says_so() -> None:
+    plan = found(TwoEncoders(modules=False))
+    assert names(plan) == NAMES
+    assert str(plan.bottleneck) == "in:up.2"
+    said = "level 16x16: several features of the encoder make the skip, which no hook sees; down.1 is one of them"
+    assert said in plan.notes
+
+
+class Adapted(Small):
+    """Skips go through a block of their own, which keeps their width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapt = nn.ModuleList([nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()) for c in (4, 8, 16)])
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = super().encode(x)
+        return [*[adapt(f) for adapt, f in zip(self.adapt, features)], features[3]]
+
+
+def test_what_a_skip_carries_is_tapped_behind_its_adapter_and_the_stage_before() -> None:
+    assert names(found(Adapted())) == [(f"adapt.{i}", f"fuse.{i}") for i in range(3)]
+    assert names(find_taps(Adapted(), torch.randn(2, 3, 32, 32), encoder="stage")) == NAMES
+
+
+class Reduced(Small):
+    """A bare 1x1 convolution narrows each feature before it is interpolated, as wide as the next level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList([nn.Conv2d(2 * c, c, 1) for c in (4, 8, 16)])
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        x = features.pop()
+        for up, fuse in zip(reversed(self.up), reversed(self.fuse)):
+            x = fuse(torch.cat([F.interpolate(up(x), scale_factor=2), features.pop()], 1))
+        return x
+
+
+def test_a_reduction_before_an_interpolation_is_a_part_of_going_up() -> None:
+    plan = found(Reduced())
+    assert names(plan) == NAMES
+    assert str(plan.bottleneck) == "down.3"
+
+
 class Outputs(Small):
     """Deep supervision: a dict with outputs at several levels."""
 

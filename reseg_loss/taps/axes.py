@@ -244,7 +244,7 @@ def _axes(node: Node, known: list[Axes | None], image: Size) -> Axes | None:
     if namespace not in ("aten", "") or any(kind in name for kind in _OPAQUE) or not sources:
         return None
     given = {key: _given(value, known) for key, value in node.arguments.items()}
-    if name in _VIEWS and sources:
+    if name in _VIEWS:
         regrouped, scrambled = _regrouped(sources[0], node.shape)
         lost = scrambled and len(node.shape) in (3, len(image)) and grid_of(regrouped, image[0], image[2:]) is None
         return None if lost else regrouped

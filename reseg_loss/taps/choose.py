@@ -9,7 +9,7 @@ from ..errors import TapError
 from .graph import Graph, Size, covers
 from .locate import tap_at
 from .record import Call
-from .skips import Floor, Shape, is_raw_join, pick_skip
+from .skips import Floor, Shape, is_one_of_several, is_raw_join, pick_skip
 from .tap import Level, Tap, TapPlan
 from .trunk import Trunk
 
@@ -48,9 +48,10 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
 
 
 def _level(shape: Shape, floor: Floor, kind: Literal["skip", "stage"]) -> tuple[Level | None, str]:
-    """A level, or why there is none."""
+    """A level, or why there is none; and what to know of it."""
     trunk, graph = shape.trunk, shape.trunk.graph
-    where = f"level {'x'.join(map(str, floor.size))} left out: "
+    name = f"level {'x'.join(map(str, floor.size))}"
+    where = f"{name} left out: "
     skip = pick_skip(trunk, floor)
     skip_tap = None if skip is None else tap_at(graph, skip)
     stage_tap = _stage(trunk, floor.size, None if skip is None else graph.channels(skip))
@@ -63,7 +64,10 @@ def _level(shape: Shape, floor: Floor, kind: Literal["skip", "stage"]) -> tuple[
     if skip is None and decoder.channels != encoder.channels:
         channels = f"{encoder.channels} and {decoder.channels}"
         return None, where + f"no skip connection, and {encoder} and {decoder} differ in channels ({channels})"
-    return Level(encoder.stride, floor.size, encoder, decoder), ""
+    note = ""
+    if encoder is skip_tap and skip is not None and is_one_of_several(trunk, floor, skip):
+        note = f"{name}: several features of the encoder make the skip, which no hook sees; {encoder} is one of them"
+    return Level(encoder.stride, floor.size, encoder, decoder), note
 
 
 def _heavy(calls: list[tuple[Call, int]]) -> list[tuple[Call, int]]:

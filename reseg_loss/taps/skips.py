@@ -1,4 +1,4 @@
-"""Stage 4: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
+"""Stage 5: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Origin(IntEnum):
     """How sure it is that a tensor belongs to the encoder, the surest first."""
 
     ENCODER = 0  # the bottleneck was computed from it
-    DESCENDING = 1  # it was never upsampled: a projection on the way of the skip
-    OTHER = 2  # merely not computed from the bottleneck
+    ADAPTER = 1  # convolutions or the like on the way of the skip made it
+    DESCENDING = 2  # it was never upsampled: a norm or an activation on the way of the skip
+    OTHER = 3  # merely not computed from the bottleneck
 
 
 class Candidate(NamedTuple):
@@ -159,7 +160,10 @@ def _encoder_side(trunk: Trunk, operand: int, size: Size) -> Iterator[Candidate]
     for node in todo:
         if node not in trunk.decoder:
             descending = Origin.DESCENDING if trunk.pure.get(node) else Origin.OTHER
-            origin = Origin.ENCODER if node in trunk.encoder else descending
+            whole = node in trunk.encoder or (_fuses(trunk, node) and tap_at(graph, node) is not None)
+            origin = Origin.ENCODER if whole else descending
+            if origin is Origin.DESCENDING and _adapts(trunk, node):
+                origin = Origin.ADAPTER
             yield Candidate(origin, distance, node)
             distance += 1
             if origin is Origin.ENCODER:
@@ -169,6 +173,25 @@ def _encoder_side(trunk: Trunk, operand: int, size: Size) -> Iterator[Candidate]
             new = [s for s in new if graph.size(s) == size]
             seen.update(new)
             todo += new
+
+
+def _fuses(trunk: Trunk, node: int) -> bool:
+    """Whether a skip is made of several of the encoder's features at its level: of two encoders, one is not enough."""
+    size, sources = trunk.graph.size(node), trunk.folded.sources(node) if node in trunk.pure else ()
+    return bool(trunk.pure.get(node)) and sum(s in trunk.encoder and trunk.graph.size(s) == size for s in sources) > 1
+
+
+def _adapts(trunk: Trunk, node: int) -> bool:
+    """Whether what made a node on the way of a skip is more than a norm or an activation."""
+    owner = trunk.folded.owner(node)
+    call = None if owner is None else trunk.graph.calls[owner]
+    made = trunk.graph.nodes[call.start : call.end] if call else [trunk.graph.nodes[node]]
+    return any(kind in each.operator for each in made for kind in ("conv", "mm", "attention"))
+
+
+def is_one_of_several(trunk: Trunk, floor: Floor, skip: int) -> bool:
+    """Whether no hook sees the skip that several features of the encoder make, of which `skip` is one."""
+    return any(skip in trunk.folded.sources(c.node) and _fuses(trunk, c.node) for c in floor.skips)
 
 
 def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
@@ -183,7 +206,8 @@ def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
         origin, distance, node = candidate
         wide_as_decoder = graph.channels(node) in widths and origin < Origin.OTHER
         later_first = -node if origin < Origin.OTHER else node
-        return (int(origin) if wide_as_decoder else 2 + int(origin)), distance, later_first
+        first = 0 if origin is Origin.ADAPTER else int(origin)
+        return (first if wide_as_decoder else 3 + int(origin)), distance, later_first
 
     return min(candidates, key=order).node
 
