@@ -62,21 +62,13 @@ def parse_taps(taps: Mapping[str, Any] | None) -> dict[str, list[Tap]]:
     return parsed
 
 
-def seen(
-    tap: Tap,
-    shape: Sequence[int],
-    batch: int,
-    image: Sequence[int],
-    *,
-    mutated: bool,
-    grids: dict[int, tuple[int, ...]] | None = None,
-) -> Tap:
+def seen(tap: Tap, shape: Sequence[int], batch: int, image: Sequence[int], *, mutated: bool) -> Tap:
     """The tap with what its tensor's shape tells, for a batch of images of size `image`; a layout given stays.
 
     Raises:
         TapError: the tensor is no feature map over the image, in the layout given.
     """
-    grid = interpret(shape, batch, image, grids, tap.layout)
+    grid = interpret(shape, batch, image, layout=tap.layout)
     if grid is None:
         given = f" in layout {tap.layout}" if tap.layout else ""
         raise TapError(

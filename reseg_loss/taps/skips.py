@@ -16,7 +16,7 @@ class Origin(IntEnum):
     """How sure it is that a tensor belongs to the encoder, the surest first."""
 
     ENCODER = 0  # the bottleneck was computed from it
-    ADAPTER = 1  # convolutions or the like on the way of the skip made it
+    ADAPTER = 1  # convolutions or the like made it of the encoder's, on the way of the skip
     DESCENDING = 2  # it was never upsampled: a norm or an activation on the way of the skip
     OTHER = 3  # merely not computed from the bottleneck
 
@@ -145,7 +145,7 @@ def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
             if joining != size and graph.size(below) != joining:
                 continue
             floor = floors.setdefault(joining, Floor(joining))
-            candidates = list(_encoder_side(trunk, operand, joining))
+            candidates = _encoder_side(trunk, operand, joining)
             floor.skips += candidates
             if candidates and joining == size:
                 floor.merges.append(node)
@@ -154,31 +154,30 @@ def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
     return Shape(trunk, floors)
 
 
-def _encoder_side(trunk: Trunk, operand: int, size: Size) -> Iterator[Candidate]:
+def _encoder_side(trunk: Trunk, operand: int, size: Size) -> list[Candidate]:
     """The tensors behind an operand, at its level, that the bottleneck has no part in (this undoes gates)."""
-    graph, seen, todo, distance = trunk.graph, {operand}, [operand], 0
+    graph, seen, todo = trunk.graph, {operand}, [operand]
+    found: list[Candidate] = []
     for node in todo:
         if node not in trunk.decoder:
-            descending = Origin.DESCENDING if trunk.pure.get(node) else Origin.OTHER
-            whole = node in trunk.encoder or (_fuses(trunk, node) and tap_at(graph, node) is not None)
-            origin = Origin.ENCODER if whole else descending
-            if origin is Origin.DESCENDING and _adapts(trunk, node):
-                origin = Origin.ADAPTER
-            yield Candidate(origin, distance, node)
-            distance += 1
-            if origin is Origin.ENCODER:
-                return
+            pure = trunk.pure.get(node, False)
+            if node in trunk.encoder or (pure and _fuses(trunk, node) and tap_at(graph, node)):
+                adapters = [c for c in found if c.origin is Origin.DESCENDING and _adapts(trunk, c.node)]
+                found = [c._replace(origin=Origin.ADAPTER) if c in adapters else c for c in found]
+                return [*found, Candidate(Origin.ENCODER, len(found), node)]
+            found.append(Candidate(Origin.DESCENDING if pure else Origin.OTHER, len(found), node))
         if node in trunk.pure:
             new = [s for s in trunk.folded.sources(node) if s not in seen and s not in graph.inputs]
             new = [s for s in new if graph.size(s) == size]
             seen.update(new)
             todo += new
+    return found
 
 
 def _fuses(trunk: Trunk, node: int) -> bool:
-    """Whether a skip is made of several of the encoder's features at its level: of two encoders, one is not enough."""
-    size, sources = trunk.graph.size(node), trunk.folded.sources(node) if node in trunk.pure else ()
-    return bool(trunk.pure.get(node)) and sum(s in trunk.encoder and trunk.graph.size(s) == size for s in sources) > 1
+    """Whether a node is made of several of the encoder's features of its size: of two encoders, one is not enough."""
+    graph, sources = trunk.graph, trunk.folded.sources(node)
+    return sum(source in trunk.encoder and graph.size(source) == graph.size(node) for source in sources) > 1
 
 
 def _adapts(trunk: Trunk, node: int) -> bool:
@@ -191,7 +190,8 @@ def _adapts(trunk: Trunk, node: int) -> bool:
 
 def is_one_of_several(trunk: Trunk, floor: Floor, skip: int) -> bool:
     """Whether no hook sees the skip that several features of the encoder make, of which `skip` is one."""
-    return any(skip in trunk.folded.sources(c.node) and _fuses(trunk, c.node) for c in floor.skips)
+    fused = [c.node for c in floor.skips if c.origin is not Origin.OTHER and _fuses(trunk, c.node)]
+    return any(skip in trunk.folded.sources(node) for node in fused)
 
 
 def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
