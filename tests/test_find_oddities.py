@@ -377,6 +377,19 @@ def test_a_reduction_before_an_interpolation_is_a_part_of_going_up() -> None:
     assert str(plan.bottleneck) == "down.3"
 
 
+class OnlyReduced(Reduced):
+    """Nothing but the reduction is computed at a level after the merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in ((4, 16), (8, 32), (16, 32))])
+        self.fuse, self.head = nn.ModuleList([nn.Identity() for _ in range(3)]), nn.Conv2d(8, 2, 1)
+
+
+def test_a_reduction_is_the_decoders_feature_where_nothing_else_is_computed() -> None:
+    assert names(found(OnlyReduced())) == [("down.1", "up.0"), ("down.2", "up.1")]
+
+
 class Outputs(Small):
     """Deep supervision: a dict with outputs at several levels."""
 

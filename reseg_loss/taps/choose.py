@@ -98,8 +98,8 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
     """The decoder's last feature of a level after the merge and before the head, as wide as the encoder's if any is."""
     graph, merged, head = trunk.graph, floor.merged(), _head_start(trunk)
     body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
-    body = [node for node in body if graph.before_going_up(node) == node]
-    taps = [tap for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
+    made = [(node, tap) for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
+    taps = [tap for node, tap in made if graph.before_going_up(node) == node] or [tap for _, tap in made]
     if inner := _inner(trunk, floor, body):
         taps.insert(0, inner)
     if not taps:  # nothing is computed there after the merge: the decoder block's output before it
