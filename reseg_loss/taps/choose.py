@@ -214,14 +214,18 @@ def _widest_vanished(graph: Graph) -> int:
 
 def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
     """`what` is wrong, and how to name taps by hand, with the modules that return a feature map, by size."""
-    by_size: dict[Size, list[str]] = {}
+    listed: list[tuple[Size, int, Tap]] = []
     for call in graph.calls[1:]:
         around = {graph.size(node) for _, node in graph.calls[call.parent].outputs[:1]} if call.parent else set()
         for keys, node in call.outputs:
             size = graph.size(node)
             if size and size not in around:  # of nested modules of one size, the outermost is enough
-                name = str(Tap(call.name, keys=keys, call=call.count))
-                by_size.setdefault(size, []).append(name)
+                listed.append((size, node, Tap(call.name, keys=keys, call=call.count)))
+    whole = {node for _, node, tap in listed if not tap.keys} | graph.inputs
+    by_size: dict[Size, list[str]] = {}
+    for size, node, tap in listed:
+        if not tap.keys or node not in whole:  # an element of a tuple, unless a module returns it by itself
+            by_size.setdefault(size, []).append(str(tap))
     rows = []
     for size in sorted(by_size, key=math.prod, reverse=True):
         names = by_size[size]
