@@ -285,6 +285,109 @@ def test_opaque_kernels_are_bridged() -> None:
     plan = found(Small(act=Opaque))
     assert names(plan) == NAMES
     assert str(plan.bottleneck) == "down.3"
+    assert len(plan.notes) == 1
+    assert plan.notes[0].startswith(
+        "told by shape, as a kernel before hides what it does: down.0 (NCHW), fuse.0 (NCHW)"
+    )
+
+
+def test_a_layout_that_is_given_is_not_told_by_shape() -> None:
+    named = {
+        "encoder": [Tap("down.0", layout="NCHW"), Tap("down.1", layout="NCHW")],
+        "decoder": [Tap("fuse.0", layout="NCHW"), "fuse.1"],
+        "bottleneck": Tap("down.3", layout="NCHW"),
+    }
+    plan = find_taps(Small(act=Opaque), torch.randn(2, 3, 32, 32), taps=named)
+    assert plan.notes == (
+        "told by shape, as a kernel before hides what it does: fuse.1 (NCHW). "
+        "If a layout is not right, give it: Tap(..., layout=...)",
+    )
+
+
+class Add(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+class TwoEncoders(Small):
+    """Of two modalities: the sums of both encoders' features are the skips."""
+
+    def __init__(self, modules: bool) -> None:
+        super().__init__()
+        self.other = nn.ModuleList([conv(a, b) for a, b in ((3, 4), (4, 8), (8, 16), (16, 32))])
+        self.add = nn.ModuleList([Add() for _ in self.down]) if modules else [torch.add] * 4
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        y, features = x.flip(1), []
+        for i, (block, other, add) in enumerate(zip(self.down, self.other, self.add)):
+            x, y = block(self.pool(x) if i else x), other(self.pool(y) if i else y)
+            features.append(add(x, y))
+        return features
+
+
+def test_of_two_encoders_the_sum_is_the_skip() -> None:
+    plan = found(TwoEncoders(modules=True))
+    assert names(plan) == [(f"add.{i}", f"fuse.{i}") for i in range(3)]
+    assert str(plan.bottleneck) == "add.3"
+    assert plan.notes == ()
+
+
+def test_of_two_encoders_whose_sum_no_hook_sees_one_is_tapped_and_the_plan_says_so() -> None:
+    plan = found(TwoEncoders(modules=False))
+    assert names(plan) == NAMES
+    assert str(plan.bottleneck) == "in:up.2"
+    said = "level 16x16: several features of the encoder make the skip, which no hook sees; down.1 is one of them"
+    assert said in plan.notes
+
+
+class Adapted(Small):
+    """Skips go through a block of their own, which keeps their width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapt = nn.ModuleList([nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()) for c in (4, 8, 16)])
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = super().encode(x)
+        return [*[adapt(f) for adapt, f in zip(self.adapt, features)], features[3]]
+
+
+def test_what_a_skip_carries_is_tapped_behind_its_adapter_and_the_stage_before() -> None:
+    assert names(found(Adapted())) == [(f"adapt.{i}", f"fuse.{i}") for i in range(3)]
+    assert names(find_taps(Adapted(), torch.randn(2, 3, 32, 32), encoder="stage")) == NAMES
+
+
+class Reduced(Small):
+    """A bare 1x1 convolution narrows each feature before it is interpolated, as wide as the next level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList([nn.Conv2d(2 * c, c, 1) for c in (4, 8, 16)])
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        x = features.pop()
+        for up, fuse in zip(reversed(self.up), reversed(self.fuse)):
+            x = fuse(torch.cat([F.interpolate(up(x), scale_factor=2), features.pop()], 1))
+        return x
+
+
+def test_a_reduction_before_an_interpolation_is_a_part_of_going_up() -> None:
+    plan = found(Reduced())
+    assert names(plan) == NAMES
+    assert str(plan.bottleneck) == "down.3"
+
+
+class OnlyReduced(Reduced):
+    """Nothing but the reduction is computed at a level after the merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in ((4, 16), (8, 32), (16, 32))])
+        self.fuse, self.head = nn.ModuleList([nn.Identity() for _ in range(3)]), nn.Conv2d(8, 2, 1)
+
+
+def test_a_reduction_is_the_decoders_feature_where_nothing_else_is_computed() -> None:
+    assert names(found(OnlyReduced())) == [("down.1", "up.0"), ("down.2", "up.1")]
 
 
 class Outputs(Small):
@@ -933,6 +1036,38 @@ class OneLevel(nn.Module):
         return self.head(self.c(torch.cat([F.interpolate(self.b(skip), scale_factor=2), skip], 1)))
 
 
+class Tuples(Small):
+    """Blocks that return their feature beside something else, in a net that only goes down and, once, up."""
+
+    class Block(nn.Module):
+        def __init__(self, cin: int, cout: int) -> None:
+            super().__init__()
+            self.conv = conv(cin, cout, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return F.relu(self.conv(x) + 1), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(3, 4), self.Block(4, 8), self.Block(8, 16)])
+        self.head = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2:]
+        for block in self.blocks:
+            x, _ = block(x)
+        return F.interpolate(self.head(x), size)
+
+
+def test_the_list_in_an_error_shows_elements_of_tuples_and_the_error_what_still_works() -> None:
+    with pytest.raises(TapError) as raised:
+        find_taps(Tuples(), torch.randn(2, 3, 32, 32))
+    message = str(raised.value)
+    assert "16x16: blocks.0[0]\n" in message
+    assert "8x8: blocks.1[0]\n" in message
+    assert "CutMixConsistency trains every segmentation network, if deep= is left out" in message
+
+
 def test_one_level_is_not_enough_and_the_error_shows_it() -> None:
     with pytest.raises(TapError) as raised:
         find_taps(OneLevel(), torch.randn(2, 3, 32, 32))
@@ -1029,6 +1164,30 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fuse.1 (8)" in lines[3]
     assert main(["test_find_oddities:OneLevel", "--shape", "1,3,32,32"]) == 1
     assert "Name the taps by hand" in capsys.readouterr().err
+    assert main(["test_find_oddities:Small", "--shape", "1,1,32,32", "width=6", "cin=1"]) == 0
+    assert "down.1 (12)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_module:Small"], "there is no module 'no_such_module'"),
+        (["test_find_oddities"], "not of the form MODULE:FACTORY"),
+        (["test_find_oddities:Smal"], "has no 'Smal'. Did you mean 'Small'"),
+        (["test_find_oddities:conv"], "cannot be called so: missing a required argument: 'cin'. It takes (cin: "),
+        (["test_find_oddities:Small", "wide=3"], "unexpected keyword argument 'wide'. It takes (width: "),
+        (["test_find_oddities:Small", "3"], "'3' is no argument of the model: write NAME=VALUE"),
+        (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: these are whole numbers"),
+        (["test_find_oddities:NAMES"], "is list, not a class or a function"),
+        (["test_find_oddities:Output", "features=1"], "returned Output, not a torch.nn.Module"),
+    ],
+)
+def test_a_wrong_command_is_told_in_a_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 class ChannelsLast(nn.Module):

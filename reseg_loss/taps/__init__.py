@@ -1,8 +1,9 @@
 """Where the encoder, the bottleneck and the decoder of a U-shaped model are, found from one dry forward.
 
-The stages, one module each: `record` what the forward does, view it as a `graph` of feature maps, find the `trunk`
-from an output down to the bottleneck, see which `skips` join it, and `choose` one pair of taps per level. Besides:
-`locate` finds the hook that sees a node, `named` serves taps that the user names, `tap` holds the result.
+The stages, one module each: `record` what the forward does, follow what lies along the `axes` of its tensors, view it
+as a `graph` of feature maps, find the `trunk` from an output down to the bottleneck, see which `skips` join it, and
+`choose` one pair of taps per level. Besides: `locate` finds the hook that sees a node, `named` serves taps that the
+user names, `tap` holds the result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from ..errors import TapError
 from .choose import choose
 from .graph import Graph
-from .named import KINDS, pair_up, parse_taps, replaced, resolve
+from .named import KINDS, pair_up, parse_taps, replaced, resolve, told_by_shape
 from .record import named_modules, record
 from .skips import find_shape
 from .tap import Level, Tap, TapPlan
@@ -54,18 +55,22 @@ def find_taps(
         raise TapError(f"encoder={encoder!r}: it is 'skip' or 'stage'")
     named = parse_taps(taps)
     graph = Graph(record(model, example_input))
+    plan = _plan(graph, model, named, encoder)
+    given = [tap for entries in named.values() for tap in entries]
+    plan = replace(plan, notes=(*plan.notes, *told_by_shape(graph, model, plan, given)))
+    # levels that the user named are all selected, unless `levels` says otherwise
+    return plan if levels is None and {"encoder", "decoder"} <= named.keys() else plan.select(levels)
+
+
+def _plan(graph: Graph, model: nn.Module, named: Mapping[str, list[Tap]], encoder: Literal["skip", "stage"]) -> TapPlan:
+    """The plan of what is named, and found where it is not, every level selected."""
     seen = {kind: [resolve(graph, model, tap) for tap in entries] for kind, entries in named.items()}
     if len(seen) == len(KINDS):
-        return _selected(pair_up(seen["encoder"], seen["decoder"], seen["bottleneck"][0]), levels)
+        return pair_up(seen["encoder"], seen["decoder"], seen["bottleneck"][0])
     plan = choose(graph, find_shape(graph), encoder)
     bottleneck = seen["bottleneck"][0] if "bottleneck" in seen else plan.bottleneck
     if "encoder" in seen and "decoder" in seen:
-        return _selected(pair_up(seen["encoder"], seen["decoder"], bottleneck), levels)
+        return pair_up(seen["encoder"], seen["decoder"], bottleneck)
     for side in ("encoder", "decoder"):
         plan = replaced(plan, side, seen.get(side, []))
-    return replace(plan, bottleneck=bottleneck).select(levels)
-
-
-def _selected(plan: TapPlan, levels: Sequence[int | Sequence[int]] | None) -> TapPlan:
-    """Levels that the user named are all selected, unless `levels` says otherwise."""
-    return plan if levels is None else plan.select(levels)
+    return replace(plan, bottleneck=bottleneck)

@@ -1,13 +1,18 @@
-"""Print the U of a model: `python -m reseg_loss.taps MODULE:FACTORY --shape 1,3,224,224`."""
+"""Print the U of a model: `python -m reseg_loss.taps MODULE:FACTORY [NAME=VALUE ...] --shape 1,3,224,224`."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ReSegError, did_you_mean
 from . import find_taps
@@ -16,28 +21,84 @@ from . import find_taps
 def main(arguments: list[str] | None = None) -> int:
     """Build a model, find its taps, print them; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m reseg_loss.taps", description=__doc__)
-    parser.add_argument("factory", help="MODULE:FACTORY, a callable without arguments that returns the model")
+    parser.add_argument("factory", help="MODULE:FACTORY, a class or a function that returns the model")
+    parser.add_argument("keywords", nargs="*", metavar="NAME=VALUE", help="its arguments, such as num_classes=3")
     parser.add_argument("--shape", default="1,3,224,224", help="shape of the example input (default: %(default)s)")
     parser.add_argument("--levels", help="strides to select, such as 2,4,8 (default: the library's own choice)")
     parser.add_argument("--encoder", choices=("skip", "stage"), default="skip", help="which encoder feature to tap")
-    options = parser.parse_args(arguments)
-    module, _, factory = options.factory.partition(":")
-    if not factory:
-        parser.error(f"{options.factory!r} is not of the form MODULE:FACTORY")
-    sys.path.insert(0, os.getcwd())
-    imported = importlib.import_module(module)
-    if not hasattr(imported, factory):
-        parser.error(f"{module} has no {factory!r}.{did_you_mean(factory, vars(imported))}")
-    model = getattr(imported, factory)()
-    levels = [int(stride) for stride in options.levels.split(",")] if options.levels else None
-    example = torch.zeros(*map(int, options.shape.split(",")))
+    options = parser.parse_intermixed_args(arguments)
     try:
-        plan = find_taps(model, example, levels=levels, encoder=options.encoder)
+        levels = _integers(options.levels, "--levels") if options.levels else None
+        shape = _integers(options.shape, "--shape")
+        model = _built(_factory(options.factory), options.factory, dict(map(_keyword, options.keywords)))
+    except _UsageError as error:
+        parser.error(str(error))
+    try:
+        plan = find_taps(model, torch.zeros(shape), levels=levels, encoder=options.encoder)
     except ReSegError as error:
         print(error, file=sys.stderr)
         return 1
     print(plan.draw(options.factory))
     return 0
+
+
+class _UsageError(Exception):
+    """The command was called in a way that cannot work."""
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise _UsageError(f"{option} {text}: these are whole numbers with commas between, as in 1,3,224,224") from None
+
+
+def _keyword(text: str) -> tuple[str, Any]:
+    """A name and its value: a Python literal, or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise _UsageError(f"{text!r} is no argument of the model: write NAME=VALUE, as in num_classes=3")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _factory(text: str) -> Callable[..., Any]:
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise _UsageError(f"{text!r} is not of the form MODULE:FACTORY")
+    sys.path.insert(0, os.getcwd())
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module != missing and not module.startswith(f"{missing}."):
+            raise _UsageError(f"{module} needs the module {missing!r}, which is not installed") from None
+        raise _UsageError(
+            f"there is no module {missing!r}, neither in {os.getcwd()} nor among what is installed"
+        ) from None
+    if not hasattr(imported, name):
+        raise _UsageError(f"{module} has no {name!r}.{did_you_mean(name, vars(imported))}")
+    return getattr(imported, name)
+
+
+def _built(factory: Callable[..., Any], text: str, keywords: dict[str, Any]) -> nn.Module:
+    if not callable(factory):
+        raise _UsageError(f"{text} is {type(factory).__name__}, not a class or a function that returns a model")
+    try:
+        inspect.signature(factory).bind(**keywords)
+    except TypeError as error:
+        takes = inspect.signature(factory)
+        raise _UsageError(
+            f"{text} cannot be called so: {error}. It takes {takes}; give arguments as NAME=VALUE"
+        ) from None
+    except ValueError:
+        pass  # a callable that does not show its signature
+    model = factory(**keywords)
+    if not isinstance(model, nn.Module):
+        raise _UsageError(f"{text} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
 if __name__ == "__main__":

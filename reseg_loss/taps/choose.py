@@ -1,4 +1,4 @@
-"""Stage 5: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
+"""Stage 6: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import TapError
 from .graph import Graph, Size, covers
 from .locate import tap_at
 from .record import Call
-from .skips import Floor, Shape, is_raw_join, pick_skip
+from .skips import Floor, Shape, is_one_of_several, is_raw_join, pick_skip
 from .tap import Level, Tap, TapPlan
 from .trunk import Trunk
 
@@ -26,7 +26,10 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
             what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
         raise TapError(_explain(graph, what))
     trunk, notes, levels = shape.trunk, [], []
+    met = {graph.size(node) for call in graph.calls for _, node in call.outputs}
     for size in sorted(shape.floors, reverse=True):
+        if size not in met and not shape.floors[size].skips:
+            continue  # of a step on the way from one level to the next
         level, note = _level(shape, shape.floors[size], encoder)
         levels += [level] if level else []
         notes += [note] if note else []
@@ -45,9 +48,10 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
 
 
 def _level(shape: Shape, floor: Floor, kind: Literal["skip", "stage"]) -> tuple[Level | None, str]:
-    """A level, or why there is none."""
+    """A level, or why there is none; and what to know of it."""
     trunk, graph = shape.trunk, shape.trunk.graph
-    where = f"level {'x'.join(map(str, floor.size))} left out: "
+    name = f"level {'x'.join(map(str, floor.size))}"
+    where = f"{name} left out: "
     skip = pick_skip(trunk, floor)
     skip_tap = None if skip is None else tap_at(graph, skip)
     stage_tap = _stage(trunk, floor.size, None if skip is None else graph.channels(skip))
@@ -60,7 +64,10 @@ def _level(shape: Shape, floor: Floor, kind: Literal["skip", "stage"]) -> tuple[
     if skip is None and decoder.channels != encoder.channels:
         channels = f"{encoder.channels} and {decoder.channels}"
         return None, where + f"no skip connection, and {encoder} and {decoder} differ in channels ({channels})"
-    return Level(encoder.stride, floor.size, encoder, decoder), ""
+    note = ""
+    if encoder is skip_tap and skip is not None and is_one_of_several(trunk, floor, skip):
+        note = f"{name}: several features of the encoder make the skip, which no hook sees; {encoder} is one of them"
+    return Level(encoder.stride, floor.size, encoder, decoder), note
 
 
 def _heavy(calls: list[tuple[Call, int]]) -> list[tuple[Call, int]]:
@@ -91,7 +98,8 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
     """The decoder's last feature of a level after the merge and before the head, as wide as the encoder's if any is."""
     graph, merged, head = trunk.graph, floor.merged(), _head_start(trunk)
     body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
-    taps = [tap for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
+    made = [(node, tap) for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
+    taps = [tap for node, tap in made if graph.before_going_up(node) == node] or [tap for _, tap in made]
     if inner := _inner(trunk, floor, body):
         taps.insert(0, inner)
     if not taps:  # nothing is computed there after the merge: the decoder block's output before it
@@ -152,7 +160,7 @@ def _callers(graph: Graph, call: Call) -> list[int]:
 
 def _bottleneck(trunk: Trunk) -> Tap | None:
     """The deepest feature: the end of the trunk, or where that is a concatenation or unseen, an operand of it."""
-    graph, end = trunk.graph, trunk.bottleneck
+    graph, end = trunk.graph, trunk.graph.before_going_up(trunk.bottleneck)
     joined = graph.nodes[end].operator == "aten::cat"
     tap = tap_at(graph, end, inputs=not joined)
     if tap and not joined:
@@ -206,13 +214,18 @@ def _widest_vanished(graph: Graph) -> int:
 
 def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
     """`what` is wrong, and how to name taps by hand, with the modules that return a feature map, by size."""
-    by_size: dict[Size, list[str]] = {}
+    listed: list[tuple[Size, int, Tap]] = []
     for call in graph.calls[1:]:
         around = {graph.size(node) for _, node in graph.calls[call.parent].outputs[:1]} if call.parent else set()
         for keys, node in call.outputs:
             size = graph.size(node)
-            if size and not keys and size not in around:  # of nested modules of one size, the outermost is enough
-                by_size.setdefault(size, []).append(call.name + (f"@{call.count}" if call.count else ""))
+            if size and size not in around:  # of nested modules of one size, the outermost is enough
+                listed.append((size, node, Tap(call.name, keys=keys, call=call.count)))
+    whole = {node for _, node, tap in listed if not tap.keys} | graph.inputs
+    by_size: dict[Size, list[str]] = {}
+    for size, node, tap in listed:
+        if not tap.keys or node not in whole:  # an element of a tuple, unless a module returns it by itself
+            by_size.setdefault(size, []).append(str(tap))
     rows = []
     for size in sorted(by_size, key=math.prod, reverse=True):
         names = by_size[size]
@@ -225,5 +238,6 @@ def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
             "Name the taps by hand: taps={'encoder': [...], 'decoder': [...], 'bottleneck': '...'}, finest first, one "
             "encoder and one decoder tap per level, of the same size. Modules that return a feature map, by size:",
             *(rows or ["  none"]),
+            "Without any taps, CutMixConsistency trains every segmentation network, if deep= is left out.",
         ]
     )

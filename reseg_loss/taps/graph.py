@@ -1,4 +1,4 @@
-"""Stage 2: the record as a graph over feature maps, in which calls can be folded to one node or opened."""
+"""Stage 3: the record as a graph over feature maps, in which calls can be folded to one node or opened."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from .. import formats
-from .record import Call, Keys, Record
+from .axes import follow, grid_of
+from .record import Call, Keys, Record, Ref
 
 Size = tuple[int, ...]
-_SPATIAL_OPERATORS = ("conv", "pool", "upsample")
-# what tells where the channels are, in the names of operators
-_FIRST, _LAST = (*_SPATIAL_OPERATORS, "batch_norm", "group_norm"), ("layer_norm", "rms_norm")
-_EXCHANGES = ("aten::permute", "aten::transpose")
 
 
 def covers(fine: Size, coarse: Size) -> bool:
@@ -36,88 +33,20 @@ class Graph:
                 self.returned.setdefault(node, []).append((call, keys))
             for keys, node in call.inputs:
                 self.taken.setdefault(node, []).append((call, keys))
-        self._grids: dict[tuple[int, ...], formats.Grid | None] = {}
-
-    @cached_property
-    def _spatial(self) -> set[Size]:
-        """The sizes that convolutions, poolings and interpolations made."""
-        return {
-            node.shape[2:]
-            for node in self.nodes
-            if any(kind in node.operator for kind in _SPATIAL_OPERATORS) and len(node.shape) == len(self.image) + 2
-        }
-
-    @cached_property
-    def _tokens(self) -> dict[int, Size]:
-        """Token grids of uncommon strides: those of the maps that tokens are made of."""
-        known = formats.token_grids(self.image)
-        sizes = sorted((s for s in self._spatial if min(s) >= 2 and formats.strides(s, self.image)), reverse=True)
-        return {math.prod(size): size for size in sizes if math.prod(size) not in known}
+        axes, self.hidden = follow(record)
+        self._grids = [each and grid_of(each, self.batch, self.image) for each in axes]
 
     def grid(self, node: int) -> formats.Grid | None:
         """How a node lies over the image; None for what is no feature map: attention, windows, pooled vectors."""
-        shape = self.nodes[node].shape
-        if _equal_sides(shape):
-            return self._equal_sided.get(node)
-        if shape not in self._grids:
-            self._grids[shape] = self._interpret(shape)
-        return self._grids[shape]
+        return self._grids[node]
 
     def read(self, node: int, layout: str) -> formats.Grid | None:
         """How a node lies over the image in a layout that the user gives."""
-        return formats.interpret(self.nodes[node].shape, self.batch, self.image, self._tokens, layout)
-
-    @cached_property
-    def _equal_sided(self) -> dict[int, formats.Grid]:
-        """The grids of nodes whose channels equal their size: by the operators around them, for the shape is silent."""
-        users, grids = self.record.users(), {}
-        for node in self.nodes:
-            if not _equal_sides(node.shape):
-                continue
-            ways = formats.readings(node.shape, self.batch, self.image, self._tokens)
-            if not (ways := [grid for grid in ways if self._believed(grid)]):
-                continue
-            hints = [
-                _told(node.operator),
-                *(self._use(node.index, user) for user in users.get(node.index, ())),
-                *(self._passed_on(node.index, source, grids.get(source)) for source in node.sources),
-            ]
-            sides = {_side(grid.layout): grid for grid in reversed(ways)}  # the likeliest of each
-            grids[node.index] = next((sides[hint] for hint in hints if hint in sides), ways[0])
-        return grids
-
-    def _use(self, node: int, user: int) -> str:
-        """Where the channels of a node are, going by what takes it in."""
-        taken, into = self.nodes[node].shape, self.nodes[user]
-        rows = len(into.shape) == 2 and into.shape[1] == taken[-1]  # of a linear layer
-        return "last" if rows else _told(into.operator)
-
-    def _passed_on(self, node: int, source: int, grid: formats.Grid | None) -> str:
-        """Where the channels of a node are, going by what it was made of; `grid` is the source's, if equal-sided."""
-        made, origin = self.nodes[node], self.nodes[source]
-        if len(origin.shape) == 2:
-            return "last" if origin.shape[1] == made.shape[-1] else ""
-        if grid is None and not _equal_sides(origin.shape):
-            grid = self.grid(source)
-        if grid is None:
-            return ""
-        if len(made.shape) == len(self.image) + 1 and grid.spatial == self.image:
-            return "none"  # a map that has lost its axis of channels
-        side = _side(grid.layout)
-        exchanged = made.operator in _EXCHANGES and made.shape == origin.shape
-        return {"first": "last", "last": "first"}.get(side, side) if exchanged else side
-
-    def _interpret(self, shape: tuple[int, ...]) -> formats.Grid | None:
-        dims, size = len(self.image), shape[2:]
-        stride = formats.strides(size, self.image) if shape[:1] == (self.batch,) and size in self._spatial else None
-        if stride:
-            return formats.Grid(size, shape[1], formats.CHANNELS_FIRST[dims], stride)
-        grid = formats.interpret(shape, self.batch, self.image, self._tokens)
-        return grid if grid is not None and self._believed(grid) else None
-
-    def _believed(self, grid: formats.Grid) -> bool:
-        """In 2D an uneven grid may be attention's (heads, tokens): believed only where a spatial operator made it."""
-        return len(self.image) != 2 or len(set(grid.stride)) == 1 or grid.spatial in self._spatial
+        grid = self._grids[node]
+        if grid is not None and grid.layout == layout:
+            return grid
+        seen = {math.prod(grid.spatial): grid.spatial for grid in self._grids if grid}
+        return formats.interpret(self.nodes[node].shape, self.batch, self.image, seen, layout)
 
     def size(self, node: int) -> Size | None:
         """The spatial size of a node: its level."""
@@ -128,6 +57,23 @@ class Graph:
         """The channels of a node, 0 if it is no feature map."""
         grid = self.grid(node)
         return grid.channels if grid else 0
+
+    @cached_property
+    def users(self) -> dict[int, list[int]]:
+        """For every node that is used, those computed from it."""
+        return self.record.users()
+
+    def before_going_up(self, node: int) -> int:
+        """What a bare 1x1 convolution takes in, if all that follows it is interpolation; else the node itself.
+
+        The two commute, so such a convolution is a part of going up, whichever comes first.
+        """
+        made, users = self.nodes[node], self.users.get(node, [])
+        weight = made.arguments.get("weight")
+        if made.operator != "aten::convolution" or not isinstance(weight, Ref) or set(weight.shape[2:]) != {1}:
+            return node
+        goes_up = bool(users) and all("upsample" in self.nodes[user].operator for user in users)
+        return made.sources[0] if goes_up and self.size(made.sources[0]) == self.size(node) else node
 
     def ancestors(self, nodes: Iterable[int]) -> set[int]:
         """`nodes` and all that they were computed from."""
@@ -189,23 +135,6 @@ class Graph:
         """The innermost module that made a node, for messages."""
         line = self.lineage(node)
         return (self.calls[line[-1]].name if line else "") or "the model's own forward"
-
-
-def _equal_sides(shape: tuple[int, ...]) -> bool:
-    """Whether all axes but the batch are as long, so that a shape does not tell which of them are the channels."""
-    return len(shape) > 2 and len(set(shape[1:])) == 1
-
-
-def _told(operator: str) -> str:
-    """Where an operator has the channels of what it takes in and gives out; empty if it does not care."""
-    return "first" if any(k in operator for k in _FIRST) else "last" if any(k in operator for k in _LAST) else ""
-
-
-def _side(layout: str) -> str:
-    """Where a layout has its channels: first, last, or none."""
-    if layout in formats.NO_CHANNELS.values():
-        return "none"
-    return "last" if layout.endswith("C") else "first"
 
 
 class Folded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import TapError, did_you_mean
 from .graph import Graph
 from .locate import tap_of
-from .record import Keys, named_modules
+from .record import Call, Keys, named_modules
 from .tap import Level, Tap, TapPlan
 
 KINDS = ("encoder", "decoder", "bottleneck")
@@ -89,6 +89,38 @@ def resolve(graph: Graph, model: nn.Module, tap: Tap) -> Tap:
     Raises:
         TapError: the module, the call or the key does not exist, or the tensor there is no feature map.
     """
+    call, keys, node = _slot(graph, model, tap)
+    grid = graph.read(node, tap.layout) if tap.layout else graph.grid(node)
+    if grid is None:
+        shape, given = graph.nodes[node].shape, f" in layout {tap.layout}" if tap.layout else ""
+        raise TapError(
+            f"tap {tap}: a tensor of shape {shape} is no feature map{given} of an image of size {graph.image}"
+        )
+    found = tap_of(graph, call, keys, node, tap.is_input, grid)
+    return replace(found, module=name_of(model, tap), mutated=tap.mutated or found.mutated)
+
+
+def told_by_shape(graph: Graph, model: nn.Module, plan: TapPlan, given: Iterable[Tap]) -> list[str]:
+    """Notes on taps whose layout a shape told, as their operators do not say it; not on those that have it `given`."""
+    named = {str(tap) for tap in given if tap.layout}
+    behind: dict[str, list[str]] = {}
+    for tap in (*(tap for level in plan.levels for tap in (level.encoder, level.decoder)), plan.bottleneck):
+        operator = graph.hidden.get(_slot(graph, model, tap)[2])
+        if operator and str(tap) not in named:
+            behind.setdefault(operator, []).append(f"{tap} ({tap.layout})")
+    return [
+        f"told by shape, as {'a kernel' if operator == 'opaque' else operator} before hides what it does: "
+        f"{', '.join(taps)}. If a layout is not right, give it: Tap(..., layout=...)"
+        for operator, taps in behind.items()
+    ]
+
+
+def _slot(graph: Graph, model: nn.Module, tap: Tap) -> tuple[Call, Keys, int]:
+    """The call, the keys and the node of a tap.
+
+    Raises:
+        TapError: the module, the call or the key does not exist.
+    """
     module = module_of(model, tap)
     calls = [call for call in graph.calls if call.module is module]
     if not calls:
@@ -104,15 +136,7 @@ def resolve(graph: Graph, model: nn.Module, tap: Tap) -> Tap:
         shown = ", ".join("".join(f"[{key}]" for key in keys) + f" {graph.nodes[node].shape}" for keys, node in slots)
         verb = "takes in" if tap.is_input else "returns"
         raise TapError(f"tap {tap}: {tap.module!r} {verb} {shown or 'no tensor'}; choose one of these by its key")
-    keys, node = hit
-    grid = graph.read(node, tap.layout) if tap.layout else graph.grid(node)
-    if grid is None:
-        shape, given = graph.nodes[node].shape, f" in layout {tap.layout}" if tap.layout else ""
-        raise TapError(
-            f"tap {tap}: a tensor of shape {shape} is no feature map{given} of an image of size {graph.image}"
-        )
-    found = tap_of(graph, call, keys, node, tap.is_input, grid)
-    return replace(found, module=name_of(model, tap), mutated=tap.mutated or found.mutated)
+    return call, *hit
 
 
 def replaced(plan: TapPlan, side: Literal["encoder", "decoder"], taps: Sequence[Tap]) -> TapPlan:

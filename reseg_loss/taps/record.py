@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from .dryrun import call, dry_run, image_of, private_copy, tensors
 Keys = tuple[int | str, ...]
 
 
+class Ref(NamedTuple):
+    """A tensor among an operator's arguments; its node is None if it does not depend on the model's input."""
+
+    node: int | None
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What one tensor held at one moment: the result of an operator, and the nodes it was computed from."""
@@ -29,6 +36,8 @@ class Node:
     operator: str
     storage: int
     dynamic: bool  # depends on the model's input
+    arguments: dict[str, Any]  # of the operator, by name: plain values, tensors as Ref
+    output: int = 0  # which of the operator's results
 
 
 @dataclass
@@ -136,11 +145,21 @@ class _Recorder(TorchDispatchMode):
         number = self._storages.setdefault(storage, len(self._storages))
         return number, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
-    def _add(self, sources: Any, tensor: Tensor, operator: str, dynamic: bool = False, write: bool = False) -> int:
+    def _add(
+        self,
+        sources: Any,
+        tensor: Tensor,
+        operator: str,
+        dynamic: bool = False,
+        write: bool = False,
+        arguments: dict[str, Any] | None = None,
+        output: int = 0,
+    ) -> int:
         identity = self._identity(tensor)
         sources = tuple(dict.fromkeys(s for s in sources if s is not None and self.nodes[s].dynamic))
-        storage = identity[0] if identity else -1
-        node = Node(len(self.nodes), sources, tuple(tensor.shape), operator, storage, dynamic or bool(sources))
+        storage, shape = identity[0] if identity else -1, tuple(tensor.shape)
+        dynamic = dynamic or bool(sources)
+        node = Node(len(self.nodes), sources, shape, operator, storage, dynamic, arguments or {}, output)
         self.nodes.append(node)
         if identity:
             self._known[identity] = node.index
@@ -158,18 +177,37 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # there operators arrive that are made of others, a linear layer whole
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         sources = [self._find(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        named = {
+            argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            for i, argument in enumerate(func._schema.arguments)
+        }
+        arguments = {name: self._plain(value) for name, value in named.items()}
         result = func(*args, **kwargs)
         written = set()
-        for i, argument in enumerate(func._schema.arguments):
+        for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for _, tensor in tensors(args[i] if i < len(args) else kwargs.get(argument.name)):
-                    self._add(sources, tensor, func._schema.name, write=True)
+                for _, tensor in tensors(named[argument.name]):
+                    self._add(sources, tensor, func._schema.name, write=True, arguments=arguments)
                     written.add(self._identity(tensor))
-        for _, tensor in tensors(result):
+        for i, (_, tensor) in enumerate(tensors(result)):
             if self._identity(tensor) not in written:
-                self._add(sources, tensor, func._schema.name)
+                self._add(sources, tensor, func._schema.name, arguments=arguments, output=i)
         return result
+
+    def _plain(self, value: Any) -> Any:
+        """An argument without what it would keep alive."""
+        if isinstance(value, Tensor):
+            node = self._find(value)
+            return Ref(node if node is not None and self.nodes[node].dynamic else None, tuple(value.shape))
+        if isinstance(value, (list, tuple)):
+            return [self._plain(item) for item in value]
+        return value if isinstance(value, (int, float, str)) else None
 
     def enter(self, name: str) -> Any:
         """A forward pre-hook that opens a call of the module `name`."""

@@ -1,4 +1,4 @@
-"""Stage 4: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
+"""Stage 5: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class Origin(IntEnum):
     """How sure it is that a tensor belongs to the encoder, the surest first."""
 
     ENCODER = 0  # the bottleneck was computed from it
-    DESCENDING = 1  # it was never upsampled: a projection on the way of the skip
-    OTHER = 2  # merely not computed from the bottleneck
+    ADAPTER = 1  # convolutions or the like made it of the encoder's, on the way of the skip
+    DESCENDING = 2  # it was never upsampled: a norm or an activation on the way of the skip
+    OTHER = 3  # merely not computed from the bottleneck
 
 
 class Candidate(NamedTuple):
@@ -144,7 +145,7 @@ def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
             if joining != size and graph.size(below) != joining:
                 continue
             floor = floors.setdefault(joining, Floor(joining))
-            candidates = list(_encoder_side(trunk, operand, joining))
+            candidates = _encoder_side(trunk, operand, joining)
             floor.skips += candidates
             if candidates and joining == size:
                 floor.merges.append(node)
@@ -153,22 +154,44 @@ def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
     return Shape(trunk, floors)
 
 
-def _encoder_side(trunk: Trunk, operand: int, size: Size) -> Iterator[Candidate]:
+def _encoder_side(trunk: Trunk, operand: int, size: Size) -> list[Candidate]:
     """The tensors behind an operand, at its level, that the bottleneck has no part in (this undoes gates)."""
-    graph, seen, todo, distance = trunk.graph, {operand}, [operand], 0
+    graph, seen, todo = trunk.graph, {operand}, [operand]
+    found: list[Candidate] = []
     for node in todo:
         if node not in trunk.decoder:
-            descending = Origin.DESCENDING if trunk.pure.get(node) else Origin.OTHER
-            origin = Origin.ENCODER if node in trunk.encoder else descending
-            yield Candidate(origin, distance, node)
-            distance += 1
-            if origin is Origin.ENCODER:
-                return
+            pure = trunk.pure.get(node, False)
+            if node in trunk.encoder or (pure and _fuses(trunk, node) and tap_at(graph, node)):
+                adapters = [c for c in found if c.origin is Origin.DESCENDING and _adapts(trunk, c.node)]
+                found = [c._replace(origin=Origin.ADAPTER) if c in adapters else c for c in found]
+                return [*found, Candidate(Origin.ENCODER, len(found), node)]
+            found.append(Candidate(Origin.DESCENDING if pure else Origin.OTHER, len(found), node))
         if node in trunk.pure:
             new = [s for s in trunk.folded.sources(node) if s not in seen and s not in graph.inputs]
             new = [s for s in new if graph.size(s) == size]
             seen.update(new)
             todo += new
+    return found
+
+
+def _fuses(trunk: Trunk, node: int) -> bool:
+    """Whether a node is made of several of the encoder's features of its size: of two encoders, one is not enough."""
+    graph, sources = trunk.graph, trunk.folded.sources(node)
+    return sum(source in trunk.encoder and graph.size(source) == graph.size(node) for source in sources) > 1
+
+
+def _adapts(trunk: Trunk, node: int) -> bool:
+    """Whether what made a node on the way of a skip is more than a norm or an activation."""
+    owner = trunk.folded.owner(node)
+    call = None if owner is None else trunk.graph.calls[owner]
+    made = trunk.graph.nodes[call.start : call.end] if call else [trunk.graph.nodes[node]]
+    return any(kind in each.operator for each in made for kind in ("conv", "mm", "attention"))
+
+
+def is_one_of_several(trunk: Trunk, floor: Floor, skip: int) -> bool:
+    """Whether no hook sees the skip that several features of the encoder make, of which `skip` is one."""
+    fused = [c.node for c in floor.skips if c.origin is not Origin.OTHER and _fuses(trunk, c.node)]
+    return any(skip in trunk.folded.sources(node) for node in fused)
 
 
 def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
@@ -183,7 +206,8 @@ def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
         origin, distance, node = candidate
         wide_as_decoder = graph.channels(node) in widths and origin < Origin.OTHER
         later_first = -node if origin < Origin.OTHER else node
-        return (int(origin) if wide_as_decoder else 2 + int(origin)), distance, later_first
+        first = 0 if origin is Origin.ADAPTER else int(origin)
+        return (first if wide_as_decoder else 3 + int(origin)), distance, later_first
 
     return min(candidates, key=order).node
 

@@ -75,7 +75,7 @@ class Level:
 
 @dataclass(frozen=True)
 class TapPlan:
-    """Every level found, finest first, and the bottleneck. `notes` says what was left out, and why."""
+    """Every level found, finest first, and the bottleneck. `notes` says what was left out, or told by shape."""
 
     levels: tuple[Level, ...]
     bottleneck: Tap

@@ -1,0 +1,541 @@
+"""Stage 2: what lies along each axis of every tensor, by the operators that made it.
+
+An axis holds pieces, outermost first: that of tokens holds the rows of the image and its columns, that of a batch of
+windows holds the batch, rows of windows and columns of windows. Views regroup pieces, permutations move them,
+convolutions and matrix products make new ones. So a tensor's layout follows from its operator and its sources. Shapes
+are asked only behind an operator that hides what it does (a kernel of the user's, an indexing); `Followed.hidden` says
+where.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .. import formats
+from .record import Node, Record, Ref
+
+Size = tuple[int, ...]
+
+# What a piece is of: an axis of the image, by its number, or one of these.
+BATCH, CHANNEL, UNKNOWN = "batch", "channel", "unknown"
+SLOT = "slot"  # what a product over all places of two feature maps leaves: neither place nor channel of one map
+JOINED = "joined"  # axes that were concatenated, as a class token and tokens are
+MIXED = "mixed"  # what a linear layer over space made of it; one of as many outputs as there were cells undoes it
+
+
+class Piece(NamedTuple):
+    """A part of an axis.
+
+    `step` is the distance of neighbours along an axis of the image, in the finest cells that the tensor tells apart: 4
+    for windows of 4 cells, 1 for the cells in a window. `parts` are the axes in a piece that is joined or mixed.
+    """
+
+    label: int | str
+    size: int
+    step: int = 1
+    parts: tuple[Axis, ...] = ()
+
+
+Axis = tuple[Piece, ...]
+Axes = tuple[Axis, ...]
+
+
+class Given(NamedTuple):
+    """A tensor that an operator took in; its axes are None if nothing is known of them."""
+
+    shape: Size
+    axes: Axes | None
+    constant: bool  # does not depend on the model's input, as weights do not
+
+
+class Followed(NamedTuple):
+    """The axes of every node, None where nothing is known, and the operators behind which shapes told them, by node."""
+
+    axes: list[Axes | None]
+    hidden: dict[int, str]
+
+
+def follow(record: Record) -> Followed:
+    """The axes of all nodes of a forward."""
+    batch, image = record.image[0], record.image[2:]
+    known: list[Axes | None] = []
+    hidden: dict[int, str] = {}
+    seen = {image}
+    for node in record.nodes:
+        axes = _axes(node, known, record.image) if node.dynamic else None
+        grid = grid_of(axes, batch, image) if axes else None
+        if grid is None and node.dynamic and (axes is None or any(map(_is_hidden, axes))):
+            guess = _guess(node, axes, known, batch, image, seen)
+            if guess is not None:
+                axes, grid = guess, grid_of(guess, batch, image)
+                hidden[node.index] = node.operator
+        elif axes and not _declares(node, record.image):
+            behind = [hidden.get(source, "") for source in node.sources if known[source]]
+            if behind and all(behind):
+                hidden[node.index] = behind[0]
+        known.append(axes)
+        if grid:
+            seen.add(grid.spatial)
+    return Followed(known, hidden)
+
+
+# ------------------------------------------------------------------ from axes to a layout and back
+
+
+def grid_of(axes: Axes, batch: int, image: Size) -> formats.Grid | None:
+    """How a tensor of such axes lies over the image; None for what is no feature map: attention, windows, vectors."""
+    if not axes or _length(axes[0]) != batch or any(piece.label != BATCH for piece in axes[0]):
+        return None
+    rest = list(axes[1:])
+    class_tokens = [k for k, axis in enumerate(rest) if _has_class_token(axis)]
+    for k in class_tokens:
+        rest[k] = rest[k][0].parts[1]
+    outer = _outermost(rest)
+    if outer is None:
+        return None
+    kinds = ["space" if _is_space(axis, outer) else "channels" for axis in rest]
+    space = [piece for axis, kind in zip(rest, kinds) if kind == "space" for piece in axis]
+    others = [axis for axis, kind in zip(rest, kinds) if kind == "channels"]
+    if [piece.label for piece in space] != list(range(len(image))) or any(_is_unknown(axis) for axis in others):
+        return None
+    layout = _layouts(len(image)).get(tuple(kinds), "")
+    if class_tokens:
+        layout = "CLS+NLC" if layout == "NLC" else ""
+    spatial = tuple(piece.size for piece in space)
+    stride = formats.strides(spatial, image)
+    if not layout or stride is None or (not others and spatial != image):
+        return None
+    return formats.Grid(spatial, _length(others[0]) if others else 1, layout, stride)
+
+
+def _layouts(dims: int) -> dict[tuple[str, ...], str]:
+    """The names of layouts by what lies along the axes behind the batch."""
+    space = ("space",) * dims
+    return {
+        ("channels", *space): formats.CHANNELS_FIRST[dims],
+        (*space, "channels"): formats.CHANNELS_LAST[dims],
+        space: formats.NO_CHANNELS[dims],
+        ("space", "channels"): "NLC",
+        ("channels", "space"): "NCL",
+    }
+
+
+def _axes_of(grid: formats.Grid, batch: int) -> Axes:
+    """The axes of a tensor that lies over the image in this way."""
+    dims = len(grid.spatial)
+    space = tuple(Piece(axis, size) for axis, size in enumerate(grid.spatial))
+    channels = (Piece(CHANNEL, grid.channels),)
+    if grid.layout == "CLS+NLC":
+        return (Piece(BATCH, batch),), (_joined([_unknown(1), space]),), channels
+    kinds = next(kinds for kinds, layout in _layouts(dims).items() if layout == grid.layout)
+    cells = iter([space] if "L" in grid.layout else [(piece,) for piece in space])
+    return (Piece(BATCH, batch),), *(channels if kind == "channels" else next(cells) for kind in kinds)
+
+
+def _channels_first(shape: Size) -> Axes:
+    batch, channels, *space = shape
+    return (Piece(BATCH, batch),), (Piece(CHANNEL, channels),), *((Piece(i, n),) for i, n in enumerate(space))
+
+
+def _length(axis: Axis) -> int:
+    return math.prod(piece.size for piece in axis)
+
+
+def _shape(axes: Axes) -> Size:
+    return tuple(map(_length, axes))
+
+
+def _unknown(n: int) -> Axis:
+    return (Piece(UNKNOWN, n),)
+
+
+def _is_unknown(axis: Axis) -> bool:
+    """Whether it cannot be said what an axis is: of space, or of channels."""
+    return bool(axis) and all(piece.label in (UNKNOWN, JOINED, MIXED) for piece in axis)
+
+
+def _is_hidden(axis: Axis) -> bool:
+    return bool(axis) and all(piece.label == UNKNOWN for piece in axis)
+
+
+def _joined(axes: Sequence[Axis]) -> Piece:
+    return Piece(JOINED, sum(map(_length, axes)), parts=tuple(axes))
+
+
+def _has_class_token(axis: Axis) -> bool:
+    """Whether one element of no place stands before the cells."""
+    parts = axis[0].parts if len(axis) == 1 and axis[0].label == JOINED else ()
+    return len(parts) == 2 and _length(parts[0]) == 1 and _is_cells(parts[1])
+
+
+def _is_cells(axis: Axis) -> bool:
+    return bool(axis) and all(isinstance(piece.label, int) for piece in axis)
+
+
+def _has_cells(axis: Axis) -> bool:
+    return any(isinstance(piece.label, int) or any(map(_has_cells, piece.parts)) for piece in axis)
+
+
+def _outermost(axes: Sequence[Axis]) -> dict[int | str, int] | None:
+    """The step of the outermost piece of each axis of the image; None if one, or the batch, lies there twice."""
+    spans: dict[int | str, list[tuple[int, int]]] = {}
+    for piece in (piece for axis in axes for piece in axis):
+        if piece.label == BATCH and piece.size > 1:
+            return None
+        if isinstance(piece.label, int):
+            spans.setdefault(piece.label, []).append((piece.step, piece.step * piece.size))
+    for found in spans.values():
+        found.sort()
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(found)):
+            return None
+    return {label: found[-1][0] for label, found in spans.items()}
+
+
+def _is_space(axis: Axis, outer: dict[int | str, int]) -> bool:
+    """Whether an axis runs over whole rows, columns or both; parts in windows and patches are as channels are."""
+    return _is_cells(axis) and any(piece.step == outer[piece.label] for piece in axis)
+
+
+def _guess(
+    node: Node, axes: Axes | None, known: list[Axes | None], batch: int, image: Size, seen: set[Size]
+) -> Axes | None:
+    """Axes by shape: those of a source of the same shape, or of the likeliest layout on a grid that was seen before.
+
+    Of axes that are known in part, the unknown ones must be space.
+    """
+    same = (found for s in node.sources if (found := known[s]) is not None and _shape(found) == node.shape)
+    if axes is None and (first := next(same, None)):
+        return first
+    grids = {math.prod(size): size for size in sorted(seen)}
+    for grid in formats.readings(node.shape, batch, image, grids):
+        guess = _axes_of(grid, batch)
+        pairs = zip(axes or (), guess)
+        if grid.spatial in seen and all(
+            _is_cells(b) if _is_hidden(a) else {p.label for p in a} == {p.label for p in b} for a, b in pairs
+        ):
+            return guess
+    return None
+
+
+# ------------------------------------------------------------------ operators
+
+_SPATIAL = ("conv", "pool", "upsample", "pixel_shuffle", "pixel_unshuffle", "col2im", "grid_sampler")
+_OPAQUE = ("index", "gather", "scatter", "sort", "topk", "take", "masked_s", "as_strided", "embedding", "opaque")
+
+
+def _declares(node: Node, image: Size) -> bool:
+    """Whether the operator takes and gives images, channels first."""
+    namespace, _, name = node.operator.partition("::")
+    known = namespace in ("aten", "torchvision") and any(kind in name for kind in _SPATIAL)
+    return known and len(node.shape) == len(image)
+
+
+def _axes(node: Node, known: list[Axes | None], image: Size) -> Axes | None:
+    """The axes of a node by its operator; None if that hides them."""
+    namespace, _, name = node.operator.rpartition("::")
+    if name == "input":
+        return _channels_first(node.shape) if len(node.shape) == len(image) else None
+    sources = [axes for source in node.sources if (axes := known[source]) is not None]
+    if namespace in ("aten", "torchvision") and any(kind in name for kind in _SPATIAL):
+        return _spatial(node, sources, image)
+    if namespace not in ("aten", "") or any(kind in name for kind in _OPAQUE) or not sources:
+        return None
+    given = {key: _given(value, known) for key, value in node.arguments.items()}
+    if name in _VIEWS:
+        regrouped, scrambled = _regrouped(sources[0], node.shape)
+        lost = scrambled and len(node.shape) in (3, len(image)) and grid_of(regrouped, image[0], image[2:]) is None
+        return None if lost else regrouped
+    if rule := _RULES.get(name.rstrip("_")):
+        return rule(given, node)
+    if "scaled_dot_product" in name:
+        query, value = given["query"].axes, given["value"].axes
+        return (*query[:-1], value[-1]) if query and value else None
+    return _elementwise(node, sources) or _reduced(given, node) or _resized_all(node, sources)
+
+
+def _given(value: Any, known: list[Axes | None]) -> Any:
+    if isinstance(value, Ref):
+        return Given(value.shape, None if value.node is None else known[value.node], value.node is None)
+    return [_given(item, known) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _resized(axis: Axis, n: int) -> Axis:
+    """A part of an axis, or more of it."""
+    if _length(axis) == n:
+        return axis
+    label = axis[0].label if len(axis) == 1 else UNKNOWN
+    return _unknown(n) if label in (JOINED, MIXED) else (Piece(label, n),)
+
+
+def _spatial(node: Node, sources: list[Axes], image: Size) -> Axes | None:
+    """Of a convolution, a pooling or an interpolation: channels first.
+
+    The places keep their axes of the image where these are known, as in a 3D net that convolves slice by slice.
+    """
+    declared = _channels_first(node.shape) if len(node.shape) == len(image) else None
+    source = next((axes for axes in sources if len(axes) == len(node.shape)), None)
+    if source is None:
+        return declared if node.shape[0] == image[0] else None
+    space = [_resized(axis, n) for axis, n in zip(source[2:], node.shape[2:])]
+    plain = all(len(axis) == 1 and isinstance(axis[0].label, int) for axis in space)
+    placed = any((len(axis) > 1 and _is_cells(axis)) or any(piece.label == SLOT for piece in axis) for axis in space)
+    if declared and not plain and not placed and _length(source[0]) == image[0]:
+        return declared
+    wide = node.shape[1]
+    channels = _mapped(source, 1, wide) if "conv" in node.operator else _resized(source[1], wide)
+    return source[0], channels, *space
+
+
+def _mapped(axes: Axes, k: int, n: int) -> Axis:
+    """What weights make of axis `k`: channels, unless it holds the batch or whole rows and columns."""
+    axis, outer = axes[k], _outermost([axis for axis in axes if axis and axis[0].label != BATCH])
+    if axis and axis[0].label == BATCH:  # grouped by image, as convolutions with dynamic weights are
+        wide = axis[0].size
+        return (axis[0], Piece(CHANNEL, n // wide)) if n % wide == 0 else _unknown(n)
+    if len(axis) == 1 and axis[0].label in (MIXED, JOINED):
+        whole = axis[0].parts[0] if axis[0].label == MIXED else axis
+        return whole if _length(whole) == n else (Piece(MIXED, n, parts=(whole,)),)
+    if outer and _is_space(axis, outer):
+        return axis if _length(axis) == n else (Piece(MIXED, n, parts=(axis,)),)
+    return _unknown(n) if _is_unknown(axis) else (Piece(CHANNEL, n),)
+
+
+def _elementwise(node: Node, sources: list[Axes]) -> Axes | None:
+    """Of an operator that broadcasts what it takes in, or keeps its shape, as a norm does."""
+    shapes = [_shape(axes) for axes in sources]
+    fits = all(n in (1, wide) for shape in shapes for n, wide in zip(reversed(shape), reversed(node.shape)))
+    return _merged(sources, node.shape) if fits and max(map(len, shapes)) == len(node.shape) else None
+
+
+def _merged(sources: Sequence[Axes], shape: Size) -> Axes:
+    """For every axis, what the first source that knows it says."""
+    merged = []
+    for back, n in zip(range(len(shape), 0, -1), shape):
+        given = [axes[-back] for axes in sources if len(axes) >= back and axes[-back] and _length(axes[-back]) == n]
+        clear = [axis for axis in given if not _is_unknown(axis)]
+        merged.append((*clear, *given, () if n == 1 else _unknown(n))[0])
+    return tuple(merged)
+
+
+def _reduced(given: dict[str, Any], node: Node) -> Axes | None:
+    """Of an operator that takes axes away: a mean, or the choice of one index."""
+    source, dims = given.get("self"), given.get("dim")
+    if not isinstance(source, Given) or source.axes is None or dims is None:
+        return None
+    gone = {dim % len(source.axes) for dim in ([dims] if isinstance(dims, int) else dims)}
+    left = tuple(axis for k, axis in enumerate(source.axes) if k not in gone)
+    return left if _shape(left) == node.shape else None
+
+
+def _resized_all(node: Node, sources: list[Axes]) -> Axes | None:
+    """Of an operator that changes sizes at most, as padding does."""
+    alike = [axes for axes in sources if len(axes) == len(node.shape)]
+    near = next((axes for axes in alike if _shape(axes) == node.shape), alike[0] if alike else None)
+    return None if near is None else tuple(_resized(axis, n) for axis, n in zip(near, node.shape))
+
+
+# ------------------------------------------------------------------ views
+
+
+def _regrouped(axes: Axes, shape: Size) -> tuple[Axes, bool]:
+    """The same pieces in the same order, as axes of other lengths, and whether the view scrambles: cuts across pieces.
+
+    Pieces of size 1 stay where they were, so that an axis of the image of a single cell is not lost.
+    """
+    queue = [(piece, k) for k, axis in enumerate(axes) for piece in axis]
+    found: list[Axis] = []
+    scrambled = False
+    for n in shape:
+        taken: list[Piece] = []
+        have, origin = 1, -1
+        while have < n and queue:
+            (piece, origin), missing = queue.pop(0), n // have
+            if piece.size > missing:
+                if n % have or piece.size % missing or piece.parts:
+                    return tuple(map(_unknown, shape)), True
+                inner = piece.size // missing
+                queue.insert(0, (piece._replace(size=inner), origin))
+                piece = piece._replace(size=missing, step=piece.step * inner)
+                scrambled = scrambled or bool(taken)
+            if piece.size > 1 or isinstance(piece.label, int):
+                taken.append(piece)
+            have *= piece.size
+        if have != n:
+            return tuple(map(_unknown, shape)), True
+        while queue and queue[0][0].size == 1 and (queue[0][1] == origin or (n == 1 and not taken)):
+            taken.append(queue.pop(0)[0])
+        found.append(tuple(taken))
+    if queue and found:
+        found[-1] = (*found[-1], *(piece for piece, _ in queue))
+    whole = [tuple(_fused(axis)) for axis in found]
+    return tuple(_grown(axis, whole) for axis in whole), scrambled
+
+
+def _fused(axis: Axis) -> list[Piece]:
+    """Neighbouring pieces that belong together, as one: rows of windows and rows in a window are rows."""
+    fused: list[Piece] = []
+    for piece in axis:
+        last = fused[-1] if fused else None
+        if last is None or last.label != piece.label or piece.parts:
+            fused.append(piece)
+        elif not isinstance(piece.label, int):
+            fused[-1] = Piece(piece.label, last.size * piece.size)
+        elif last.step == piece.step * piece.size:
+            fused[-1] = Piece(piece.label, last.size * piece.size, piece.step)
+        else:
+            fused.append(piece)
+    return fused
+
+
+def _grown(axis: Axis, axes: Sequence[Axis]) -> Axis:
+    """Channels right behind all rows of a map are more rows: in patch expansion, and where pixels are repeated."""
+    grown: list[Piece] = []
+    for piece in axis:
+        last = grown[-1] if grown else None
+        rows = last is not None and isinstance(last.label, int) and piece.label in (CHANNEL, UNKNOWN)
+        if last and rows and sum(other.label == last.label for each in axes for other in each) == 1:
+            grown[-1] = Piece(last.label, last.size * piece.size)
+        else:
+            grown.append(piece)
+    return tuple(grown)
+
+
+def _permute(given: dict[str, Any], node: Node) -> Axes | None:
+    axes = given["self"].axes
+    return axes and tuple(axes[dim] for dim in given["dims"])
+
+
+def _transpose(given: dict[str, Any], node: Node) -> Axes | None:
+    axes = list(given["self"].axes or ())
+    if len(axes) > 1:
+        a, b = given.get("dim0", 0), given.get("dim1", 1)
+        axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes) or None
+
+
+def _unsqueeze(given: dict[str, Any], node: Node) -> Axes | None:
+    axes, dim = given["self"].axes, given["dim"] % len(node.shape)
+    return axes and (*axes[:dim], (), *axes[dim:])
+
+
+def _squeeze(given: dict[str, Any], node: Node) -> Axes | None:
+    axes, dims = given["self"].axes, given.get("dim")
+    if axes is None:
+        return None
+    dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {dim % len(axes) for dim in dims}
+    return tuple(axis for k, axis in enumerate(axes) if k not in gone or _length(axis) > 1)
+
+
+def _expand(given: dict[str, Any], node: Node) -> Axes | None:
+    axes = given["self"].axes
+    if axes is None:
+        return None
+    axes = (*((),) * (len(node.shape) - len(axes)), *axes)
+    alike = [_length(axis) == n or [piece.label for piece in axis] == [CHANNEL] for axis, n in zip(axes, node.shape)]
+    return tuple(_resized(axis, n) if like else _unknown(n) for axis, n, like in zip(axes, node.shape, alike))
+
+
+def _slice(given: dict[str, Any], node: Node) -> Axes | None:
+    axes, dim, start = given["self"].axes, given["dim"], given["start"] or 0
+    if axes is None:
+        return None
+    length = _length(axes[dim])
+    return _part(axes, dim, max(start + length, 0) if start < 0 else start, node.shape[dim], given["step"])
+
+
+def _split(given: dict[str, Any], node: Node) -> Axes | None:
+    axes, dim = given["self"].axes, given["dim"]
+    sizes = given.get("split_size", given.get("split_sizes"))
+    start = node.output * sizes if isinstance(sizes, int) else sum(sizes[: node.output])
+    return axes and _part(axes, dim, start, node.shape[dim])
+
+
+def _part(axes: Axes, dim: int, start: int, n: int, step: int = 1) -> Axes:
+    """The axes of `n` elements of one axis, from `start`."""
+    dim %= len(axes)
+    axis, part = axes[dim], None
+    if len(axis) == 1 and axis[0].label == JOINED and step == 1 and n < axis[0].size:
+        ends = [sum(map(_length, axis[0].parts[: i + 1])) for i in range(len(axis[0].parts))]
+        inside = [each for each, end in zip(axis[0].parts, ends) if start <= end - _length(each) and end <= start + n]
+        if sum(map(_length, inside)) == n:
+            part = inside[0] if len(inside) == 1 else (_joined(inside),)
+    return *axes[:dim], _resized(axis, n) if part is None else part, *axes[dim + 1 :]
+
+
+def _unfold(given: dict[str, Any], node: Node) -> Axes | None:
+    axes, dim = given["self"].axes, given["dimension"]
+    if axes is None or not axes[dim]:
+        return None
+    (piece, *more), size = axes[dim], given["size"]
+    n = node.shape[dim]
+    if more or given["step"] != size or piece.parts or piece.size != n * size:
+        windows, inner = _resized(axes[dim], n), _unknown(size)
+    else:
+        windows, inner = (piece._replace(size=n, step=piece.step * size),), (piece._replace(size=size),)
+    dim %= len(axes)
+    return *axes[:dim], windows, *axes[dim + 1 :], inner
+
+
+# ------------------------------------------------------------------ joins and products
+
+
+def _cat(given: dict[str, Any], node: Node) -> Axes | None:
+    dim, n = given["dim"] % len(node.shape), node.shape[given["dim"]]
+    parts = [part for part in given["tensors"] if len(part.shape) == len(node.shape)]
+    known = [part.axes for part in parts if part.axes]
+    if not known:
+        return None
+    along = [axes[dim] for axes in known]
+    merged = list(_merged([(*axes[:dim], (), *axes[dim + 1 :]) for axes in known], node.shape))
+    if len({tuple(piece.label for piece in axis) for axis in along}) == len(along[0]) == 1 and not along[0][0].parts:
+        merged[dim] = _resized(along[0], n)
+    elif not any(_is_cells(axis) or _is_unknown(axis) for axis in along):
+        merged[dim] = _unknown(n) if dim == 0 else (Piece(CHANNEL, n),)
+    else:
+        merged[dim] = (_joined([part.axes[dim] if part.axes else _unknown(part.shape[dim]) for part in parts]),)
+    return tuple(merged)
+
+
+def _stack(given: dict[str, Any], node: Node) -> Axes | None:
+    dim = given["dim"] % len(node.shape)
+    merged = _merged([part.axes for part in given["tensors"] if part.axes], (*node.shape[:dim], *node.shape[dim + 1 :]))
+    return *merged[:dim], _unknown(node.shape[dim]), *merged[dim:]
+
+
+def _product(given: dict[str, Any], node: Node) -> Axes | None:
+    """Of a matrix product: the rows of one factor, the columns of the other."""
+    factors = [value for key, value in given.items() if isinstance(value, Given) and key in _FACTORS]
+    a, b = factors[-2:]
+    if a.constant and b.axes:
+        return *b.axes[:-2], _mapped(b.axes, len(b.axes) - 2, node.shape[-2]), b.axes[-1]
+    if a.axes is None:
+        return None
+    if b.constant:
+        return *a.axes[:-1], _mapped(a.axes, len(a.axes) - 1, node.shape[-1])
+    if b.axes is None:
+        return *a.axes[:-1], _unknown(node.shape[-1])
+    rows, columns = a.axes[-2], b.axes[-1]
+    if not any(map(_has_cells, (rows, columns))):
+        rows, columns = ((Piece(SLOT, _length(axis)),) for axis in (rows, columns))
+    return *a.axes[:-2], rows, columns
+
+
+_FACTORS = ("self", "mat1", "mat2", "batch1", "batch2")
+_VIEWS = ("view", "_unsafe_view", "_reshape_alias", "reshape", "view_copy")
+_RULES: dict[str, Callable[[dict[str, Any], Node], Axes | None]] = {
+    "permute": _permute,
+    **dict.fromkeys(("transpose", "t"), _transpose),
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "expand": _expand,
+    "slice": _slice,
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
+    "unfold": _unfold,
+    "cat": _cat,
+    "stack": _stack,
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
+}
