@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ import reseg_loss
 from benchmarks.evidence.batches import Feed
 from benchmarks.evidence.commit import head_commit
 from benchmarks.evidence.data import Slices, Split, load, load_native, rows, split
+from benchmarks.evidence.field import FieldFeed, Native
 from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, Stage2
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.plan import Plan, read_plan, smaller
@@ -60,6 +62,8 @@ class Scored(NamedTuple):
     """One per volume."""
     classes: list[tuple[int, int]]
     """(ours, theirs), as `score` takes them."""
+    order_0: bool
+    """How predictions are brought to the size of the truth."""
 
 
 class Session:
@@ -78,19 +82,27 @@ class Session:
         self.plan, self.machine, self.about = plan, machine.with_pool(), about
         self.checkpoints, self.deadline, self.predictions = checkpoints, deadline, predictions
         settings = plan.settings
-        self.data = find(folder, plan.data, settings.size)
+        self.order_0 = settings.protocol == "ssl4mis"
+        if self.order_0 and plan.data != "acdc_native":
+            raise ValueError(f"{plan.name}: the protocol ssl4mis is one of acdc_native, not of {plan.data}")
+        self.data = find(folder, plan.data, settings.size, self.order_0)
         self.classes = len(self.data.class_names) + 1
-        self.images, labels = to_size(self.data, settings.size)
+        self.images, self.labels = (x.to(machine.device) for x in to_size(self.data, settings.size))
+        self.native: Native | None = None
+        if self.order_0 and settings.augmentation == "published":
+            assert self.data.native is not None
+            assert self.data.native_images is not None
+            self.native = Native.of(self.data.native_images, self.data.native, machine.device)
         lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
-        steps = max(settings.stage1_steps, *lengths)
-        self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
-        self.images = self.feed.images
+        self.most_steps = max(settings.stage1_steps, *lengths)
+        self.feeds = {variant.batch: self.feed_of(variant.batch) for variant in (CATALOGUE["bare"], *plan.variants)}
         self.other: dict[str, Scored] = {}
         if plan.also_test is not None:
             other = find(folder, plan.also_test["data"], settings.size)
             images, _ = to_size(other, settings.size)
             everyone = np.arange(len(other.patient))
-            self.other[other.name] = scored(other, images.to(machine.device), everyone, plan.also_test["classes"])
+            images = images.to(machine.device)
+            self.other[other.name] = scored(other, images, everyone, plan.also_test["classes"], False)
         self.steps: dict[str, Stage2] = {}
         self.stage_1: dict[tuple[str, str], Stage1] = {}
         self.teachers: dict[tuple[str, str], tuple[dict[str, Tensor], float]] = {}
@@ -101,15 +113,26 @@ class Session:
         """The seed's patients and batches; its teachers are trained when a variant asks for one."""
         if self.seed == seed:
             return
-        self.parts = split(self.data, self.plan.patients, seed)
-        self.feed.load(rows(self.data, self.parts.labelled), rows(self.data, self.parts.unlabelled), seed)
+        self.parts = split(self.data, self.plan.patients, seed, self.plan.drawn)
+        for feed in self.feeds.values():
+            feed.load(rows(self.data, self.parts.labelled), rows(self.data, self.parts.unlabelled), seed)
         self.teachers.clear()
         self.seed = seed
+
+    def feed_of(self, batch: float) -> Feed:
+        """Of `batch` times the plan's images a step."""
+        settings = self.plan.settings
+        sizes = [round(batch * (n or settings.batch)) for n in (settings.batch, settings.others)]
+        how = self.most_steps, sizes[0], settings.augmentation, self.machine.device, sizes[1]
+        if self.native is not None:
+            return FieldFeed(self.native, self.images, self.labels, *how)
+        return Feed(self.images, self.labels, *how)
 
     def step_of(self, variant: Variant) -> Stage2:
         key = json.dumps(variant.step.options(), sort_keys=True)
         if key not in self.steps:
-            self.steps[key] = Stage2(variant.step, self.plan.settings, self.classes, self.feed, self.machine)
+            feed = self.feeds[variant.batch]
+            self.steps[key] = Stage2(variant.step, self.plan.settings, self.classes, feed, self.machine)
         return self.steps[key]
 
     def teacher_of(self, variant: Variant, seed: int) -> tuple[dict[str, Tensor] | None, float | None]:
@@ -117,7 +140,7 @@ class Session:
         if kind is None:
             return None, None
         if kind not in self.stage_1:
-            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feed, self.machine)
+            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feeds[1.0], self.machine)
         if kind not in self.teachers:
             self.teachers[kind] = self.stage_1[kind].fit(seed, self.pause("-".join((*kind, self.stage_1_key(seed)))))
         return self.teachers[kind]
@@ -173,7 +196,7 @@ class Session:
     def part(self, patients: tuple[int, ...]) -> Scored:
         chosen = rows(self.data, patients)
         images = self.images[torch.from_numpy(chosen).to(self.machine.device)]
-        return scored(self.data, images, chosen, [(i, i) for i in range(1, self.classes)])
+        return scored(self.data, images, chosen, [(i, i) for i in range(1, self.classes)], self.order_0)
 
     def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Callable[[], dict[str, Any]]:
         prediction = step.predict(network, on.images, on.size).cpu()
@@ -184,7 +207,7 @@ class Session:
         names = [self.data.class_names[ours - 1] for ours, _ in on.classes]
         return lambda: {
             "classes": names,
-            **score(prediction, on.truth, on.volume, on.classes),
+            **score(prediction, on.truth, on.volume, on.classes, on.order_0),
             "patients": on.patients,
         }
 
@@ -205,22 +228,23 @@ class Session:
         }
 
 
-def scored(data: Slices, images: Tensor, chosen: np.ndarray, classes: list[tuple[int, int]]) -> Scored:
+def scored(data: Slices, images: Tensor, chosen: np.ndarray, classes: list[tuple[int, int]], order_0: bool) -> Scored:
     """What to score on some rows of the data, of which `images` are."""
     truth = torch.from_numpy(data.labels[chosen])
     if data.native is not None:
         truth = [torch.from_numpy(data.native[i]) for i in chosen]
     volume = data.volume[chosen]
     patients = data.patient[chosen][np.r_[True, np.diff(volume) != 0]].tolist()
-    return Scored(images, truth, data.labels.shape[-1], torch.from_numpy(volume), patients, classes)
+    return Scored(images, truth, data.labels.shape[-1], torch.from_numpy(volume), patients, classes, order_0)
 
 
-def find(folder: Path, name: str, size: int) -> Slices:
-    """A data set; what is stored at native sizes at `size`."""
+@lru_cache(maxsize=2)  # plans that follow each other share it
+def find(folder: Path, name: str, size: int, order_0: bool = False) -> Slices:
+    """A data set; what is stored at native sizes at `size`, by `order_0` if asked for."""
     paths = [folder / file for file in FILES[name]]
     for path in paths:
         if path.exists():
-            return load_native(path, size) if name == "acdc_native" else load(path)
+            return load_native(path, size, order_0) if name == "acdc_native" else load(path)
     raise FileNotFoundError(f"none of {', '.join(map(str, paths))} is there")
 
 

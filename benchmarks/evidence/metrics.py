@@ -14,11 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .field import zoomed
+
 CHUNK = 1024  # points whose distances to all others are held at once
 
 
 def score(
-    prediction: Tensor, truth: Tensor | Sequence[Tensor], volume: Tensor, classes: Sequence[tuple[int, int]]
+    prediction: Tensor,
+    truth: Tensor | Sequence[Tensor],
+    volume: Tensor,
+    classes: Sequence[tuple[int, int]],
+    order_0: bool = False,
 ) -> dict[str, Any]:
     """Means over volumes per class, and over classes; `each_dsc` and `each_hd95` are per class and volume.
 
@@ -29,6 +35,7 @@ def score(
             neighbour), the slices of a volume of one size.
         volume: (N), a number per volume.
         classes: pairs of (class in the prediction, class in the truth).
+        order_0: bring predictions to another size as the field does it, corners on corners.
     """
     dsc: list[list[float | None]] = [[] for _ in classes]
     hd95: list[list[float | None]] = [[] for _ in classes]
@@ -36,7 +43,9 @@ def score(
     for number in volume.unique_consecutive().tolist():
         slices = volume == number
         predicted, true = prediction[slices], _of_volume(truth, slices)
-        if predicted.shape != true.shape:
+        if predicted.shape != true.shape and order_0:
+            predicted = torch.from_numpy(zoomed(predicted.numpy(), (true.shape[1], true.shape[2])))
+        elif predicted.shape != true.shape:
             predicted = F.interpolate(predicted[:, None], true.shape[1:], mode="nearest-exact")[:, 0]
         for i, (ours, theirs) in enumerate(classes):
             # slices of one volume, or that volume alone, to (D, H, W)

@@ -28,6 +28,7 @@ class Plan:
         variants: all run for a seed before the next seed begins.
         settings: shared by all.
         parts: which parts are scored.
+        drawn: the labelled patients are drawn by the seed, where the field has a choice of its own for all seeds.
         also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
         published: DSC in percent that the publication reports for a variant, by its name.
         minutes: that a variant's run is expected to take, stage 1 included, by its name; empty where not said.
@@ -43,6 +44,7 @@ class Plan:
     variants: tuple[Variant, ...]
     settings: Settings
     parts: tuple[str, ...] = ("validation", "test")
+    drawn: bool = False
     also_test: dict[str, Any] | None = None
     published: Mapping[str, float] = field(default_factory=dict)
     minutes: Mapping[str, float] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class Plan:
             "variant": variant.options(),
             "parts": self.parts,
             "also_test": self.also_test,
+            **({"drawn": True} if self.drawn else {}),  # so that earlier runs keep their keys
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
