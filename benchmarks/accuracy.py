@@ -180,6 +180,7 @@ class Session:
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps) - resumed_at
         done = time.perf_counter()
         line = {
+            **({"labelled": self.parts.labelled} if self.plan.drawn else {}),
             "task_loss": loss,
             "stage_1_loss": recon,
             "ms_per_step": 1e3 * (trained - start) / steps if steps else None,

@@ -4,7 +4,8 @@
 
 Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired,
 over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds. Where a plan has
-published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored.
+published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored; so
+does one for plans of the field's protocol, with the worst seed or draw, too.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evidence.plan import Plan, read_plan
+from benchmarks.evidence.published import SEEN, published
 from benchmarks.evidence.results import finished, read_lines
 
 REFERENCES = ("bare", "ds x2")
+FIELD_REFERENCES = ("bare", "ds equal")  # of plans of the field's protocol; in one that chooses, its first variant
 BESIDE = {"mean teacher": "its mean teacher", "statistics of others": "with batch statistics of others"}
 ORIGINS = ("commit", "device", "compiled")  # entries of a line that may move its numbers
 SHORT = 7  # characters of a commit
@@ -107,6 +110,11 @@ class Scores:
         scale = 100 if metric == "dsc" else 1
         return [scale * fmean(values) if values else None for values in known]
 
+    def patients(self, variant: str) -> dict[int, float]:
+        """{patient: DSC in percent}, a mean over classes, volumes and seeds."""
+        each = [_by_patient(scores) for scores in self.lines[variant].values() if "patients" in scores]
+        return {p: 100 * fmean(values[p] for values in each if p in values) for p in sorted(set().union(*each))}
+
 
 def _by_patient(scores: Mapping[str, Any]) -> dict[int, float]:
     """{patient: DSC}, a mean over classes and volumes; a class that truth and prediction lack is left out."""
@@ -157,7 +165,7 @@ def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
         pairs = zip(scores.per_class(name, "dsc"), scores.per_class(name, "hd95"))
         row += ["-" if dsc is None or hd is None else f"{dsc:.1f} / {hd:.1f}" for dsc, hd in pairs]
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def beside_published(scores: Scores, reference: str = "bare") -> str:
@@ -178,6 +186,52 @@ def beside_published(scores: Scores, reference: str = "bare") -> str:
                 low, high = resampled(patients)
                 row[6] = f"{fmean(patients):+.2f} ({low:+.2f} to {high:+.2f}, {len(patients)} patients)"
         rows.append(row)
+    return _markdown(rows)
+
+
+def references_of(plan: Plan) -> tuple[str, ...]:
+    """The rows that others are compared with, where none are asked for."""
+    if plan.settings.protocol != "ssl4mis":
+        return REFERENCES
+    if plan.decide_on == "validation":
+        first = plan.variants[0].name
+        return first, f"{first}: {BESIDE['mean teacher']}"
+    return FIELD_REFERENCES
+
+
+def field_section(scores: Scores, references: Sequence[str]) -> list[str]:
+    """For a plan of the field's protocol: what its numbers stand for, and the published ones beside them."""
+    plan = scores.plan
+    over = "draw" if plan.drawn else "seed"
+    references = [name for name in references if name in scores.lines]
+    head = ["DSC", f"worst {over}", "95 % over patients", *(f"to {name}, over patients" for name in references)]
+    rows = [["variant", *head, "HD95", f"worst {over}"], ["---"] * (len(head) + 3)]
+    for name in scores.lines:
+        dsc, hd95 = (list(scores.values(name, metric).values()) for metric in ("mean_dsc", "mean_hd95"))
+        row = [name, _spread(dsc), f"{min(dsc):.1f}", _over_patients(list(scores.patients(name).values()), "{:.1f}")]
+        for reference in references:
+            gains = [] if reference == name else list(scores.of_patients(name, reference).values())
+            row.append(f"{fmean(gains):+.1f} ({_over_patients(gains, '{:+.1f}')})" if gains else "")
+        rows.append([*row, _spread(hd95), f"{max(hd95):.1f}"])
+    parts = [_markdown(rows)]
+    if plan.drawn:
+        labelled = {line["seed"]: line["labelled"] for line in scores.runs}
+        draws = (f"{seed}: {', '.join(map(str, who))}" for seed, who in sorted(labelled.items()))
+        parts.append(f"Labelled patients by seed: {'; '.join(draws)}.")
+    if plan.decide_on == "validation":
+        parts.append(f"{len(plan.variants) - 1} changes were screened.")
+    return [*parts, *filter(None, [published(plan.patients)]), SEEN]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _over_patients(values: Sequence[float], form: str) -> str:
+    return " to ".join(map(form.format, resampled(values))) if values else ""
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -230,9 +284,10 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
     return True
 
 
-def report(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
+def report(scores: Scores, references: Sequence[str] | None = None) -> str:
     """Question, rule and table of a plan, and where its runs are from."""
     plan = scores.plan
+    references = references_of(plan) if references is None else references
     planned = len(plan.seeds) * len(plan.variants)
     there = sum(len(scores.lines.get(variant.name, ())) for variant in plan.variants)
     unit = "voxels" if plan.settings.model == "unet_3d" else "pixels"
@@ -243,6 +298,7 @@ def report(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
         *([table(scores, references), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
         *([beside_published(scores)] if scores.runs and plan.published else []),
+        *(field_section(scores, references) if scores.runs and plan.settings.protocol == "ssl4mis" else []),
     ]
     return "\n\n".join(parts)
 
@@ -253,7 +309,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, nargs="+", required=True)
     parser.add_argument("--part", help="which part's scores; default: the one that the plan decides on")
     parser.add_argument(
-        "--references", nargs="+", default=REFERENCES, metavar="VARIANT", help="rows that others are compared with"
+        "--references", nargs="+", metavar="VARIANT", help="rows that others are compared with; default: by the plan"
     )
     parser.add_argument("--table", type=Path, help="Markdown file; default: print it")
     parser.add_argument("--figure", type=Path, help="picture of the paired differences to the bare run")
