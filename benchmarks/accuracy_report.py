@@ -25,7 +25,7 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evidence.plan import Plan, read_plan
-from benchmarks.evidence.published import SEEN, published
+from benchmarks.evidence.published import PUBLISHED, SEEN, published
 from benchmarks.evidence.results import finished, read_lines
 
 REFERENCES = ("bare", "ds x2")
@@ -219,7 +219,7 @@ def field_section(scores: Scores, references: Sequence[str]) -> list[str]:
         draws = (f"{seed}: {', '.join(map(str, who))}" for seed, who in sorted(labelled.items()))
         parts.append(f"Labelled patients by seed: {'; '.join(draws)}.")
     if plan.decide_on == "validation":
-        parts.append(f"{len(plan.variants) - 1} changes were screened.")
+        parts.append(f"Changes screened: {len(plan.variants) - 1}.")
     return [*parts, *filter(None, [published(plan.patients)]), SEEN]
 
 
@@ -284,6 +284,41 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
     return True
 
 
+def field_figure(all_scores: Sequence[Scores], path: Path) -> bool:
+    """DSC of every seed or draw of plans of the field's protocol, a panel per plan, and what was published."""
+    all_scores = [scores for scores in all_scores if scores.runs]
+    if not all_scores:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most, columns = max(len(scores.lines) for scores in all_scores), min(2, len(all_scores))
+    rows = -(-len(all_scores) // columns)
+    drawn = Figure(figsize=(5.2 * columns + 1.5, rows * (0.32 * most + 1.6)), layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(all_scores) :]:
+        axes.set_visible(False)
+    for axes, scores in zip(panels, all_scores):
+        plan, settings = scores.plan, scores.plan.settings
+        for row, name in enumerate(scores.lines):
+            values = list(scores.values(name, "mean_dsc").values())
+            axes.plot(values, [row] * len(values), "o", color="#999999", markersize=4, alpha=0.7)
+            axes.plot(fmean(values), row, "s", color="#0072B2")
+        others = [p.dsc for p in PUBLISHED if p.patients == plan.patients]
+        axes.plot(others, [len(scores.lines)] * len(others), "d", color="#D55E00", markersize=4)
+        names = [*scores.lines, *(["published, one draw each"] if others else [])]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        what = "draws of patients" if plan.drawn else "seeds"
+        axes.set_xlabel(f"DSC on {scores.part}; dots: {what}, square: their mean", fontsize=8)
+        head = f"{plan.patients} labelled, {settings.steps} steps, {settings.augmentation} augmentation"
+        axes.set_title(f"{plan.name}\n{head}", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn.savefig(path, dpi=110)
+    return True
+
+
 def report(scores: Scores, references: Sequence[str] | None = None) -> str:
     """Question, rule and table of a plan, and where its runs are from."""
     plan = scores.plan
@@ -312,7 +347,9 @@ def main() -> None:
         "--references", nargs="+", metavar="VARIANT", help="rows that others are compared with; default: by the plan"
     )
     parser.add_argument("--table", type=Path, help="Markdown file; default: print it")
-    parser.add_argument("--figure", type=Path, help="picture of the paired differences to the bare run")
+    parser.add_argument(
+        "--figure", type=Path, help="picture of the paired differences to the bare run; of the field's protocol of DSC"
+    )
     args = parser.parse_args()
     lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
     plans = [read_plan(path) for path in args.plan]
@@ -322,7 +359,10 @@ def main() -> None:
         args.table.write_text(text)
     else:
         print(text)
-    if args.figure and not figure(scores, args.figure):
+    if all(plan.settings.protocol == "ssl4mis" for plan in plans):
+        if args.figure and not field_figure(scores, args.figure):
+            parser.error("--figure: nothing of these plans was run")
+    elif args.figure and not figure(scores, args.figure):
         parser.error("--figure: no plan has a run of 'bare' with a DSC, to which differences are drawn")
 
 

@@ -19,7 +19,7 @@ from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import accuracy, accuracy_report
-from benchmarks.accuracy_report import BESIDE, figure, paired, report, resampled, select
+from benchmarks.accuracy_report import BESIDE, field_figure, figure, paired, report, resampled, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.compiler import compiler_settings
 from benchmarks.evidence.copy_paste import CopyPaste
@@ -1120,7 +1120,7 @@ def test_published_scores_stand_beside_ours_with_a_bootstrap_over_patients():
     assert "published" not in report(select(replace(plan, published={}), lines, "test"))
 
 
-def test_the_fields_protocol_has_a_section_with_the_worst_draw_and_what_was_published():
+def test_the_fields_protocol_has_a_section_with_the_worst_draw_and_what_was_published(tmp_path):
     semi, settings = CATALOGUE["ds equal + deep cutmix"], replace(FIELD, width=3)
     variants = (CATALOGUE["bare"], semi)
     plan = plan_of(data="acdc_native", patients=3, variants=variants, settings=settings, drawn=True)
@@ -1143,9 +1143,16 @@ def test_the_fields_protocol_has_a_section_with_the_worst_draw_and_what_was_publ
     assert "Labelled patients by seed: 0: 3, 40, 60; 1: 3, 41, 60." in text
     assert "| UniMatch | 88.86 | validation and test (30 patients) | the best epoch on these 30 patients |" in text
     assert "three of our variants were scored on them on 2026-11-29. Nothing further is chosen on them." in text
-    assert "changes were screened" not in text
-    chosen = report(select(replace(plan, decide_on="validation"), [], "validation"))
-    assert "Nothing was run." in chosen
+    assert "Changes screened" not in text
+    assert field_figure([scores, scores], tmp_path / "field.png")
+    assert (tmp_path / "field.png").stat().st_size > 5000
+    assert not field_figure([select(plan, [], "test")], tmp_path / "none.png")
+    screen = replace(plan, decide_on="validation")
+    chosen = report(
+        select(screen, [{**line, "scores": {"validation": line["scores"]["test"]}} for line in lines], "validation")
+    )
+    assert "Changes screened: 1." in chosen
+    assert "| to bare |" in chosen, "its first variant"
 
 
 def test_a_difference_over_fewer_pairs_than_the_row_has_seeds_says_so():

@@ -176,13 +176,13 @@ def split(data: Slices, patients: int, seed: int, drawn: bool = False) -> Split:
     validation: list[int] = []
     pools: list[list[int]] = []
     for _, members in sorted(groups.items()):
-        drawn = [members[i] for i in rng.permutation(len(members)) if members[i] not in data.fixed_test]
+        shuffled = [members[i] for i in rng.permutation(len(members)) if members[i] not in data.fixed_test]
         if not data.fixed_test:
             first, second = len(members) // TEST, len(members) // VALIDATION
-            test += drawn[:first]
-            validation += drawn[first : first + second]
-            drawn = drawn[first + second :]
-        pools.append(drawn)
+            test += shuffled[:first]
+            validation += shuffled[first : first + second]
+            shuffled = shuffled[first + second :]
+        pools.append(shuffled)
     turns = range(max(map(len, pools)))
     training = [pool[turn] for turn in turns for pool in pools if turn < len(pool)]
     if not 1 <= patients <= len(training):
