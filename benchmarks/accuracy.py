@@ -2,9 +2,10 @@
 
     python benchmarks/accuracy.py --plan benchmarks/plans/choose_5.json --data folder --out results.jsonl --minutes 9.5
 
-`folder` holds acdc.npz, acdc_native.npz, sunnybrook.npz and hippocampus.npz, as far as the plan asks for them (see
-`evidence/pack.py`). A line is appended per run; runs that have one are skipped, so the same command goes on where it
-stopped. With `--checkpoints` a run that the time cuts short is saved there, and the same command ends it.
+`folder` holds acdc.npz, acdc_native.npz, sunnybrook.npz, hippocampus.npz and Synapse (synapse.npz, or the folder of
+TransUNet's files), as far as the plan asks for them (see `evidence/pack.py`). A line is appended per run; runs that
+have one are skipped, so the same command goes on where it stopped. With `--checkpoints` a run that the time cuts short
+is saved there, and the same command ends it.
 `accuracy_report.py` makes tables and figures of the lines.
 """
 
@@ -40,6 +41,7 @@ from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, 
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.synapse import load_synapse
 from benchmarks.evidence.variants import CATALOGUE, Variant
 
 FILES = {
@@ -47,6 +49,7 @@ FILES = {
     "acdc_native": ("acdc_native.npz",),
     "sunnybrook": ("sunnybrook.npz", "sunnybrook_128.npz"),
     "hippocampus": ("hippocampus.npz",),
+    "synapse": ("synapse.npz", "Synapse"),
 }
 
 
@@ -64,6 +67,8 @@ class Scored(NamedTuple):
     """(ours, theirs), as `score` takes them."""
     order_0: bool
     """How predictions are brought to the size of the truth."""
+    spacing: list[tuple[float, float, float]] | None
+    """Of each volume, in mm."""
 
 
 class Session:
@@ -208,8 +213,9 @@ class Session:
         names = [self.data.class_names[ours - 1] for ours, _ in on.classes]
         return lambda: {
             "classes": names,
-            **score(prediction, on.truth, on.volume, on.classes, on.order_0),
+            **score(prediction, on.truth, on.volume, on.classes, on.order_0, on.spacing),
             "patients": on.patients,
+            **({"distances": "mm"} if on.spacing is not None else {}),
         }
 
     def line(self, seed: int, variant: Variant) -> dict[str, Any]:
@@ -236,16 +242,22 @@ def scored(data: Slices, images: Tensor, chosen: np.ndarray, classes: list[tuple
         truth = [torch.from_numpy(data.native[i]) for i in chosen]
     volume = data.volume[chosen]
     patients = data.patient[chosen][np.r_[True, np.diff(volume) != 0]].tolist()
-    return Scored(images, truth, data.labels.shape[-1], torch.from_numpy(volume), patients, classes, order_0)
+    numbers = torch.from_numpy(volume)
+    spacing = None if data.spacing is None else [data.spacing[n] for n in numbers.unique_consecutive().tolist()]
+    return Scored(images, truth, data.labels.shape[-1], numbers, patients, classes, order_0, spacing)
 
 
 @lru_cache(maxsize=2)  # plans that follow each other share it
 def find(folder: Path, name: str, size: int, order_0: bool = False) -> Slices:
     """A data set; what is stored at native sizes at `size`, by `order_0` if asked for."""
+    if name not in FILES:
+        raise ValueError(f"no reader of {name!r} is here; there are those of {', '.join(FILES)}")
     paths = [folder / file for file in FILES[name]]
     for path in paths:
         if path.exists():
-            return load_native(path, size, order_0) if name == "acdc_native" else load(path)
+            if name == "acdc_native":
+                return load_native(path, size, order_0)
+            return load_synapse(path, size) if name == "synapse" else load(path)
     raise FileNotFoundError(f"none of {', '.join(map(str, paths))} is there")
 
 

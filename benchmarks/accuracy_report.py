@@ -170,8 +170,10 @@ def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
 
 def beside_published(scores: Scores, reference: str = "bare") -> str:
     """A Markdown table of published scores and ours, and of what both gain over the reference."""
-    published = scores.plan.published
+    published, published_hd95 = scores.plan.published, scores.plan.published_hd95
     head = ["variant", "published DSC", "ours", "seeds", "published gain", "our gain, over seeds", "over patients"]
+    if published_hd95:
+        head += ["published HD95", "ours"]
     rows = [head, ["---"] * len(head)]
     for name in scores.lines:
         values, base = (scores.values(of, "mean_dsc") if of in scores.lines else {} for of in (name, reference))
@@ -185,6 +187,9 @@ def beside_published(scores: Scores, reference: str = "bare") -> str:
             if patients:
                 low, high = resampled(patients)
                 row[6] = f"{fmean(patients):+.2f} ({low:+.2f} to {high:+.2f}, {len(patients)} patients)"
+        if published_hd95:
+            row.append(f"{published_hd95[name]:.2f}" if name in published_hd95 else "")
+            row.append(f"{fmean(scores.values(name, 'mean_hd95').values()):.2f}")
         rows.append(row)
     return _markdown(rows)
 
@@ -325,11 +330,13 @@ def report(scores: Scores, references: Sequence[str] | None = None) -> str:
     references = references_of(plan) if references is None else references
     planned = len(plan.seeds) * len(plan.variants)
     there = sum(len(scores.lines.get(variant.name, ())) for variant in plan.variants)
-    unit = "voxels" if plan.settings.model == "unet_3d" else "pixels"
+    in_mm = any(run["scores"][scores.part].get("distances") == "mm" for run in scores.runs)
+    unit = "mm" if in_mm else "voxels" if plan.settings.model == "unet_3d" else "pixels"
     parts = [
         f"## {plan.name}: {plan.data}, {plan.patients} labelled patients, {scores.part}",
         plan.question,
-        f"Rule, written before: {plan.rule}",
+        f"Rule, {'written after the runs' if plan.outside else 'written before'}: {plan.rule}",
+        *([plan.outside] if plan.outside else []),
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
         *([table(scores, references), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
         *([beside_published(scores)] if scores.runs and plan.published else []),

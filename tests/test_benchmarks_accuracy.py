@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,7 @@ from benchmarks.evidence.mixing import SizedBoxes, blur_and_contrast, blurred, m
 from benchmarks.evidence.pack import pack
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.synapse import TEST, load_synapse
 from benchmarks.evidence.variants import CATALOGUE, from_plan
 from benchmarks.released_code import task_loss as released_loss
 from examples.backbones.unet import UNet
@@ -448,6 +451,124 @@ def test_what_is_other_about_cutmix_is_passed_on():
     assert mixing_of(None)[1] == {}
     with pytest.raises(ValueError, match="mixing is an option of unlabelled='cutmix'"):
         replace(CATALOGUE["bare"], mixing={})
+
+
+# --- Synapse
+
+
+CASES = [*sorted(TEST), 5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def synapse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Also as TransUNet has it, in the folder Synapse: 15 patients of 3 slices of 40x40, two organs each."""
+    folder, rng = tmp_path_factory.mktemp("synapse"), np.random.default_rng(2)
+    (folder / "Synapse/train_npz").mkdir(parents=True)
+    (folder / "Synapse/test_vol_h5").mkdir()
+    stacks = {}
+    for who in CASES:
+        labels = np.zeros((3, 40, 40), np.uint8)
+        labels[:, 4:18, 6:30] = 1 + who % 4
+        labels[1:, 22:36, who % 7 : who % 7 + 12] = 5 + who % 4
+        images = (25 * labels + rng.integers(0, 50, labels.shape)).astype(np.uint8)
+        stacks[who] = images, labels
+        scaled = {"image": (images / 255).astype(np.float32), "label": labels.astype(np.float32)}
+        if who in TEST:
+            with h5py.File(folder / f"Synapse/test_vol_h5/case{who:04}.npy.h5", "w") as file:
+                for name, array in scaled.items():
+                    file[name] = array
+            continue
+        for i in range(3):
+            one = {name: array[i] for name, array in scaled.items()}
+            np.savez(folder / f"Synapse/train_npz/case{who:04}_slice{i:03}.npz", **one)
+    order = rng.permutation(3 * len(CASES))
+    images, labels = (np.concatenate([stack[i] for stack in stacks.values()])[order] for i in range(2))
+    patient, position = np.repeat(CASES, 3)[order], np.tile(range(3), len(CASES))[order]
+    np.savez(folder / "plain.npz", images=images, labels=labels, patient=patient, slice=position)
+    np.savez(
+        folder / "synapse.npz",
+        **{"images": images, "labels": labels, "patient": patient, "slice": position, "spacing": [3.0, 0.7, 0.8]},
+    )
+    return folder
+
+
+def test_synapse_is_read_from_transunets_files_or_from_one(synapse):
+    files, one = load_synapse(synapse / "Synapse", 32), load_synapse(synapse / "plain.npz", 32)
+    for name in ("images", "labels", "patient", "volume"):
+        assert (getattr(files, name) == getattr(one, name)).all(), name
+    for data in (files, one):
+        assert data.spacing is None
+        assert data.images.shape == data.labels.shape == (45, 32, 32)
+        assert data.native is not None
+        assert [label.shape[0] for label in data.native] == [40 if p in TEST else 32 for p in data.patient]
+        assert (data.volume == np.arange(45) // 3).all()
+        parts = split(data, 2, 0)
+        assert parts.test == tuple(sorted(TEST))
+        assert sorted(parts.labelled + parts.unlabelled) == [5, 6, 7]
+        assert not parts.validation
+    with np.load(synapse / "plain.npz") as file:
+        where = np.flatnonzero((file["patient"] == 8) & (file["slice"] == 1))[0]
+        assert files.native is not None
+        assert (files.native[np.flatnonzero(files.patient == 8)[1]] == file["labels"][where]).all()
+
+
+def test_synapse_is_scored_per_organ_and_in_mm_where_the_spacing_is_known(synapse, tmp_path):
+    plan = plan_of(data="synapse", patients=3, seeds=(0,), variants=(CATALOGUE["paper"],))
+    assert accuracy.run_plan(plan, synapse, tmp_path / "mm", Machine.make(), {}, math.inf, None, tmp_path / "kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/Synapse").symlink_to(synapse / "Synapse")
+    assert run(plan, tmp_path / "folder", tmp_path / "pixels")
+    (line,), (plain,) = (read_lines(tmp_path / name) for name in ("mm", "pixels"))
+    scores, without = (each["scores"]["test"] for each in (line, plain))
+    assert (scores["distances"], scores["patients"]) == ("mm", sorted(TEST))
+    assert scores["classes"][0] == "aorta"
+    assert (len(scores["dsc"]), scores["volumes"]) == (8, 12)
+    assert "distances" not in without
+    assert without["each_dsc"] == scores["each_dsc"]
+    assert without["hd95"] != scores["hd95"]
+    assert "DSC / HD95 (mm)" in report(select(plan, [line], "test"))
+    assert "DSC / HD95 (pixels)" in report(select(plan, [plain], "test"))
+    (path,) = (tmp_path / "kept").iterdir()
+    data = load_synapse(synapse / "synapse.npz", 32)
+    assert data.native is not None
+    truth = np.stack([data.native[i] for i in rows(data, tuple(TEST))])
+    at = ((np.arange(40) + 0.5) * 32 / 40).astype(int)
+    with np.load(path) as file:
+        predicted = file["prediction"][:, at][:, :, at]
+    for number in range(12):
+        where = slice(3 * number, 3 * number + 3)
+        alone = score_volume("", predicted[where], truth[where], 9, (3.0, 0.7, 0.8))
+        ours = [column[number] for column in scores["each_hd95"]]
+        assert [v is None for v in ours] == [v is None for v in alone.hd95]
+        assert [v for v in ours if v is not None] == pytest.approx([v for v in alone.hd95 if v is not None], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"labels": a["labels"] + 1}, "labels .* up to 9"),
+        (lambda a: {"images": a["images"].astype(np.float32)}, "images from 0 to .*; they are uint8, or"),
+        (lambda a: {"patient": np.where(a["patient"] == 8, 9, a["patient"])}, "it needs the test patients"),
+        (lambda a: {"spacing": np.arange(135).reshape(45, 3)}, "the spacing differs between the slices of patient 1;"),
+    ],
+)
+def test_a_file_that_is_not_synapse_is_refused(change, message, synapse, tmp_path):
+    with np.load(synapse / "plain.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    np.savez(tmp_path / "synapse.npz", **{**arrays, **change(arrays)})
+    with pytest.raises(ValueError, match=message):
+        load_synapse(tmp_path / "synapse.npz", 32)
+
+
+def test_a_spacing_of_some_test_patients_alone_is_refused(synapse, tmp_path):
+    copied = shutil.copytree(synapse / "Synapse", tmp_path / "Synapse")
+    (copied / "spacing.json").write_text(json.dumps({f"case{who:04}": [3, 0.7, 0.8] for who in sorted(TEST)[1:]}))
+    with pytest.raises(ValueError, match=r"no spacing of the test patients \[1\]"):
+        load_synapse(copied, 32)
+    (copied / "spacing.json").write_text(json.dumps({f"case{who:04}": [3, 0.7, 0.8] for who in TEST}))
+    data = load_synapse(copied, 32)
+    assert data.spacing is not None
+    assert {data.patient[data.volume == volume][0] for volume in data.spacing} == TEST
 
 
 # --- batches
@@ -999,11 +1120,28 @@ def test_the_written_plans_can_be_read_and_hold_together(path):
         assert (plan.decide_on == "validation") == ("screen" in path.stem)
     else:
         assert "bare" in {variant.name for variant in plan.variants}
-    if "confirm" in path.stem or plan.data not in ("acdc", "acdc_native"):
+    if plan.outside or plan.data == "synapse":
+        assert plan.decide_on == "test"
+    elif "confirm" in path.stem or plan.data not in ("acdc", "acdc_native"):
         assert len(plan.seeds) >= 8
         assert plan.decide_on == "test"
     if "choose" in path.stem:
         assert plan.decide_on == "validation"
+
+
+def test_plans_that_were_written_after_runs_elsewhere_are_of_all_of_them():
+    lines = finished(read_lines(ROOT / "benchmarks/results/heldout_2026-11-29.jsonl"))
+    plans = [plan for path in (ROOT / "benchmarks/plans").glob("*.json") if (plan := read_plan(path)).outside]
+    sizes = {"h_chaos3": 192, "h_btcv5": 224, "h_btcv18": 224}
+    assert {plan.name for plan in plans} == set(sizes)
+    wanted = {p.key(seed, v, sizes[p.name]): (p.name, seed, v.name) for p in plans for seed, v in p.runs()}
+    assert {key: (line["plan"], line["seed"], line["variant"]) for key, line in lines.items()}.items() <= wanted.items()
+    assert len(lines) == 27
+    text = report(select(plans[0], list(lines.values()), "test"))
+    assert "Rule, written after the runs: " in text
+    assert "outside this repository" in text
+    with pytest.raises(ValueError, match="no reader of 'chaos' is here; there are those of acdc, "):
+        accuracy.find(ROOT, "chaos", 192)
 
 
 def test_the_keys_of_the_results_there_are_stay_as_they_are():

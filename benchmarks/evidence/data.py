@@ -45,6 +45,8 @@ class Slices:
     """Label maps at the sizes that slices come in, where `images` and `labels` are resized; these are scored."""
     native_images: Sequence[np.ndarray] | None = None
     """The images at these sizes, uint8."""
+    spacing: Mapping[int, tuple[float, float, float]] | None = None
+    """Of each volume, between slices, rows and columns of what is scored, in mm; distances are in pixels without."""
 
 
 @dataclass(frozen=True)

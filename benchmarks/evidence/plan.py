@@ -21,7 +21,8 @@ class Plan:
         name: the file's name without suffix.
         question: what is asked.
         rule: how the numbers decide it.
-        data: "acdc", "acdc_native" (with the field's patients), "sunnybrook" or "hippocampus".
+        data: "acdc", "acdc_native" (with the field's patients), "sunnybrook", "hippocampus" or "synapse"; or another
+            name of data that was measured elsewhere.
         patients: labelled ones.
         seeds: of split, weights and batches.
         decide_on: the scores that the rule reads: one of `parts`, or the other data set's name.
@@ -31,6 +32,8 @@ class Plan:
         drawn: the labelled patients are drawn by the seed, where the field has a choice of its own for all seeds.
         also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
         published: DSC in percent that the publication reports for a variant, by its name.
+        published_hd95: HD95, likewise.
+        outside: of runs that were made elsewhere, and whose plan was written after them: where, and of what.
         minutes: that a variant's run is expected to take, stage 1 included, by its name; empty where not said.
     """
 
@@ -47,6 +50,8 @@ class Plan:
     drawn: bool = False
     also_test: dict[str, Any] | None = None
     published: Mapping[str, float] = field(default_factory=dict)
+    published_hd95: Mapping[str, float] = field(default_factory=dict)
+    outside: str = ""
     minutes: Mapping[str, float] = field(default_factory=dict)
 
     def runs(self) -> Iterator[tuple[int, Variant]]:
@@ -91,7 +96,7 @@ def read_plan(path: Path) -> Plan:
     names = [variant.name for variant in plan.variants]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a variant is named twice")
-    for what in ("published", "minutes"):
+    for what in ("published", "published_hd95", "minutes"):
         others = sorted(getattr(plan, what).keys() - set(names))
         if others:
             raise ValueError(f"{path.name}: {what!r} has {others}, which are no variants of the plan")
