@@ -2,9 +2,10 @@
 
     python benchmarks/accuracy.py --plan benchmarks/plans/choose_5.json --data folder --out results.jsonl --minutes 9.5
 
-`folder` holds acdc.npz, acdc_native.npz, sunnybrook.npz and hippocampus.npz, as far as the plan asks for them (see
-`evidence/pack.py`). A line is appended per run; runs that have one are skipped, so the same command goes on where it
-stopped. With `--checkpoints` a run that the time cuts short is saved there, and the same command ends it.
+`folder` holds acdc.npz, acdc_native.npz, sunnybrook.npz, hippocampus.npz and Synapse (synapse.npz, or the folder of
+TransUNet's files), as far as the plan asks for them (see `evidence/pack.py`). A line is appended per run; runs that
+have one are skipped, so the same command goes on where it stopped. With `--checkpoints` a run that the time cuts short
+is saved there, and the same command ends it.
 `accuracy_report.py` makes tables and figures of the lines.
 """
 
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +36,12 @@ import reseg_loss
 from benchmarks.evidence.batches import Feed
 from benchmarks.evidence.commit import head_commit
 from benchmarks.evidence.data import Slices, Split, load, load_native, rows, split
+from benchmarks.evidence.field import FieldFeed, Native
 from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, Stage2
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.synapse import load_synapse
 from benchmarks.evidence.variants import CATALOGUE, REMOVED, Variant
 
 FILES = {
@@ -45,6 +49,7 @@ FILES = {
     "acdc_native": ("acdc_native.npz",),
     "sunnybrook": ("sunnybrook.npz", "sunnybrook_128.npz"),
     "hippocampus": ("hippocampus.npz",),
+    "synapse": ("synapse.npz", "Synapse"),
 }
 
 
@@ -60,6 +65,10 @@ class Scored(NamedTuple):
     """One per volume."""
     classes: list[tuple[int, int]]
     """(ours, theirs), as `score` takes them."""
+    order_0: bool
+    """How predictions are brought to the size of the truth."""
+    spacing: list[tuple[float, float, float]] | None
+    """Of each volume, in mm."""
 
 
 class Session:
@@ -78,19 +87,27 @@ class Session:
         self.plan, self.machine, self.about = plan, machine.with_pool(), about
         self.checkpoints, self.deadline, self.predictions = checkpoints, deadline, predictions
         settings = plan.settings
-        self.data = find(folder, plan.data, settings.size)
+        self.order_0 = settings.protocol == "ssl4mis"
+        if self.order_0 and plan.data != "acdc_native":
+            raise ValueError(f"{plan.name}: the protocol ssl4mis is one of acdc_native, not of {plan.data}")
+        self.data = find(folder, plan.data, settings.size, self.order_0)
         self.classes = len(self.data.class_names) + 1
-        self.images, labels = to_size(self.data, settings.size)
+        self.images, self.labels = (x.to(machine.device) for x in to_size(self.data, settings.size))
+        self.native: Native | None = None
+        if self.order_0 and settings.augmentation == "published":
+            assert self.data.native is not None
+            assert self.data.native_images is not None
+            self.native = Native.of(self.data.native_images, self.data.native, machine.device)
         lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
-        steps = max(settings.stage1_steps, *lengths)
-        self.feed = Feed(self.images, labels, steps, settings.batch, settings.augmentation, machine.device)
-        self.images = self.feed.images
+        self.most_steps = max(settings.stage1_steps, *lengths)
+        self.feeds = {variant.batch: self.feed_of(variant.batch) for variant in (CATALOGUE["bare"], *plan.variants)}
         self.other: dict[str, Scored] = {}
         if plan.also_test is not None:
             other = find(folder, plan.also_test["data"], settings.size)
             images, _ = to_size(other, settings.size)
             everyone = np.arange(len(other.patient))
-            self.other[other.name] = scored(other, images.to(machine.device), everyone, plan.also_test["classes"])
+            images = images.to(machine.device)
+            self.other[other.name] = scored(other, images, everyone, plan.also_test["classes"], False)
         self.steps: dict[str, Stage2] = {}
         self.stage_1: dict[tuple[str, str], Stage1] = {}
         self.teachers: dict[tuple[str, str], tuple[dict[str, Tensor], float]] = {}
@@ -101,15 +118,26 @@ class Session:
         """The seed's patients and batches; its teachers are trained when a variant asks for one."""
         if self.seed == seed:
             return
-        self.parts = split(self.data, self.plan.patients, seed)
-        self.feed.load(rows(self.data, self.parts.labelled), rows(self.data, self.parts.unlabelled), seed)
+        self.parts = split(self.data, self.plan.patients, seed, self.plan.drawn)
+        for feed in self.feeds.values():
+            feed.load(rows(self.data, self.parts.labelled), rows(self.data, self.parts.unlabelled), seed)
         self.teachers.clear()
         self.seed = seed
+
+    def feed_of(self, batch: float) -> Feed:
+        """Of `batch` times the plan's images a step."""
+        settings = self.plan.settings
+        sizes = [round(batch * (n or settings.batch)) for n in (settings.batch, settings.others)]
+        how = self.most_steps, sizes[0], settings.augmentation, self.machine.device, sizes[1]
+        if self.native is not None:
+            return FieldFeed(self.native, self.images, self.labels, *how)
+        return Feed(self.images, self.labels, *how)
 
     def step_of(self, variant: Variant) -> Stage2:
         key = json.dumps(variant.step.options(), sort_keys=True)
         if key not in self.steps:
-            self.steps[key] = Stage2(variant.step, self.plan.settings, self.classes, self.feed, self.machine)
+            feed = self.feeds[variant.batch]
+            self.steps[key] = Stage2(variant.step, self.plan.settings, self.classes, feed, self.machine)
         return self.steps[key]
 
     def teacher_of(self, variant: Variant, seed: int) -> tuple[dict[str, Tensor] | None, float | None]:
@@ -117,7 +145,7 @@ class Session:
         if kind is None:
             return None, None
         if kind not in self.stage_1:
-            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feed, self.machine)
+            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feeds[1.0], self.machine)
         if kind not in self.teachers:
             self.teachers[kind] = self.stage_1[kind].fit(seed, self.pause("-".join((*kind, self.stage_1_key(seed)))))
         return self.teachers[kind]
@@ -159,6 +187,7 @@ class Session:
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps) - resumed_at
         done = time.perf_counter()
         line = {
+            **({"labelled": self.parts.labelled} if self.plan.drawn else {}),
             "task_loss": loss,
             "stage_1_loss": recon,
             "ms_per_step": 1e3 * (trained - start) / steps if steps else None,
@@ -175,7 +204,7 @@ class Session:
     def part(self, patients: tuple[int, ...]) -> Scored:
         chosen = rows(self.data, patients)
         images = self.images[torch.from_numpy(chosen).to(self.machine.device)]
-        return scored(self.data, images, chosen, [(i, i) for i in range(1, self.classes)])
+        return scored(self.data, images, chosen, [(i, i) for i in range(1, self.classes)], self.order_0)
 
     def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Callable[[], dict[str, Any]]:
         prediction = step.predict(network, on.images, on.size).cpu()
@@ -186,8 +215,9 @@ class Session:
         names = [self.data.class_names[ours - 1] for ours, _ in on.classes]
         return lambda: {
             "classes": names,
-            **score(prediction, on.truth, on.volume, on.classes),
+            **score(prediction, on.truth, on.volume, on.classes, on.order_0, on.spacing),
             "patients": on.patients,
+            **({"distances": "mm"} if on.spacing is not None else {}),
         }
 
     def line(self, seed: int, variant: Variant) -> dict[str, Any]:
@@ -207,22 +237,29 @@ class Session:
         }
 
 
-def scored(data: Slices, images: Tensor, chosen: np.ndarray, classes: list[tuple[int, int]]) -> Scored:
+def scored(data: Slices, images: Tensor, chosen: np.ndarray, classes: list[tuple[int, int]], order_0: bool) -> Scored:
     """What to score on some rows of the data, of which `images` are."""
     truth = torch.from_numpy(data.labels[chosen])
     if data.native is not None:
         truth = [torch.from_numpy(data.native[i]) for i in chosen]
     volume = data.volume[chosen]
     patients = data.patient[chosen][np.r_[True, np.diff(volume) != 0]].tolist()
-    return Scored(images, truth, data.labels.shape[-1], torch.from_numpy(volume), patients, classes)
+    numbers = torch.from_numpy(volume)
+    spacing = None if data.spacing is None else [data.spacing[n] for n in numbers.unique_consecutive().tolist()]
+    return Scored(images, truth, data.labels.shape[-1], numbers, patients, classes, order_0, spacing)
 
 
-def find(folder: Path, name: str, size: int) -> Slices:
-    """A data set; what is stored at native sizes at `size`."""
+@lru_cache(maxsize=2)  # plans that follow each other share it
+def find(folder: Path, name: str, size: int, order_0: bool = False) -> Slices:
+    """A data set; what is stored at native sizes at `size`, by `order_0` if asked for."""
+    if name not in FILES:
+        raise ValueError(f"no reader of {name!r} is here; there are those of {', '.join(FILES)}")
     paths = [folder / file for file in FILES[name]]
     for path in paths:
         if path.exists():
-            return load_native(path, size) if name == "acdc_native" else load(path)
+            if name == "acdc_native":
+                return load_native(path, size, order_0)
+            return load_synapse(path, size) if name == "synapse" else load(path)
     raise FileNotFoundError(f"none of {', '.join(map(str, paths))} is there")
 
 

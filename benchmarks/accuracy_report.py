@@ -4,7 +4,8 @@
 
 Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired,
 over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds. Where a plan has
-published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored.
+published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored; so
+does one for plans of the field's protocol, with the worst seed or draw, too.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evidence.plan import Plan, read_plan
+from benchmarks.evidence.published import PUBLISHED, SEEN, published
 from benchmarks.evidence.results import finished, read_lines
 
 REFERENCES = ("bare", "ds x2")
+FIELD_REFERENCES = ("bare", "ds equal")  # of plans of the field's protocol; in one that chooses, its first variant
 BESIDE = {"mean teacher": "its mean teacher", "statistics of others": "with batch statistics of others"}
 ORIGINS = ("commit", "device", "compiled")  # entries of a line that may move its numbers
 SHORT = 7  # characters of a commit
@@ -107,6 +110,11 @@ class Scores:
         scale = 100 if metric == "dsc" else 1
         return [scale * fmean(values) if values else None for values in known]
 
+    def patients(self, variant: str) -> dict[int, float]:
+        """{patient: DSC in percent}, a mean over classes, volumes and seeds."""
+        each = [_by_patient(scores) for scores in self.lines[variant].values() if "patients" in scores]
+        return {p: 100 * fmean(values[p] for values in each if p in values) for p in sorted(set().union(*each))}
+
 
 def _by_patient(scores: Mapping[str, Any]) -> dict[int, float]:
     """{patient: DSC}, a mean over classes and volumes; a class that truth and prediction lack is left out."""
@@ -157,13 +165,15 @@ def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
         pairs = zip(scores.per_class(name, "dsc"), scores.per_class(name, "hd95"))
         row += ["-" if dsc is None or hd is None else f"{dsc:.1f} / {hd:.1f}" for dsc, hd in pairs]
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def beside_published(scores: Scores, reference: str = "bare") -> str:
     """A Markdown table of published scores and ours, and of what both gain over the reference."""
-    published = scores.plan.published
+    published, published_hd95 = scores.plan.published, scores.plan.published_hd95
     head = ["variant", "published DSC", "ours", "seeds", "published gain", "our gain, over seeds", "over patients"]
+    if published_hd95:
+        head += ["published HD95", "ours"]
     rows = [head, ["---"] * len(head)]
     for name in scores.lines:
         values, base = (scores.values(of, "mean_dsc") if of in scores.lines else {} for of in (name, reference))
@@ -177,7 +187,56 @@ def beside_published(scores: Scores, reference: str = "bare") -> str:
             if patients:
                 low, high = resampled(patients)
                 row[6] = f"{fmean(patients):+.2f} ({low:+.2f} to {high:+.2f}, {len(patients)} patients)"
+        if published_hd95:
+            row.append(f"{published_hd95[name]:.2f}" if name in published_hd95 else "")
+            row.append(f"{fmean(scores.values(name, 'mean_hd95').values()):.2f}")
         rows.append(row)
+    return _markdown(rows)
+
+
+def references_of(plan: Plan) -> tuple[str, ...]:
+    """The rows that others are compared with, where none are asked for."""
+    if plan.settings.protocol != "ssl4mis":
+        return REFERENCES
+    if plan.decide_on == "validation":
+        first = plan.variants[0].name
+        return first, f"{first}: {BESIDE['mean teacher']}"
+    return FIELD_REFERENCES
+
+
+def field_section(scores: Scores, references: Sequence[str]) -> list[str]:
+    """For a plan of the field's protocol: what its numbers stand for, and the published ones beside them."""
+    plan = scores.plan
+    over = "draw" if plan.drawn else "seed"
+    references = [name for name in references if name in scores.lines]
+    head = ["DSC", f"worst {over}", "95 % over patients", *(f"to {name}, over patients" for name in references)]
+    rows = [["variant", *head, "HD95", f"worst {over}"], ["---"] * (len(head) + 3)]
+    for name in scores.lines:
+        dsc, hd95 = (list(scores.values(name, metric).values()) for metric in ("mean_dsc", "mean_hd95"))
+        row = [name, _spread(dsc), f"{min(dsc):.1f}", _over_patients(list(scores.patients(name).values()), "{:.1f}")]
+        for reference in references:
+            gains = [] if reference == name else list(scores.of_patients(name, reference).values())
+            row.append(f"{fmean(gains):+.1f} ({_over_patients(gains, '{:+.1f}')})" if gains else "")
+        rows.append([*row, _spread(hd95), f"{max(hd95):.1f}"])
+    parts = [_markdown(rows)]
+    if plan.drawn:
+        labelled = {line["seed"]: line["labelled"] for line in scores.runs}
+        draws = (f"{seed}: {', '.join(map(str, who))}" for seed, who in sorted(labelled.items()))
+        parts.append(f"Labelled patients by seed: {'; '.join(draws)}.")
+    if plan.decide_on == "validation":
+        parts.append(f"Changes screened: {len(plan.variants) - 1}.")
+    return [*parts, *filter(None, [published(plan.patients)]), SEEN]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _over_patients(values: Sequence[float], form: str) -> str:
+    return " to ".join(map(form.format, resampled(values))) if values else ""
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -230,19 +289,58 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
     return True
 
 
-def report(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
+def field_figure(all_scores: Sequence[Scores], path: Path) -> bool:
+    """DSC of every seed or draw of plans of the field's protocol, a panel per plan, and what was published."""
+    all_scores = [scores for scores in all_scores if scores.runs]
+    if not all_scores:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most, columns = max(len(scores.lines) for scores in all_scores), min(2, len(all_scores))
+    rows = -(-len(all_scores) // columns)
+    drawn = Figure(figsize=(5.2 * columns + 1.5, rows * (0.32 * most + 1.6)), layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(all_scores) :]:
+        axes.set_visible(False)
+    for axes, scores in zip(panels, all_scores):
+        plan, settings = scores.plan, scores.plan.settings
+        for row, name in enumerate(scores.lines):
+            values = list(scores.values(name, "mean_dsc").values())
+            axes.plot(values, [row] * len(values), "o", color="#999999", markersize=4, alpha=0.7)
+            axes.plot(fmean(values), row, "s", color="#0072B2")
+        others = [p.dsc for p in PUBLISHED if p.patients == plan.patients]
+        axes.plot(others, [len(scores.lines)] * len(others), "d", color="#D55E00", markersize=4)
+        names = [*scores.lines, *(["published, one draw each"] if others else [])]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        what = "draws of patients" if plan.drawn else "seeds"
+        axes.set_xlabel(f"DSC on {scores.part}; dots: {what}, square: their mean", fontsize=8)
+        head = f"{plan.patients} labelled, {settings.steps} steps, {settings.augmentation} augmentation"
+        axes.set_title(f"{plan.name}\n{head}", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn.savefig(path, dpi=110)
+    return True
+
+
+def report(scores: Scores, references: Sequence[str] | None = None) -> str:
     """Question, rule and table of a plan, and where its runs are from."""
     plan = scores.plan
+    references = references_of(plan) if references is None else references
     planned = len(plan.seeds) * len(plan.variants)
     there = sum(len(scores.lines.get(variant.name, ())) for variant in plan.variants)
-    unit = "voxels" if plan.settings.model == "unet_3d" else "pixels"
+    in_mm = any(run["scores"][scores.part].get("distances") == "mm" for run in scores.runs)
+    unit = "mm" if in_mm else "voxels" if plan.settings.model == "unet_3d" else "pixels"
     parts = [
         f"## {plan.name}: {plan.data}, {plan.patients} labelled patients, {scores.part}",
         plan.question,
-        f"Rule, written before: {plan.rule}",
+        f"Rule, {'written after the runs' if plan.outside else 'written before'}: {plan.rule}",
+        *([plan.outside] if plan.outside else []),
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
         *([table(scores, references), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
         *([beside_published(scores)] if scores.runs and plan.published else []),
+        *(field_section(scores, references) if scores.runs and plan.settings.protocol == "ssl4mis" else []),
     ]
     return "\n\n".join(parts)
 
@@ -253,10 +351,12 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, nargs="+", required=True)
     parser.add_argument("--part", help="which part's scores; default: the one that the plan decides on")
     parser.add_argument(
-        "--references", nargs="+", default=REFERENCES, metavar="VARIANT", help="rows that others are compared with"
+        "--references", nargs="+", metavar="VARIANT", help="rows that others are compared with; default: by the plan"
     )
     parser.add_argument("--table", type=Path, help="Markdown file; default: print it")
-    parser.add_argument("--figure", type=Path, help="picture of the paired differences to the bare run")
+    parser.add_argument(
+        "--figure", type=Path, help="picture of the paired differences to the bare run; of the field's protocol of DSC"
+    )
     args = parser.parse_args()
     lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
     plans = [read_plan(path) for path in args.plan]
@@ -266,7 +366,10 @@ def main() -> None:
         args.table.write_text(text)
     else:
         print(text)
-    if args.figure and not figure(scores, args.figure):
+    if all(plan.settings.protocol == "ssl4mis" for plan in plans):
+        if args.figure and not field_figure(scores, args.figure):
+            parser.error("--figure: nothing of these plans was run")
+    elif args.figure and not figure(scores, args.figure):
         parser.error("--figure: no plan has a run of 'bare' with a DSC, to which differences are drawn")
 
 

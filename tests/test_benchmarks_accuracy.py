@@ -5,25 +5,29 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.ndimage import affine_transform, gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter, rotate, zoom
 from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import accuracy, accuracy_report
-from benchmarks.accuracy_report import BESIDE, figure, paired, report, resampled, select
+from benchmarks.accuracy_report import BESIDE, field_figure, figure, paired, report, resampled, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.compiler import compiler_settings
 from benchmarks.evidence.copy_paste import CopyPaste
 from benchmarks.evidence.data import Slices, load, load_native, rows, split
+from benchmarks.evidence.field import FieldFeed, Native, draw_turns, zoomed
+from benchmarks.evidence.field_unet import FieldUNet
 from benchmarks.evidence.harness import (
     Machine,
     OutOfTimeError,
@@ -37,9 +41,11 @@ from benchmarks.evidence.harness import (
 )
 from benchmarks.evidence.losses import entropy, segmentation_loss
 from benchmarks.evidence.metrics import score
+from benchmarks.evidence.mixing import SizedBoxes, blur_and_contrast, blurred, mixing_of
 from benchmarks.evidence.pack import pack
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.synapse import TEST, load_synapse
 from benchmarks.evidence.variants import CATALOGUE, REMOVED, from_plan
 from benchmarks.released_code import task_loss as released_loss
 from examples.backbones.unet import UNet
@@ -48,6 +54,7 @@ from examples.common.metrics import score_volume, summarize
 ROOT = Path(__file__).parents[1]
 
 SETTINGS = Settings(steps=3, stage1_steps=2, batch=2, size=32, width=2)
+FIELD = replace(SETTINGS, model="field_unet", protocol="ssl4mis", others=4)
 IN_3D = replace(SETTINGS, model="unet_3d", augmentation="strong")
 SHAPE = (16, 48, 32)  # of volumes
 
@@ -245,6 +252,323 @@ def test_the_fields_split_is_one_for_every_seed(folder, native, patients, labell
     assert not every.unlabelled
     with pytest.raises(ValueError, match="choices of 1, 3, 7, 70 labelled patients, not of 5"):
         split(data, 5, 0)
+
+
+def test_other_labelled_patients_are_drawn_from_those_for_training(folder, native, acdc):
+    data = load_native(folder / "acdc_native.npz", 16)
+    field, draws = split(data, 3, 0), [split(data, 3, seed, drawn=True) for seed in range(20)]
+    assert draws[4] == split(data, 3, 4, drawn=True)
+    assert len({draw.labelled for draw in draws}) == 20
+    for few, more in zip(draws, (split(data, 7, seed, drawn=True) for seed in range(20))):
+        assert (few.validation, few.test) == (field.validation, field.test)
+        assert sorted(few.labelled + few.unlabelled) == sorted(field.labelled + field.unlabelled)
+        assert (len(set(few.labelled)), set(few.labelled) <= set(more.labelled)) == (3, True)
+    with pytest.raises(ValueError, match="acdc has no labelled patients of the field's"):
+        split(acdc, 5, 0, drawn=True)
+
+
+# --- the field's protocol
+
+
+SHAPES = [(154, 224), (224, 154), (174, 208), (256, 216), (256, 256), (512, 428), (31, 20)]
+
+
+def by_scipy(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Order 0; by default scipy fills some last lines with 0, whose positions are rounded to beyond the edge."""
+    return zoom(image, np.array(shape) / image.shape, order=0, mode="nearest")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", [32, 224, 256])
+def test_the_zoom_is_scipys_of_order_0(shape, side):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    there = by_scipy(image, (side, side))
+    assert (zoomed(image, (side, side)) == there).all()
+    assert (zoomed(there[None], shape)[0] == by_scipy(there, shape)).all()
+    if side == 256:  # the field's, by default
+        assert (there == zoom(image, np.array([side, side]) / shape, order=0)).all()
+
+
+def by_hand(image: np.ndarray, turn: np.ndarray, side: int) -> np.ndarray:
+    """What the field's loader makes of a slice, by the steps that have this matrix: all are tried."""
+    once, flips = np.array([[0, 1], [-1, 0]]), (np.diag([-1, 1]), np.diag([1, -1]))
+    found = [
+        np.flip(np.rot90(image, k), axis)
+        for k in range(4)
+        for axis, flip in enumerate(flips)
+        if (np.linalg.matrix_power(once, k) @ flip == turn).all()
+    ]
+    if not found:
+        angle = round(np.rad2deg(np.arctan2(turn[0, 1], turn[0, 0])))
+        assert -20 <= angle <= 19
+        found = [rotate(image, angle, order=0, reshape=False)]
+    zooms = [by_scipy(each, (side, side)) for each in found]
+    assert all((each == zooms[0]).all() for each in zooms)
+    return zooms[0]
+
+
+@pytest.mark.parametrize("side", [32, 256])
+def test_slices_are_turned_as_they_are_and_zoomed_then(side):
+    rng = np.random.default_rng(side)
+    images, labels = ([rng.integers(0, high, shape).astype(np.uint8) for shape in SHAPES] for high in (256, 4))
+    native = Native.of(images, labels, torch.device("cpu"))
+    index, turns = rng.integers(0, len(SHAPES), 60), draw_turns(60, rng)
+    image, label = native.turned(torch.from_numpy(index), torch.from_numpy(turns), side)
+    for i, turn, ours, classes in zip(index, turns, image[:, 0].numpy(), label.numpy()):
+        assert np.abs(255 * ours - by_hand(images[i], turn, side)).max() < 1e-3
+        assert (classes == by_hand(labels[i], turn, side)).all()
+
+
+def test_half_are_quarter_turns_with_a_flip_and_half_of_the_rest_small_whole_angles():
+    turns = draw_turns(8000, np.random.default_rng(0))
+    determinant = np.linalg.det(turns)
+    assert np.abs(np.abs(determinant) - 1).max() < 1e-9
+    flipped = determinant < 0
+    assert abs(flipped.mean() - 0.5) < 0.02
+    assert len(np.unique(turns[flipped], axis=0)) == 4, "of the 8 pairs of a turn and a flip two each are the same"
+    angle = np.rad2deg(np.arctan2(turns[~flipped][:, 0, 1], turns[~flipped][:, 0, 0]))
+    assert np.abs(angle - angle.round()).max() < 1e-9
+    assert abs((angle == 0).mean() - (0.5 + 0.5 / 40)) < 0.02
+    assert sorted(set(angle.round().astype(int).tolist())) == list(range(-20, 20))
+    assert (turns[:100] == draw_turns(100, np.random.default_rng(0))).all(), "fewer are the beginning of more"
+
+
+def test_the_fields_network_is_the_one_of_its_description():
+    network = FieldUNet(4)
+    assert sum(p.numel() for p in network.parameters()) == 1_813_764
+    kinds = [type(module) for module in network.modules()]
+    assert [m.p for m in network.modules() if isinstance(m, torch.nn.Dropout)] == [0.05, 0.1, 0.2, 0.3, 0.5]
+    assert kinds.count(torch.nn.BatchNorm2d) == kinds.count(torch.nn.LeakyReLU) == 18
+    sizes = []
+    for module in (*network.encoder, network.bottleneck, *network.decoder):
+        module.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape[1:])))
+    assert network(torch.zeros(2, 1, 48, 32)).shape == (2, 4, 48, 32)
+    down = [(16 << level, 48 >> level, 32 >> level) for level in range(5)]
+    assert sizes == down + down[-2::-1]
+
+
+def test_the_fields_batches_come_from_the_slices_as_they_are(folder, native):
+    data = load_native(folder / "acdc_native.npz", 32, order_0=True)
+    assert data.native is not None
+    assert data.native_images is not None
+    assert all((image == zoomed(whole, (32, 32))).all() for image, whole in zip(data.images, data.native_images))
+    pixels = Native.of(data.native_images, data.native, torch.device("cpu"))
+    squares = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    feed = FieldFeed(pixels, *squares, 3, 2, "published", torch.device("cpu"), 5)
+    parts = split(data, 3, 0)
+    feed.load(rows(data, parts.labelled), rows(data, parts.unlabelled), 7)
+    for tables, size, who in ((feed.labelled, 2, parts.labelled), (feed.others, 5, parts.unlabelled)):
+        image, label, row = feed.batch_of(tables, torch.tensor([1]))
+        assert image.shape == (size, 1, 32, 32)
+        assert set(data.patient[row.index]) <= set(who)
+        for i, turn, ours, classes in zip(row.index.tolist(), row.theta.numpy(), image[:, 0].numpy(), label.numpy()):
+            assert np.abs(255 * ours - by_hand(data.native_images[i], turn, 32)).max() < 1e-3
+            assert (classes == by_hand(data.native[i], turn, 32)).all()
+    with pytest.raises(ValueError, match="the published augmentation alone, not 'strong'"):
+        FieldFeed(pixels, *squares, 3, 2, "strong", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("augmentation", "drawn"), [("published", False), ("strong", True)])
+def test_the_fields_protocol_from_end_to_end(augmentation, drawn, folder, native, tmp_path):
+    out, semi = tmp_path / "results.jsonl", CATALOGUE["ds equal + deep cutmix"]
+    wide = replace(semi, name="wide", mixing={"sides": [0.25, 0.7], "perturb": "blur and contrast"}, batch=2.0)
+    variants, settings = (CATALOGUE["bare"], semi, wide), replace(FIELD, augmentation=augmentation)
+    plan = plan_of(data="acdc_native", patients=3, seeds=(5,), variants=variants, settings=settings, drawn=drawn)
+    assert accuracy.run_plan(plan, folder, out, Machine.make(), {}, float("inf"), None, tmp_path / "kept")
+    lines = read_lines(out)
+    assert not [line["error"] for line in lines if "error" in line]
+    data = load_native(folder / "acdc_native.npz", 32, order_0=True)
+    assert data.native is not None
+    for line in lines:
+        assert line.get("labelled") == (list(split(data, 3, 5, drawn=True).labelled) if drawn else None)
+        averages = line["variant"] != "bare"
+        assert set(line["scores"]) == {"test", "test, mean teacher"} if averages else {"test"}
+    chosen = rows(data, split(data, 3, 5, drawn).test)
+    with np.load(tmp_path / "kept" / "trial_5_bare_test.npz") as file:
+        predicted = file["prediction"]
+    natives = [data.native[i] for i in chosen]
+    back = [by_scipy(p, t.shape) for p, t in zip(predicted, natives)]
+    volume, scores = data.volume[chosen], lines[0]["scores"]["test"]
+    for number, which in enumerate(np.unique(volume)):
+        where = np.flatnonzero(volume == which)
+        a, b = (np.stack([stack[i] for i in where]) for stack in (back, natives))
+        for c in range(1, 4):
+            assert scores["each_dsc"][c - 1][number] == pytest.approx(
+                2 * ((a == c) & (b == c)).sum() / ((a == c).sum() + (b == c).sum())
+            )
+
+
+def test_the_fields_protocol_is_one_of_its_data(folder):
+    with pytest.raises(ValueError, match="the protocol ssl4mis is one of acdc_native, not of acdc"):
+        accuracy.Session(plan_of(settings=FIELD), folder, Machine.make(), {})
+
+
+def test_a_variant_may_have_more_images_a_step_from_the_same_patients(folder, native):
+    semi = replace(CATALOGUE["ds equal + deep cutmix"], name="twice", batch=2.0)
+    plan = plan_of(data="acdc_native", patients=3, variants=(CATALOGUE["bare"], semi), settings=FIELD)
+    session = accuracy.Session(plan, folder, Machine.make(), {})
+    session.begin(0)
+    feeds = [session.step_of(variant).feed for variant in plan.variants]
+    sizes = [[tables.index.shape[1] for tables in (f.labelled, f.others, f.again)] for f in feeds]
+    assert sizes == [[2, 4, 2], [4, 8, 4]]
+    assert session.parts is not None
+    where = rows(session.data, session.parts.unlabelled)
+    assert np.isin(feeds[1].others.index.numpy(), where).all()
+
+
+def test_boxes_of_other_sizes():
+    torch.manual_seed(0)
+    mixed = SizedBoxes(torch.nn.Conv2d(1, 2, 1), sides=(0.25, 0.7), ramp_calls=None, ignore_index=255)
+    box = mixed._boxes(torch.zeros(500, 1, 64, 96))
+    height, width = box.any(2).sum(1), box.any(1).sum(1)
+    assert torch.equal(box.sum((1, 2)), height * width), "they are boxes"
+    assert (height / 64 - width / 96).abs().max() < 0.03
+    assert 0.24 < (height / 64).min() < 0.28
+    assert 0.66 < (height / 64).max() < 0.71
+    assert (height / 64).mean().item() == pytest.approx(0.475, abs=0.02)
+    first = box.any(2).float().argmax(1)
+    assert (first + height).max() == 64
+    assert first.min() == 0
+
+
+def test_the_blur_is_a_gaussian():
+    x = torch.rand(3, 1, 24, 20, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.1, 0.8, 2.0])
+    ours = blurred(x, sigma)
+    for image, s, smooth in zip(x[:, 0].double().numpy(), sigma.tolist(), ours[:, 0].numpy()):
+        assert np.abs(smooth - gaussian_filter(image, s, mode="mirror", radius=6)).max() < 1e-5
+    torch.manual_seed(0)
+    many = torch.rand(1, 1, 24, 20).expand(400, 1, 24, 20)
+    changed = (blur_and_contrast(many) - many).abs().flatten(1).amax(1) > 0.01
+    assert abs(changed.float().mean() - (1 - 0.2 * 0.5)) < 0.06
+    assert blur_and_contrast(many).dtype == many.dtype
+
+
+def test_what_is_other_about_cutmix_is_passed_on():
+    kind, keywords = mixing_of({"sides": [0.1, 0.7], "perturb": "none", "decay": 0.9})
+    assert kind is SizedBoxes
+    assert keywords == {"sides": [0.1, 0.7], "perturb": None, "decay": 0.9}
+    assert mixing_of(None)[1] == {}
+    with pytest.raises(ValueError, match="mixing is an option of unlabelled='cutmix'"):
+        replace(CATALOGUE["bare"], mixing={})
+
+
+# --- Synapse
+
+
+CASES = [*sorted(TEST), 5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def synapse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Also as TransUNet has it, in the folder Synapse: 15 patients of 3 slices of 40x40, two organs each."""
+    folder, rng = tmp_path_factory.mktemp("synapse"), np.random.default_rng(2)
+    (folder / "Synapse/train_npz").mkdir(parents=True)
+    (folder / "Synapse/test_vol_h5").mkdir()
+    stacks = {}
+    for who in CASES:
+        labels = np.zeros((3, 40, 40), np.uint8)
+        labels[:, 4:18, 6:30] = 1 + who % 4
+        labels[1:, 22:36, who % 7 : who % 7 + 12] = 5 + who % 4
+        images = (25 * labels + rng.integers(0, 50, labels.shape)).astype(np.uint8)
+        stacks[who] = images, labels
+        scaled = {"image": (images / 255).astype(np.float32), "label": labels.astype(np.float32)}
+        if who in TEST:
+            with h5py.File(folder / f"Synapse/test_vol_h5/case{who:04}.npy.h5", "w") as file:
+                for name, array in scaled.items():
+                    file[name] = array
+            continue
+        for i in range(3):
+            one = {name: array[i] for name, array in scaled.items()}
+            np.savez(folder / f"Synapse/train_npz/case{who:04}_slice{i:03}.npz", **one)
+    order = rng.permutation(3 * len(CASES))
+    images, labels = (np.concatenate([stack[i] for stack in stacks.values()])[order] for i in range(2))
+    patient, position = np.repeat(CASES, 3)[order], np.tile(range(3), len(CASES))[order]
+    np.savez(folder / "plain.npz", images=images, labels=labels, patient=patient, slice=position)
+    np.savez(
+        folder / "synapse.npz",
+        **{"images": images, "labels": labels, "patient": patient, "slice": position, "spacing": [3.0, 0.7, 0.8]},
+    )
+    return folder
+
+
+def test_synapse_is_read_from_transunets_files_or_from_one(synapse):
+    files, one = load_synapse(synapse / "Synapse", 32), load_synapse(synapse / "plain.npz", 32)
+    for name in ("images", "labels", "patient", "volume"):
+        assert (getattr(files, name) == getattr(one, name)).all(), name
+    for data in (files, one):
+        assert data.spacing is None
+        assert data.images.shape == data.labels.shape == (45, 32, 32)
+        assert data.native is not None
+        assert [label.shape[0] for label in data.native] == [40 if p in TEST else 32 for p in data.patient]
+        assert (data.volume == np.arange(45) // 3).all()
+        parts = split(data, 2, 0)
+        assert parts.test == tuple(sorted(TEST))
+        assert sorted(parts.labelled + parts.unlabelled) == [5, 6, 7]
+        assert not parts.validation
+    with np.load(synapse / "plain.npz") as file:
+        where = np.flatnonzero((file["patient"] == 8) & (file["slice"] == 1))[0]
+        assert files.native is not None
+        assert (files.native[np.flatnonzero(files.patient == 8)[1]] == file["labels"][where]).all()
+
+
+def test_synapse_is_scored_per_organ_and_in_mm_where_the_spacing_is_known(synapse, tmp_path):
+    plan = plan_of(data="synapse", patients=3, seeds=(0,), variants=(CATALOGUE["paper"],))
+    assert accuracy.run_plan(plan, synapse, tmp_path / "mm", Machine.make(), {}, math.inf, None, tmp_path / "kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/Synapse").symlink_to(synapse / "Synapse")
+    assert run(plan, tmp_path / "folder", tmp_path / "pixels")
+    (line,), (plain,) = (read_lines(tmp_path / name) for name in ("mm", "pixels"))
+    scores, without = (each["scores"]["test"] for each in (line, plain))
+    assert (scores["distances"], scores["patients"]) == ("mm", sorted(TEST))
+    assert scores["classes"][0] == "aorta"
+    assert (len(scores["dsc"]), scores["volumes"]) == (8, 12)
+    assert "distances" not in without
+    assert without["each_dsc"] == scores["each_dsc"]
+    assert without["hd95"] != scores["hd95"]
+    assert "DSC / HD95 (mm)" in report(select(plan, [line], "test"))
+    assert "DSC / HD95 (pixels)" in report(select(plan, [plain], "test"))
+    (path,) = (tmp_path / "kept").iterdir()
+    data = load_synapse(synapse / "synapse.npz", 32)
+    assert data.native is not None
+    truth = np.stack([data.native[i] for i in rows(data, tuple(TEST))])
+    at = ((np.arange(40) + 0.5) * 32 / 40).astype(int)
+    with np.load(path) as file:
+        predicted = file["prediction"][:, at][:, :, at]
+    for number in range(12):
+        where = slice(3 * number, 3 * number + 3)
+        alone = score_volume("", predicted[where], truth[where], 9, (3.0, 0.7, 0.8))
+        ours = [column[number] for column in scores["each_hd95"]]
+        assert [v is None for v in ours] == [v is None for v in alone.hd95]
+        assert [v for v in ours if v is not None] == pytest.approx([v for v in alone.hd95 if v is not None], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"labels": a["labels"] + 1}, "labels .* up to 9"),
+        (lambda a: {"images": a["images"].astype(np.float32)}, "images from 0 to .*; they are uint8, or"),
+        (lambda a: {"patient": np.where(a["patient"] == 8, 9, a["patient"])}, "it needs the test patients"),
+        (lambda a: {"spacing": np.arange(135).reshape(45, 3)}, "the spacing differs between the slices of patient 1;"),
+    ],
+)
+def test_a_file_that_is_not_synapse_is_refused(change, message, synapse, tmp_path):
+    with np.load(synapse / "plain.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    np.savez(tmp_path / "synapse.npz", **{**arrays, **change(arrays)})
+    with pytest.raises(ValueError, match=message):
+        load_synapse(tmp_path / "synapse.npz", 32)
+
+
+def test_a_spacing_of_some_test_patients_alone_is_refused(synapse, tmp_path):
+    copied = shutil.copytree(synapse / "Synapse", tmp_path / "Synapse")
+    (copied / "spacing.json").write_text(json.dumps({f"case{who:04}": [3, 0.7, 0.8] for who in sorted(TEST)[1:]}))
+    with pytest.raises(ValueError, match=r"no spacing of the test patients \[1\]"):
+        load_synapse(copied, 32)
+    (copied / "spacing.json").write_text(json.dumps({f"case{who:04}": [3, 0.7, 0.8] for who in TEST}))
+    data = load_synapse(copied, 32)
+    assert data.spacing is not None
+    assert {data.patient[data.volume == volume][0] for volume in data.spacing} == TEST
 
 
 # --- batches
@@ -589,6 +913,20 @@ def test_the_watch_sees_what_it_is_for():
             wait(torch.ones(2))
 
 
+def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native):
+    semi = replace(CATALOGUE["ds equal + deep cutmix"], mixing={"sides": [0.3, 0.7], "perturb": "blur and contrast"})
+    plan = plan_of(data="acdc_native", patients=3, variants=(semi,), settings=FIELD)
+    session = accuracy.Session(plan, folder, Machine.make(), {})
+    session.begin(0)
+    step = session.step_of(semi)
+    assert isinstance(step.feed, FieldFeed)
+    with Watch():
+        loss, _ = step._losses()
+        loss.backward()
+        assert step.mixed is not None
+        step.mixed.update()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "settings"),
     [*((name, "acdc", SETTINGS) for name in CATALOGUE), ("ds x2 + deep cutmix", "hippocampus", IN_3D)],
@@ -790,12 +1128,33 @@ def test_the_written_plans_can_be_read_and_hold_together(path):
     plan = read_plan(path)
     assert plan.question
     assert plan.rule
-    assert plan.variants[0].name == "bare" or "bare" in {variant.name for variant in plan.variants}
-    if "confirm" in path.stem or plan.data not in ("acdc", "acdc_native"):
+    if plan.settings.protocol == "ssl4mis":
+        assert plan.minutes.keys() == {variant.name for variant in plan.variants}, "said before they are run"
+        assert (plan.decide_on == "validation") == ("screen" in path.stem)
+    else:
+        assert "bare" in {variant.name for variant in plan.variants}
+    if plan.outside or plan.data == "synapse":
+        assert plan.decide_on == "test"
+    elif "confirm" in path.stem or plan.data not in ("acdc", "acdc_native"):
         assert len(plan.seeds) >= 8
         assert plan.decide_on == "test"
     if "choose" in path.stem:
         assert plan.decide_on == "validation"
+
+
+def test_plans_that_were_written_after_runs_elsewhere_are_of_all_of_them():
+    lines = finished(read_lines(ROOT / "benchmarks/results/heldout_2026-11-29.jsonl"))
+    plans = [plan for path in (ROOT / "benchmarks/plans").glob("*.json") if (plan := read_plan(path)).outside]
+    sizes = {"h_chaos3": 192, "h_btcv5": 224, "h_btcv18": 224}
+    assert {plan.name for plan in plans} == set(sizes)
+    wanted = {p.key(seed, v, sizes[p.name]): (p.name, seed, v.name) for p in plans for seed, v in p.runs()}
+    assert {key: (line["plan"], line["seed"], line["variant"]) for key, line in lines.items()}.items() <= wanted.items()
+    assert len(lines) == 27
+    text = report(select(plans[0], list(lines.values()), "test"))
+    assert "Rule, written after the runs: " in text
+    assert "outside this repository" in text
+    with pytest.raises(ValueError, match="no reader of 'chaos' is here; there are those of acdc, "):
+        accuracy.find(ROOT, "chaos", 192)
 
 
 def test_the_keys_of_the_results_there_are_stay_as_they_are():
@@ -817,6 +1176,11 @@ def test_confirmation_does_not_use_the_seeds_of_the_choice():
     }
     confirmed = {s for p in plans if p.data == "acdc" and p.decide_on == "test" for s in p.seeds}
     assert not chosen & confirmed
+    field = [p for p in plans if p.settings.protocol == "ssl4mis"]
+    screened, scored = ({s for p in field if p.decide_on == part for s in p.seeds} for part in ("validation", "test"))
+    assert screened
+    assert scored
+    assert not screened & scored
 
 
 def test_plans_with_mistakes_are_refused(tmp_path):
@@ -905,6 +1269,41 @@ def test_published_scores_stand_beside_ours_with_a_bootstrap_over_patients():
     ours = f"{per_patient.mean():+.2f} ({low:+.2f} to {high:+.2f}, 20 patients)"
     assert f"| ds x2 | 53.50 | 70.00 | 2 | +3.50 | +15.0 ± 63.5 (2) | {ours} |" in text
     assert "published" not in report(select(replace(plan, published={}), lines, "test"))
+
+
+def test_the_fields_protocol_has_a_section_with_the_worst_draw_and_what_was_published(tmp_path):
+    semi, settings = CATALOGUE["ds equal + deep cutmix"], replace(FIELD, width=3)
+    variants = (CATALOGUE["bare"], semi)
+    plan = plan_of(data="acdc_native", patients=3, variants=variants, settings=settings, drawn=True)
+    lines = lines_of(plan, {"bare": [0.4, 0.5], semi.name: [0.8, 0.9]})
+    gain = np.random.default_rng(3).normal(0, 0.04, 20)
+    for line in lines:
+        scores = line["scores"]["test"]
+        each = scores["mean_dsc"] + (gain if scores["mean_dsc"] > 0.7 else 0 * gain)
+        scores |= {"each_dsc": [each.repeat(2).tolist()], "patients": np.repeat(range(20), 2).tolist()}
+        line["labelled"] = [3, 40 + line["seed"], 60]
+    scores = select(plan, lines, "test")
+    text = report(scores)
+    of_patients = 85 + 100 * gain
+    assert list(scores.patients(semi.name).values()) == pytest.approx(of_patients)
+    low, high = resampled(of_patients.tolist())
+    more = f"{of_patients.mean() - 45:+.1f} ({low - 45:+.1f} to {high - 45:+.1f})"
+    assert f"| {semi.name} | 85.0 ± 7.1 | 80.0 | {low:.1f} to {high:.1f} | {more} | 8.5 ± 0.7 | 9.0 |" in text
+    assert "| bare | 45.0 ± 7.1 | 40.0 | 45.0 to 45.0 |  | 4.5 ± 0.7 | 5.0 |" in text
+    assert "worst draw" in text
+    assert "Labelled patients by seed: 0: 3, 40, 60; 1: 3, 41, 60." in text
+    assert "| UniMatch | 88.86 | validation and test (30 patients) | the best epoch on these 30 patients |" in text
+    assert "three of our variants were scored on them on 2026-11-29. Nothing further is chosen on them." in text
+    assert "Changes screened" not in text
+    assert field_figure([scores, scores], tmp_path / "field.png")
+    assert (tmp_path / "field.png").stat().st_size > 5000
+    assert not field_figure([select(plan, [], "test")], tmp_path / "none.png")
+    screen = replace(plan, decide_on="validation")
+    chosen = report(
+        select(screen, [{**line, "scores": {"validation": line["scores"]["test"]}} for line in lines], "validation")
+    )
+    assert "Changes screened: 1." in chosen
+    assert "| to bare |" in chosen, "its first variant"
 
 
 def test_a_difference_over_fewer_pairs_than_the_row_has_seeds_says_so():

@@ -56,17 +56,22 @@ def draw(
     """
     total = steps * batch
     order, chance = (np.random.default_rng([seed, stream, kind]) for kind in (1, 2))
-    epochs = [order.permutation(rows) for _ in range(-(-total // len(rows)))]
     # of 12 numbers 2D uses 9: with fewer, the batches would be others than those of the results there are
     u = torch.from_numpy(chance.random((total, 12))).float()
     tables = Tables(
-        torch.from_numpy(np.concatenate(epochs)[:total].astype(np.int64)),
+        epochs(rows, total, order),
         _affine(u, augmentation, spatial),
         torch.stack([_log_uniform(u[:, 6], 0.7, 1.4), 0.8 + 0.4 * u[:, 7], 0.2 * u[:, 8] - 0.1], 1),
     )
     return Tables(
         *(getattr(tables, f.name).reshape(steps, batch, *getattr(tables, f.name).shape[1:]) for f in fields(tables))
     )
+
+
+def epochs(rows: np.ndarray, total: int, order: np.random.Generator) -> Tensor:
+    """(total) int64: `rows` in another order each time, one after the other."""
+    shuffled = [order.permutation(rows) for _ in range(-(-total // len(rows)))]
+    return torch.from_numpy(np.concatenate(shuffled)[:total].astype(np.int64))
 
 
 def _affine(u: Tensor, augmentation: Augmentation, spatial: Sequence[int]) -> Tensor:
@@ -123,31 +128,46 @@ def toned(image: Tensor, tone: Tensor) -> Tensor:
 
 
 class Feed:
-    """The slices on the device, and the tables of the seed that is running."""
+    """The slices on the device, and the tables of the seed that is running.
+
+    `others` is the size of the batch from other patients, as a rule the same.
+    """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, steps: int, batch: int, augmentation: Augmentation, device: torch.device
+        self,
+        images: Tensor,
+        labels: Tensor,
+        steps: int,
+        batch: int,
+        augmentation: Augmentation,
+        device: torch.device,
+        others: int | None = None,
     ) -> None:
         self.images, self.labels = images.to(device), labels.to(device)
         self.steps, self.batch = steps, batch
         self.augmentation: Augmentation = augmentation
         # the supervised batch; the second batch, from other patients or from the same
-        axes = images.ndim - 1
-        self.labelled, self.others, self.again = (Tables.empty(steps, batch, axes, device) for _ in range(3))
+        self.labelled, self.others, self.again = (self._empty(size) for size in (batch, others or batch, batch))
 
     def load(self, labelled: np.ndarray, unlabelled: np.ndarray, seed: int) -> None:
         """Draw the batches of a seed from the slices of each kind; without unlabelled ones `others` stays as it is."""
-        spatial = self.images.shape[1:]
         for stream, (tables, rows) in enumerate(
             [(self.labelled, labelled), (self.others, unlabelled), (self.again, labelled)]
         ):
             if len(rows):
-                tables.fill(draw(rows, self.steps, self.batch, seed, stream, self.augmentation, spatial))
+                tables.fill(self._drawn(rows, tables.index.shape[1], seed, stream))
 
     def batch_of(self, tables: Tables, clock: Tensor) -> tuple[Tensor, Tensor, Tables]:
         """Image, label and the row of the tables."""
         row = tables.at(clock)
+        return *self._shown(row), row
+
+    def _empty(self, batch: int) -> Tables:
+        return Tables.empty(self.steps, batch, self.images.ndim - 1, self.images.device)
+
+    def _drawn(self, rows: np.ndarray, batch: int, seed: int, stream: int) -> Tables:
+        return draw(rows, self.steps, batch, seed, stream, self.augmentation, self.images.shape[1:])
+
+    def _shown(self, row: Tables) -> tuple[Tensor, Tensor]:
         image, label = augment(self.images[row.index], self.labels[row.index], row.theta)
-        if self.augmentation == "strong":
-            image = toned(image, row.tone)
-        return image, label, row
+        return (toned(image, row.tone) if self.augmentation == "strong" else image), label

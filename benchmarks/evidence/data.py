@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .field import zoomed
+
 ACDC_CLASSES = ("right ventricle", "myocardium", "left ventricle")
 TEST, VALIDATION = 5, 10  # one in so many patients of each stratum; the others are for training
 FIELD_LABELLED = {1: "labelled_1", 3: "labelled_3", 7: "labelled_7"}  # the field's choices of labelled patients
@@ -41,6 +43,10 @@ class Slices:
     """Patients of "validation", "test", "labelled_1", ..., where the field has one split for all seeds."""
     native: Sequence[np.ndarray] | None = None
     """Label maps at the sizes that slices come in, where `images` and `labels` are resized; these are scored."""
+    native_images: Sequence[np.ndarray] | None = None
+    """The images at these sizes, uint8."""
+    spacing: Mapping[int, tuple[float, float, float]] | None = None
+    """Of each volume, between slices, rows and columns of what is scored, in mm; distances are in pixels without."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,11 @@ def load(path: Path) -> Slices:
     return Slices(name, images, labels, patient, np.cumsum(starts) - 1, stratum, fixed_test, class_names)
 
 
-def load_native(path: Path, size: int) -> Slices:
+def load_native(path: Path, size: int, order_0: bool = False) -> Slices:
     """ACDC with the field's patients from `acdc_native.npz`, slices resized to `size` whatever their shape.
 
-    Images are interpolated bilinearly, antialiased where they shrink; intensities are 0 to 100 in the file.
+    Images are interpolated bilinearly, antialiased where they shrink, and labels by nearest neighbour, or both by order
+    0 as the field does it; intensities are 0 to 100 in the file.
     """
     with np.load(path) as file:
         arrays = {key: file[key] for key in file.files}
@@ -100,18 +107,22 @@ def load_native(path: Path, size: int) -> Slices:
     blobs = np.split(arrays["webp"], arrays["ends"][:-1])
     labels = [flat.reshape(shape) for flat, shape in zip(np.split(arrays["labels"], areas[:-1]), shapes)]
 
-    def read(i: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         image, label = decode_webp(blobs[i].tobytes()), labels[i]
         if image.shape != label.shape:
             raise ValueError(f"{path.name}: slice {i} is {image.shape}, and its label {label.shape}")
         pixels = torch.from_numpy(image)[None, None].float() * (255 / 100)
+        whole = pixels[0, 0].round().byte().numpy()
+        if order_0:
+            return whole, zoomed(whole, (size, size)), zoomed(label, (size, size))
         resized = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0, 0]
         nearest = resized_labels(label[None], (size, size))[0]
-        return resized.round().clamp(0, 255).byte().numpy(), nearest
+        return whole, resized.round().clamp(0, 255).byte().numpy(), nearest
 
     with ThreadPoolExecutor() as pool:
         read_all = list(pool.map(read, order.tolist()))
-    images, smaller = (np.stack(arrays) for arrays in zip(*read_all))
+    native_images = [image for image, _, _ in read_all]
+    images, smaller = (np.stack([slices[i] for slices in read_all]) for i in (1, 2))
     patient, phase = patient[order], phase[order]
     starts = np.r_[True, (np.diff(patient) != 0) | (np.diff(phase) != 0)]
     names = ("validation", "test", *FIELD_LABELLED.values())
@@ -127,6 +138,7 @@ def load_native(path: Path, size: int) -> Slices:
         ACDC_CLASSES,
         parts,
         [labels[i] for i in order],
+        native_images,
     )
 
 
@@ -148,13 +160,16 @@ def resized_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return F.interpolate(torch.from_numpy(labels)[:, None], shape, mode="nearest-exact")[:, 0].numpy()
 
 
-def split(data: Slices, patients: int, seed: int) -> Split:
+def split(data: Slices, patients: int, seed: int, drawn: bool = False) -> Split:
     """`patients` labelled ones, drawn evenly from the strata; fewer are a part of more.
 
-    Where the field has a split, it is that one for every seed.
+    Where the field has a split, it is that one for every seed; with `drawn` the labelled patients are others, drawn by
+    the seed from all that are for training.
     """
     if data.field_parts:
-        return _field_split(data, patients)
+        return _field_split(data, patients, seed if drawn else None)
+    if drawn:
+        raise ValueError(f"{data.name} has no labelled patients of the field's, beside which others could be drawn")
     rng = np.random.default_rng([seed, 0])
     groups: dict[str, list[int]] = defaultdict(list)
     for who, stratum in sorted(data.stratum.items()):
@@ -163,13 +178,13 @@ def split(data: Slices, patients: int, seed: int) -> Split:
     validation: list[int] = []
     pools: list[list[int]] = []
     for _, members in sorted(groups.items()):
-        drawn = [members[i] for i in rng.permutation(len(members)) if members[i] not in data.fixed_test]
+        shuffled = [members[i] for i in rng.permutation(len(members)) if members[i] not in data.fixed_test]
         if not data.fixed_test:
             first, second = len(members) // TEST, len(members) // VALIDATION
-            test += drawn[:first]
-            validation += drawn[first : first + second]
-            drawn = drawn[first + second :]
-        pools.append(drawn)
+            test += shuffled[:first]
+            validation += shuffled[first : first + second]
+            shuffled = shuffled[first + second :]
+        pools.append(shuffled)
     turns = range(max(map(len, pools)))
     training = [pool[turn] for turn in turns for pool in pools if turn < len(pool)]
     if not 1 <= patients <= len(training):
@@ -177,11 +192,14 @@ def split(data: Slices, patients: int, seed: int) -> Split:
     return Split(tuple(training[:patients]), tuple(training[patients:]), tuple(validation), tuple(test))
 
 
-def _field_split(data: Slices, patients: int) -> Split:
+def _field_split(data: Slices, patients: int, seed: int | None) -> Split:
     validation, test = data.field_parts["validation"], data.field_parts["test"]
     training = tuple(sorted(set(data.patient.tolist()) - {*validation, *test}))
     if patients == len(training):
         labelled = training
+    elif seed is not None:
+        order = np.random.default_rng([seed, 0]).permutation(training)
+        labelled = tuple(sorted(order[:patients].tolist()))
     elif patients in FIELD_LABELLED:
         labelled = data.field_parts[FIELD_LABELLED[patients]]
     else:

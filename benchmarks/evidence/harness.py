@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,9 @@ from reseg_loss.unlabelled import pseudo_label
 from .batches import Augmentation, Feed
 from .compiler import set_up
 from .copy_paste import CopyPaste
+from .field_unet import FieldUNet
 from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
+from .mixing import mixing_of
 from .variants import Variant
 
 TO_LOOK = 50  # steps between two looks at the time
@@ -41,6 +43,9 @@ STATISTICS = 50  # batches
 NOISE = 0.1  # standard deviation of what the mean teacher's student sees on top of the image
 
 
+LATER = ("stage_1", "protocol", "others")  # settings that came after the first results
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all variants of a plan share; volumes are trained on as stored, whatever `size` is."""
@@ -50,20 +55,23 @@ class Settings:
     batch: int = 24
     size: int = 224
     width: int = 32
-    model: Literal["unet", "smp_unet", "transunet", "swin_unet", "vm_unet", "unet_3d"] = "unet"
+    model: Literal["unet", "smp_unet", "transunet", "swin_unet", "vm_unet", "unet_3d", "field_unet"] = "unet"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01
     weight_decay: float = 1e-4
     augmentation: Augmentation = "published"
     stage_1: Literal["adamw 0.001", "as stage 2"] = "adamw 0.001"
     """Optimizer, learning rate and schedule of stage 1; published is that of stage 2."""
+    protocol: Literal["own", "ssl4mis"] = "own"
+    """Of `acdc_native`: in the field's, slices become squares by order 0, and the published augmentation is before."""
+    others: int | None = None
+    """Images a step of the batch from other patients; as many as `batch` by default."""
 
     def options(self) -> dict[str, Any]:
         """As plain values; what came later is left out at its default, so that earlier runs keep their keys."""
         options = asdict(self)
-        if self.stage_1 == "adamw 0.001":
-            del options["stage_1"]
-        return options
+        defaults = {field.name: field.default for field in fields(self)}
+        return {k: v for k, v in options.items() if k not in LATER or v != defaults[k]}
 
 
 Compiled = Literal["all", "losses", "none"]
@@ -129,6 +137,8 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
     """A new network for one image channel."""
     if settings.model == "unet":
         return UNet(classes, 1, settings.width)
+    if settings.model == "field_unet":
+        return FieldUNet(classes)
     if settings.model == "smp_unet":
         import segmentation_models_pytorch as smp
 
@@ -405,8 +415,10 @@ class Stage2:
         if variant.unlabelled in ("cutmix", "copy-paste"):
             deep = self.deep if variant.unlabelled_deep else None
             # the ramp is a table here, for a captured step would keep the first call's
-            self.mixed = (CutMixConsistency if variant.unlabelled == "cutmix" else CopyPaste)(
-                self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED, threshold=SURE, decay=EMA
+            kind, options = mixing_of(variant.mixing)
+            options = {"threshold": SURE, "decay": EMA, **options}
+            self.mixed = (kind if variant.unlabelled == "cutmix" else CopyPaste)(
+                self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED, **options
             )
             machine.compile_average(self.mixed)
         elif variant.free:  # at weight 0 the average follows, and nothing else runs

@@ -21,15 +21,19 @@ class Plan:
         name: the file's name without suffix.
         question: what is asked.
         rule: how the numbers decide it.
-        data: "acdc", "acdc_native" (with the field's patients), "sunnybrook" or "hippocampus".
+        data: "acdc", "acdc_native" (with the field's patients), "sunnybrook", "hippocampus" or "synapse"; or another
+            name of data that was measured elsewhere.
         patients: labelled ones.
         seeds: of split, weights and batches.
         decide_on: the scores that the rule reads: one of `parts`, or the other data set's name.
         variants: all run for a seed before the next seed begins.
         settings: shared by all.
         parts: which parts are scored.
+        drawn: the labelled patients are drawn by the seed, where the field has a choice of its own for all seeds.
         also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
         published: DSC in percent that the publication reports for a variant, by its name.
+        published_hd95: HD95, likewise.
+        outside: of runs that were made elsewhere, and whose plan was written after them: where, and of what.
         minutes: that a variant's run is expected to take, stage 1 included, by its name; empty where not said.
     """
 
@@ -43,8 +47,11 @@ class Plan:
     variants: tuple[Variant, ...]
     settings: Settings
     parts: tuple[str, ...] = ("validation", "test")
+    drawn: bool = False
     also_test: dict[str, Any] | None = None
     published: Mapping[str, float] = field(default_factory=dict)
+    published_hd95: Mapping[str, float] = field(default_factory=dict)
+    outside: str = ""
     minutes: Mapping[str, float] = field(default_factory=dict)
 
     def runs(self) -> Iterator[tuple[int, Variant]]:
@@ -65,6 +72,7 @@ class Plan:
             "variant": variant.options(),
             "parts": self.parts,
             "also_test": self.also_test,
+            **({"drawn": True} if self.drawn else {}),  # so that earlier runs keep their keys
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -88,7 +96,7 @@ def read_plan(path: Path) -> Plan:
     names = [variant.name for variant in plan.variants]
     if len(set(names)) != len(names):
         raise ValueError(f"{path.name}: a variant is named twice")
-    for what in ("published", "minutes"):
+    for what in ("published", "published_hd95", "minutes"):
         others = sorted(getattr(plan, what).keys() - set(names))
         if others:
             raise ValueError(f"{path.name}: {what!r} has {others}, which are no variants of the plan")

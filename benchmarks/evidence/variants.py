@@ -49,6 +49,8 @@ class Variant:
         images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones.
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
+        mixing: what is other about CutMix (`mixing_of`); None is the package's default.
+        batch: so many times the plan's images a step.
         free: score what takes no further training, too: an average of the weights (CutMix's mean teacher, where there
             is none without its loss), and the model with batch statistics of the training patients without labels.
         long: train for the steps of stage 1 and 2 together.
@@ -66,6 +68,8 @@ class Variant:
     images: str = "others"
     unlabelled_weight: float = 1.0
     unlabelled_deep: bool = False
+    mixing: Mapping[str, Any] | None = None
+    batch: float = 1.0
     free: bool = False
     long: bool = False
     longer: float = 1.0
@@ -76,6 +80,8 @@ class Variant:
                 raise ValueError(f"variant {self.name!r}: {name}={getattr(self, name)!r}; it is one of {allowed}")
         if self.deep is None and self.unlabelled_deep:
             raise ValueError(f"variant {self.name!r}: unlabelled_deep needs deep supervision")
+        if self.unlabelled != "cutmix" and self.mixing is not None:
+            raise ValueError(f"variant {self.name!r}: mixing is an option of unlabelled='cutmix'")
 
     def options(self) -> dict[str, Any]:
         """What differs from the bare run, as plain values; the name is no option."""
