@@ -1,0 +1,170 @@
+"""Random U-shaped nets: features, loss and gradients against hooks of our own on the modules that the building tells."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import oracle
+from .api import FeatureExtractor, ReSegWrapper, TapError, teacher_parts
+from .oracle import Truth
+from .subjects import TokenNet, batch, net
+from .verdict import NEVER, Attempt, WrongError
+
+TESTS = Path(__file__).parents[2] / "tests"
+
+
+class Case(Protocol):
+    """What tests/random_nets.py builds."""
+
+    model: nn.Module
+    image: Tensor
+    encoder: tuple[str, ...]
+    decoder: tuple[str, ...]
+    bottleneck: str
+    refused: bool
+    collides: bool
+    layouts: dict[str, str]
+    sizes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A net of this trial as such a case."""
+
+    model: nn.Module
+    image: Tensor
+    encoder: tuple[str, ...]
+    decoder: tuple[str, ...]
+    bottleneck: str
+    layouts: dict[str, str]
+    sizes: dict[str, tuple[int, ...]]
+    refused: bool = False
+    collides: bool = False
+
+
+def attempts(seed: int, nets: int) -> Iterator[Attempt]:
+    """The nets of tests/random_nets.py; of a checkout that lacks it a few of the trial's own."""
+    build = build_of_the_tests()
+    for number in range(seed, seed + nets) if build is not None else range(4):
+        yield Attempt("a random net" if build else "a net", f"seed {number}", lambda n=number: check(n), _true, NEVER)
+
+
+def build_of_the_tests() -> Any:
+    if not (TESTS / "random_nets.py").exists():
+        return None
+    if str(TESTS) not in sys.path:
+        sys.path.append(str(TESTS))
+    return importlib.import_module("random_nets").build
+
+
+def _true(value: Any) -> bool:
+    return True
+
+
+def check(seed: int) -> None:
+    """One net. Raises a WrongError, or what the library raises where it should not."""
+    build = build_of_the_tests()
+    case: Case = own(seed) if build is None else build(seed)
+    torch.manual_seed(seed)
+    case.model.train()
+    if case.refused:
+        _must_be_refused(case)
+        return
+    truth = _truth(case)
+    twin, keys = copy.deepcopy(case.model), list(case.model.state_dict())
+    _compare_features(case, truth)
+    _compare_loss(case, truth, "paper" if seed % 2 else "standardized")
+    if keys != list(case.model.state_dict()):
+        raise WrongError("the model has other keys")
+    state = torch.get_rng_state()
+    expected = twin(case.image)
+    torch.set_rng_state(state)
+    oracle.same(_first(case.model(case.image)), _first(expected), "the model's output with hooks")
+
+
+def _must_be_refused(case: Case) -> None:
+    try:
+        FeatureExtractor(case.model, example_input=case.image)
+    except TapError:
+        return
+    raise WrongError("it is no U, and was not refused")
+
+
+def _truth(case: Case) -> Truth:
+    """The levels that the default choice takes: the three finest below the image's size."""
+    image = case.image.shape[2:]
+    strides = {name: max(round(f / n) for f, n in zip(image, case.sizes[name])) for name in case.encoder}
+    levels = list(zip(case.encoder, case.decoder))
+    below = [pair for pair in levels if strides[pair[0]] > 1]
+    full = [pair for pair in levels if strides[pair[0]] == 1]
+    chosen = below[:3] if len(below) > 1 else (full + below)[:3]
+
+    def reading(path: str, x: Tensor) -> Tensor:
+        layout, size = case.layouts[path], case.sizes[path]
+        if layout == "first":
+            return x
+        if layout == "last":
+            return x.movedim(-1, 1)
+        return (x.transpose(1, 2) if layout == "tokens" else x).reshape(len(x), -1, *size)
+
+    return Truth(tuple(e for e, _ in chosen), tuple(d for _, d in chosen), case.bottleneck, reading)
+
+
+def _compare_features(case: Case, truth: Truth) -> None:
+    with (
+        FeatureExtractor(case.model, example_input=case.image) as extractor,
+        oracle.watching(case.model, truth) as seen,
+    ):
+        case.model(case.image)
+        expected, found = seen().all, extractor.pop()
+    oracle.same([*found.encoder, *found.decoder, found.bottleneck], expected, "the features")
+
+
+def _compare_loss(case: Case, truth: Truth, preset: str) -> None:
+    model, image = case.model, case.image
+    label = torch.randint(0, 2, (len(image), *image.shape[2:]))
+    reseg = ReSegWrapper(model, example_input=image, preset=preset, weight=0.5)
+    try:
+        reseg.freeze_teacher()
+        with oracle.watching(model, truth) as seen:
+            model(image)
+            student = seen()
+        ours = reseg.alignment_loss(label)
+        before, body, _ = teacher_parts(reseg.teacher, type(model))
+        trial = copy.deepcopy(body).eval()
+        with oracle.watching(trial, truth) as seen, torch.no_grad():
+            trial(before(oracle.index_map(label)[0].float()))
+            teacher = seen()
+        reference = 0.5 * oracle.alignment(student, teacher, standardized=preset == "standardized")
+        oracle.near(ours, reference, "the alignment loss")
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        oracle.near(oracle.gradients(ours, parameters), oracle.gradients(reference, parameters), "the gradient", 1e-3)
+    finally:
+        reseg.remove()
+
+
+def _first(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output
+
+
+def own(seed: int) -> _Own:
+    """The trial's own nets, where there are no others."""
+    dims = 3 if seed % 4 == 2 else 2
+    tokens = seed % 4 == 3
+    model = net(seed, kind=TokenNet) if tokens else net(seed, dims=dims, norm="batch" if seed % 2 else "group")
+    encoder = tuple(f"e.{i}" for i in range(4))
+    decoder = ("d.0", "norms.0", "norms.1", "d.3") if tokens else tuple(f"d.{i}" for i in range(4))
+    sizes = {name: (32 >> i,) * dims for names in (encoder, decoder) for i, name in enumerate(names)}
+    layouts = {name: "tokens" if name.startswith("norms") else "first" for name in (*sizes, "b")}
+    return _Own(model, batch(seed=seed, dims=dims)[0], encoder, decoder, "b", layouts, {**sizes, "b": (2,) * dims})
