@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--nets", type=int, default=2000)
     options = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that it starts
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # of the processes that it starts
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = Tally()

@@ -179,9 +179,19 @@ def equations() -> Iterator[Attempt]:
     for shape in ((2, 4, 5), (2, 4, 3, 5), (2, 4, 2, 3, 5)):
         yield Attempt("functional.project", f"right for {shape}", lambda s=shape: _projected(s), true, NEVER)
     for arguments in (
-        (0, 4), (4, 0), (-1, 4), (4, -1), ("4", 4), (4, None), (4.5, 4), (NAN, 4), (4, 4, "0"), (4, 4, None),
-        (4, 4, 1.5), ([4], 4),
-    ):  # fmt: skip
+        (0, 4),
+        (4, 0),
+        (-1, 4),
+        (4, -1),
+        ("4", 4),
+        (4, None),
+        (4.5, 4),
+        (NAN, 4),
+        (4, 4, "0"),
+        (4, 4, None),
+        (4, 4, 1.5),
+        ([4], 4),
+    ):
         yield Attempt("functional.semi_orthogonal", f"{arguments}", lambda a=arguments: functional.semi_orthogonal(*a))
     for rows, columns in ((4, 4), (3, 7), (7, 3)):
         yield Attempt(
@@ -246,17 +256,34 @@ def alignment_loss_module() -> Iterator[Attempt]:
     for value in ({"a": 1}, {"bottleneck": (0, 1)}, [1], "ab", {"bottleneck": ("a", 1)}, {"nonsense": (1, 1)}):
         yield Attempt(name, f"channels={value!r}", lambda v=value: CrossAlignmentLoss(projection="linear", channels=v))
     loss = CrossAlignmentLoss([1.0, 2.0, 3.0], 0.5)
-    for term in ("", "nothing", "encoder", "encoder_to_decoder_9", "encoder_to_decoder_0", "decoder_to_encoder_x", None, 3,
-                 "bottleneck_1", "encoder_to_decoder"):  # fmt: skip
+    for term in (
+        "",
+        "nothing",
+        "encoder",
+        "encoder_to_decoder_9",
+        "encoder_to_decoder_0",
+        "decoder_to_encoder_x",
+        None,
+        3,
+        "bottleneck_1",
+        "encoder_to_decoder",
+    ):
         yield Attempt(f"{name}.term_weight", repr(term), lambda t=term: loss.term_weight(t))
     for levels in (1, 2, 4, 0, -1, "3", None, 3.5, NAN, [3]):
         yield Attempt(f"{name}.check_levels", repr(levels), lambda v=levels: loss.check_levels(v))
     one = torch.ones(())
     terms: dict[str, Any] = {
-        "None": None, "a list": [1.0], "a string": "bottleneck", "an unknown term": {"nothing": one},
-        "a number": {"bottleneck": 1.0}, "a vector": {"bottleneck": torch.ones(2)}, "None inside": {"bottleneck": None},
-        "a string inside": {"bottleneck": "1"}, "a level too high": {"encoder_to_decoder_9": one}, "a tensor": one,
-    }  # fmt: skip
+        "None": None,
+        "a list": [1.0],
+        "a string": "bottleneck",
+        "an unknown term": {"nothing": one},
+        "a number": {"bottleneck": 1.0},
+        "a vector": {"bottleneck": torch.ones(2)},
+        "None inside": {"bottleneck": None},
+        "a string inside": {"bottleneck": "1"},
+        "a level too high": {"encoder_to_decoder_9": one},
+        "a tensor": one,
+    }
     for title, value in terms.items():
         yield Attempt(f"{name}.combine", title, lambda v=value: loss.combine(v))
     yield Attempt(
@@ -264,9 +291,13 @@ def alignment_loss_module() -> Iterator[Attempt]:
     )
     features = Features((X,) * 3, (X,) * 3, X)
     for title, bad in {
-        "None": None, "a tensor": X, "fewer levels": Features((X,) * 2, (X,) * 2, X), "a dict": {"encoder": [X]},
-        "one side shorter": Features((X,) * 3, (X,) * 2, X), "no bottleneck": Features((X,) * 3, (X,) * 3, None),
-    }.items():  # fmt: skip
+        "None": None,
+        "a tensor": X,
+        "fewer levels": Features((X,) * 2, (X,) * 2, X),
+        "a dict": {"encoder": [X]},
+        "one side shorter": Features((X,) * 3, (X,) * 2, X),
+        "no bottleneck": Features((X,) * 3, (X,) * 3, None),
+    }.items():
         yield Attempt(f"{name}.forward", f"teacher {title}", lambda b=bad: CrossAlignmentLoss()(features, b))
         yield Attempt(f"{name}.forward", f"student {title}", lambda b=bad: CrossAlignmentLoss()(b, features))
     yield Attempt(f"{name}.forward", "crossed", _crossed, true, NEVER)
@@ -314,8 +345,18 @@ _WRAPPER: dict[str, Callable[[Any, ReSegWrapper], Any]] = {
 
 
 def small_methods() -> Iterator[Attempt]:
-    for member in ("teacher", "extractor", "loss", "ready", "calls", "parameters", "freeze_teacher", "record", "stats",
-                   "remove"):  # fmt: skip
+    for member in (
+        "teacher",
+        "extractor",
+        "loss",
+        "ready",
+        "calls",
+        "parameters",
+        "freeze_teacher",
+        "record",
+        "stats",
+        "remove",
+    ):
         for title, prepare in _WRAPPER.items():
             yield Attempt(
                 f"ReSegWrapper.{member}", title, lambda n=member, t=title, p=prepare: _use_wrapper(n, t, p), true
@@ -535,9 +576,13 @@ def teacher() -> Iterator[Attempt]:
 def _made_teacher(name: str, value: Any) -> Any:
     known = aligned()[1].teacher
     keywords: dict[str, Any] = {
-        "body": net(), "encoding": known.encoding, "in_channels": 1, "out_channels": CLASSES, "image_channels": 1,
+        "body": net(),
+        "encoding": known.encoding,
+        "in_channels": 1,
+        "out_channels": CLASSES,
+        "image_channels": 1,
         name: value,
-    }  # fmt: skip
+    }
     return type(known)(**keywords)
 
 
@@ -547,6 +592,9 @@ def _reconstructed() -> None:
     with torch.no_grad():
         expected = after(body(before(oracle.index_map(batch()[1])[0].float())))
     oracle.near(reseg.reconstruct(batch()[1]), expected, "the reconstruction")
+    unfinished = aligned(ready=False)[1]
+    if unfinished.reconstruct(batch()[1]).requires_grad or not unfinished.teacher.training:
+        raise WrongError("a reconstruction trains, or leaves the teacher in evaluation")
 
 
 def _use_teacher(name: str, prepare: Callable[[Any], Any]) -> None:
@@ -566,50 +614,96 @@ def _use_teacher(name: str, prepare: Callable[[Any], Any]) -> None:
 
 def frameworks() -> Iterator[Attempt]:
     loaders: dict[str, Any] = {
-        "None": None, "a number": 3, "empty": [], "triples": [(*batch(), 1)], "other keys": [{"a": batch()[0]}],
-        "single tensors": [batch()[0]], "a string": "loader", "integer images": [(batch()[0].long(), batch()[1])],
-        "a bad label": [(batch()[0], batch()[1] + 9)], "NaN": [(batch()[0] * NAN, batch()[1])], "a dict": {"a": pairs()},
-    }  # fmt: skip
+        "None": None,
+        "a number": 3,
+        "empty": [],
+        "triples": [(*batch(), 1)],
+        "other keys": [{"a": batch()[0]}],
+        "single tensors": [batch()[0]],
+        "a string": "loader",
+        "integer images": [(batch()[0].long(), batch()[1])],
+        "a bad label": [(batch()[0], batch()[1] + 9)],
+        "NaN": [(batch()[0] * NAN, batch()[1])],
+        "a dict": {"a": pairs()},
+    }
     for title, loader in loaders.items():
         yield Attempt("ReSegCallback.on_train_start", f"loader {title}", lambda v=loader: _lightning(v))
         yield Attempt("ReSegHandler.stage_1", f"loader {title}", lambda v=loader: _monai(v))
     options: list[dict[str, Any]] = [
-        {}, {"epochs": 0}, {"epochs": 1, "steps": 1}, {"epoch": 1}, {"epochs": "1"}, {"epochs": 1, "amp": "bf16"},
-        {"epochs": 1, "optimizer": "adam"}, {"epochs": 1, "scheduler": 3}, {"steps": -1}, {"epochs": 1, "checkpoint": []},
-    ]  # fmt: skip
+        {},
+        {"epochs": 0},
+        {"epochs": 1, "steps": 1},
+        {"epoch": 1},
+        {"epochs": "1"},
+        {"epochs": 1, "amp": "bf16"},
+        {"epochs": 1, "optimizer": "adam"},
+        {"epochs": 1, "scheduler": 3},
+        {"steps": -1},
+        {"epochs": 1, "checkpoint": []},
+    ]
     for option in options:
         yield Attempt("ReSegCallback", f"{option}", lambda o=option: _lightning(pairs(), o))
         yield Attempt("ReSegHandler", f"{option}", lambda o=option: _monai(pairs(), o))
     for title, module in {
-        "nothing": {}, "a net": {"net": net()}, "None": {"reseg": None}, "a class": {"reseg": ReSegWrapper},
-        "a list of wrappers": {"reseg": [aligned()[1]]}, "a dict": {"reseg": {"a": aligned()[1]}}, "a string": {"r": "r"},
-        "a number": {"a": 1}, "a state": {"reseg": aligned()[1].state_dict()}, "a loss": {"loss": nn.MSELoss()},
-    }.items():  # fmt: skip
+        "nothing": {},
+        "a net": {"net": net()},
+        "None": {"reseg": None},
+        "a class": {"reseg": ReSegWrapper},
+        "a list of wrappers": {"reseg": [aligned()[1]]},
+        "a dict": {"reseg": {"a": aligned()[1]}},
+        "a string": {"r": "r"},
+        "a number": {"a": 1},
+        "a state": {"reseg": aligned()[1].state_dict()},
+        "a loss": {"loss": nn.MSELoss()},
+    }.items():
         for name in ("setup", "on_fit_start", "state_dict"):
             yield Attempt(f"ReSegCallback.{name}", title, lambda m=module, n=name: _set_up(m, n))
     both = {"reseg": aligned()[1], "deep": supervised()[1]}
     whole = {name: each.state_dict() for name, each in both.items()}
     for title, state in {
-        "None": None, "a list": [1], "a string": "state", "unknown": {"other": {}}, "less": {"reseg": whole["reseg"]},
-        "swapped": {"reseg": whole["deep"], "deep": whole["reseg"]}, "empty states": {"reseg": {}, "deep": {}},
-        "a net's": net().state_dict(), "numbers": {"reseg": 1, "deep": 2}, "None inside": {"reseg": None, "deep": None},
+        "None": None,
+        "a list": [1],
+        "a string": "state",
+        "unknown": {"other": {}},
+        "less": {"reseg": whole["reseg"]},
+        "swapped": {"reseg": whole["deep"], "deep": whole["reseg"]},
+        "empty states": {"reseg": {}, "deep": {}},
+        "a net's": net().state_dict(),
+        "numbers": {"reseg": 1, "deep": 2},
+        "None inside": {"reseg": None, "deep": None},
         "half": {"deep": {"format": 1}, "reseg": whole["reseg"]},
-    }.items():  # fmt: skip
+    }.items():
         right = true if title == "less" else None
         yield Attempt("ReSegCallback.load_state_dict", title, lambda s=state: _restored(s), right)
     engines: dict[str, Any] = {
-        "None": None, "a string": "engine", "a number": 1, "an object": object(), "a net": net(), "a list": [],
-        "a class": Net, "a dict": {}, "a tensor": torch.ones(1), "an evaluator": SimpleNamespace(state=None),
-    }  # fmt: skip
+        "None": None,
+        "a string": "engine",
+        "a number": 1,
+        "an object": object(),
+        "a net": net(),
+        "a list": [],
+        "a class": Net,
+        "a dict": {},
+        "a tensor": torch.ones(1),
+        "an evaluator": SimpleNamespace(state=None),
+    }
     for title, engine in engines.items():
         yield Attempt("ReSegHandler.attach", title, lambda e=engine: ReSegHandler(aligned()[1]).attach(e))
         yield Attempt(
             "DeepSupervisionHandler.attach", title, lambda e=engine: DeepSupervisionHandler(supervised()[1]).attach(e)
         )
     for title, value in {
-        "None": None, "a string": "ds", "a number": 1, "a net": net(), "a class": DeepSupervision, "a list": [],
-        "a dict": {}, "a wrapper": aligned()[1], "a tensor": torch.ones(1), "a function": raising,
-    }.items():  # fmt: skip
+        "None": None,
+        "a string": "ds",
+        "a number": 1,
+        "a net": net(),
+        "a class": DeepSupervision,
+        "a list": [],
+        "a dict": {},
+        "a wrapper": aligned()[1],
+        "a tensor": torch.ones(1),
+        "a function": raising,
+    }.items():
         yield Attempt("DeepSupervisionHandler", title, lambda v=value: _supervised_engine(v))
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def _plateau(optimizer: Any) -> Any:
 
 def _against_own_loop(ignored: int | None = None) -> None:
     """Stage 1 as a plain loop over eqs. 1-3, with Adam."""
-    model, reseg = aligned(ready=False, ignore_index=ignored)
+    _, reseg = aligned(ready=False, ignore_index=ignored)
     before, body, after = (copy.deepcopy(m).train() for m in teacher_parts(reseg.teacher, Net))
     data = pairs()
     if ignored is not None:
@@ -535,10 +536,8 @@ _SITUATIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _forward_fails(model: Any) -> None:
-    try:
+    with suppress(RuntimeError, ReSegError):
         model(torch.zeros(1))
-    except (RuntimeError, ReSegError):
-        pass
 
 
 def _round_trip(make: Callable[[], tuple[Any, Any]], prepare: Any, check: Any) -> None:
@@ -562,7 +561,7 @@ def _state_attempts(name: str, make: Any, check: Any, makers: Any) -> dict[str, 
         made: dict[str, Any] = {}
 
         def run() -> Any:
-            made["both"] = model, holder = make()
+            made["both"] = _, holder = make()
             state = copy.deepcopy(make()[1].state_dict())
             changed = change(state)
             made["before"] = _tensors(holder.state_dict())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import api, oracle
+from . import oracle
 from .api import CutMixConsistency, DeepSupervision, ReSegWrapper, teacher_parts
 from .bad_values import BAD_MODELS, INF, NAN, OwnError, a_step, failing, forward, inference, no_grad, raising, true
 from .subjects import (
@@ -158,6 +158,7 @@ def alignment() -> Iterator[Attempt]:
         refusal=NEVER,
     )
     yield Attempt(target, "one image", _one_image, right=true, refusal=NEVER)
+    yield Attempt(target, "a size of 36", lambda: _of_size(36), right=true, refusal=NEVER)
     yield Attempt(target, "three channels", _three_channels, right=true, refusal=NEVER)
     yield Attempt(target, "one-hot input", _onehot_input, right=true, refusal=NEVER)
     yield Attempt(target, "record() around one of two forwards", _recorded, right=true, refusal=NEVER)
@@ -220,6 +221,11 @@ def _every_and_subset() -> None:
 
 def _one_image() -> Any:
     image, label = batch(1)
+    return check_alignment(*aligned(), image=image, label=label)
+
+
+def _of_size(size: int) -> Any:
+    image, label = batch(size=size)
     return check_alignment(*aligned(), image=image, label=label)
 
 
@@ -295,23 +301,12 @@ _BAD_STEPS: dict[str, Callable[[Any, ReSegWrapper], Any]] = {
     "a failed forward": _stepwise(failing),
     "an empty batch": lambda m, r: (m(batch(0)[0]), r.alignment_loss(batch(0)[1])),
     "another batch's label": lambda m, r: (forward(m), r.alignment_loss(batch(3)[1])),
-    "an odd size": lambda m, r: _odd(m, r),
     "a copy's forward": _stepwise(lambda m, r: forward(copy.deepcopy(m))),
     "reentrant checkpointing of all": _stepwise(
         lambda m, r: torch.utils.checkpoint.checkpoint(m, batch()[0].requires_grad_(), use_reentrant=True)
     ),
     "a forward within backward": lambda m, r: _within_backward(m, r),
 }
-
-
-def _odd(model: Any, reseg: ReSegWrapper) -> Any:
-    image = torch.rand(2, 1, 40, 40)  # strides 1 to 16, the last level of 2.5
-    label = torch.zeros(2, 40, 40, dtype=torch.int64)
-    try:
-        model(image)
-    except RuntimeError as error:
-        raise api.ReSegError("the net itself does not take this size, which is not what is tried here") from error
-    return reseg.alignment_loss(label)
 
 
 def _part_without_gradients() -> Any:
@@ -389,6 +384,7 @@ def supervision() -> Iterator[Attempt]:
         NEVER,
     )
     yield Attempt(target, "all ignored", _all_ignored, true, NEVER)
+    yield Attempt(target, "a size of 36", lambda: check_supervision(*supervised(), size=36), true, NEVER)
     yield Attempt(target, "decay", _decay, true, NEVER)
     for title, bad in BAD_LABELS.items():
         if title in ("too high", "negative", "255", "fractions", "NaN", "inf", "several classes a pixel", "soft"):

@@ -461,7 +461,7 @@ def _qat_example() -> None:
 
 
 def _qat_mixing() -> None:
-    model, mixed = mixing(_quantized(net()))
+    _, mixed = mixing(_quantized(net()))
     mixed.loss(batch(4)[0], nn.CrossEntropyLoss(ignore_index=255))
     mixed.update()
 

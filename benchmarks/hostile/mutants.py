@@ -143,13 +143,7 @@ MUTANTS = (
     _one(
         "the first of two forwards counts", "Recording.finish", "if self.several or self.done is not None:", "if False:"
     ),
-    _one(
-        "the teacher trains along",
-        "Targets.__call__",
-        "with torch.no_grad(), cast:",
-        "with cast:",
-        ("Targets.__call__", "torch.no_grad()", "torch.enable_grad()"),
-    ),
+    _one("a forgotten no_grad", "evaluating", "preserved_modes(module), torch.no_grad()", "preserved_modes(module)"),
     _one("the teacher is not frozen", "Teacher.freeze", "self.requires_grad_(False)", "pass"),
     _one("the frozen teacher's statistics drift", "Teacher.freeze", "return self.eval()", "return self"),
     _one("tokens transposed", "to_channels_first", 'if layout != "NCL":', 'if layout == "NCL":'),

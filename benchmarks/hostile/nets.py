@@ -1,4 +1,4 @@
-"""Random U-shaped nets: features, loss and gradients against hooks of our own on the modules that the building tells."""
+"""Random U-shaped nets: features, loss and gradients against plain hooks on the modules that the building tells."""
 
 from __future__ import annotations
 
@@ -53,9 +53,11 @@ class _Own:
 
 def attempts(seed: int, nets: int) -> Iterator[Attempt]:
     """The nets of tests/random_nets.py; of a checkout that lacks it a few of the trial's own."""
-    build = build_of_the_tests()
-    for number in range(seed, seed + nets) if build is not None else range(4):
-        yield Attempt("a random net" if build else "a net", f"seed {number}", lambda n=number: check(n), _true, NEVER)
+    if build_of_the_tests() is None:
+        yield from attempts_on_own()
+        return
+    for number in range(seed, seed + nets):
+        yield Attempt("a random net", f"seed {number}", lambda n=number: check(n), _true, NEVER)
 
 
 def build_of_the_tests() -> Any:
@@ -73,7 +75,10 @@ def _true(value: Any) -> bool:
 def check(seed: int) -> None:
     """One net. Raises a WrongError, or what the library raises where it should not."""
     build = build_of_the_tests()
-    case: Case = own(seed) if build is None else build(seed)
+    check_case(own(seed) if build is None else build(seed), seed)
+
+
+def check_case(case: Case, seed: int) -> None:
     torch.manual_seed(seed)
     case.model.train()
     if case.refused:
@@ -158,13 +163,25 @@ def _first(output: Any) -> Tensor:
     return output
 
 
+OWN = 5
+
+
 def own(seed: int) -> _Own:
     """The trial's own nets, where there are no others."""
-    dims = 3 if seed % 4 == 2 else 2
-    tokens = seed % 4 == 3
-    model = net(seed, kind=TokenNet) if tokens else net(seed, dims=dims, norm="batch" if seed % 2 else "group")
+    dims, tokens = (3 if seed % OWN == 2 else 2), seed % OWN > 2
+    model = (
+        net(seed, kind=TokenNet, last=seed % OWN == 4)
+        if tokens
+        else net(seed, dims=dims, norm="batch" if seed % 2 else "group")
+    )
     encoder = tuple(f"e.{i}" for i in range(4))
     decoder = ("d.0", "norms.0", "norms.1", "d.3") if tokens else tuple(f"d.{i}" for i in range(4))
     sizes = {name: (32 >> i,) * dims for names in (encoder, decoder) for i, name in enumerate(names)}
-    layouts = {name: "tokens" if name.startswith("norms") else "first" for name in (*sizes, "b")}
+    as_read = "last" if seed % OWN == 4 else "tokens"
+    layouts = {name: as_read if name.startswith("norms") else "first" for name in (*sizes, "b")}
     return _Own(model, batch(seed=seed, dims=dims)[0], encoder, decoder, "b", layouts, {**sizes, "b": (2,) * dims})
+
+
+def attempts_on_own() -> Iterator[Attempt]:
+    for number in range(OWN):
+        yield Attempt("a net", f"number {number}", lambda n=number: check_case(own(n), n), _true, NEVER)

@@ -19,7 +19,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Truth:
-    """The modules of a net in which its features appear, by path, the finest level first."""
+    """The modules of a net that return its features, by path (and [index] in a tuple), the finest level first."""
 
     encoder: tuple[str, ...]
     decoder: tuple[str, ...]
@@ -46,10 +46,16 @@ class Seen:
 def watching(model: nn.Module, truth: Truth) -> Iterator[Callable[[], Seen]]:
     """Plain hooks on what stands at the truth's paths now; gives a function that returns what the last forward left."""
     kept: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(path).register_forward_hook(lambda m, a, out, path=path: kept.__setitem__(path, out))
-        for path in truth.paths
-    ]
+
+    def keep(path: str) -> Any:
+        module, _, index = path.partition("[")
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            kept[path] = output[int(index.rstrip("]"))] if index else output
+
+        return model.get_submodule(module).register_forward_hook(hook)
+
+    handles = [keep(path) for path in truth.paths]
 
     def seen() -> Seen:
         maps = {path: truth.reading(path, kept[path]) for path in truth.paths}

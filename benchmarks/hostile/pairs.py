@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -227,8 +228,8 @@ def _one_name(rank: int, folder: Path) -> None:
 
 def _meet(folder: Path, rank: int, attempt: int) -> None:
     (folder / f"here_{rank}_{attempt}").touch()
-    while not (folder / f"here_{1 - rank}_{attempt}").exists():
-        pass
+    while not (folder / f"here_{1 - rank}_{attempt}").exists() and not (folder / f"outcome{1 - rank}.pt").exists():
+        time.sleep(1e-4)
 
 
 def _no_sync(rank: int, folder: Path) -> None:

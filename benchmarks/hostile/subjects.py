@@ -49,7 +49,7 @@ class Net(nn.Module):
             x = pool(x, 2)
         x = self.dropout(self.b(x))
         for d, skip in zip(reversed(self.d), reversed(skips)):
-            x = d(torch.cat([F.interpolate(x, scale_factor=2), skip], 1))
+            x = d(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
         return self.head(x)
 
 
@@ -57,10 +57,11 @@ TRUTH = Truth(("e.1", "e.2", "e.3"), ("d.1", "d.2", "d.3"), "b")
 
 
 class TokenNet(Net):
-    """The same, its blocks of stride 2 and 4 returning tokens: (B, N, C) of 16 x 16 with 16 channels and the like."""
+    """The same, its decoder's features of stride 2 and 4 normalised as tokens (B, N, C), or with channels last."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
         super().__init__()
+        self.last = last
         self.norms = nn.ModuleList([nn.LayerNorm(2 * WIDTH), nn.LayerNorm(2 * WIDTH)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,20 +73,12 @@ class TokenNet(Net):
         x = self.b(x)
         for level in (3, 2, 1, 0):
             x = self.d[level](torch.cat([F.interpolate(x, scale_factor=2), skips[level]], 1))
-            if level in (1, 2):
+            if level in (1, 2) and self.last:
+                x = self.norms[level - 1](x.movedim(1, -1)).movedim(-1, 1)
+            elif level in (1, 2):
                 n, c, h, w = x.shape
                 x = self.norms[level - 1](x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, c, h, w)
         return self.head(x)
-
-
-def _tokens(path: str, x: Tensor) -> Tensor:
-    if x.ndim == 3:
-        side = round(x.shape[1] ** 0.5)
-        x = x.transpose(1, 2).reshape(len(x), x.shape[2], side, side)
-    return x
-
-
-TOKEN_TRUTH = Truth(("e.1", "e.2", "e.3"), ("norms.0", "norms.1", "d.3"), "b", _tokens)
 
 
 def net(seed: int = 0, kind: Callable[..., nn.Module] = Net, **options: Any) -> Any:
@@ -190,8 +183,9 @@ def check_supervision(
     forward: Callable[[Tensor], Any] | None = None,
     form: Callable[[Tensor], Any] = lambda label: label,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    size: int = SIZE,
 ) -> Tensor:
-    image, label = batch(seed=8)
+    image, label = (x[..., :size, :size] for x in batch(seed=8, size=-(-size // 4) * 4))
     if ignored is not None:
         label[:, :20] = ignored
     with oracle.watching(model, TRUTH) as seen:
