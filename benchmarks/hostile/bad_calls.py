@@ -22,6 +22,7 @@ from .api import (
     ReconLoss,
     ReSegError,
     ReSegWrapper,
+    Teacher,
     functional,
     teacher_parts,
 )
@@ -363,7 +364,8 @@ def small_methods() -> Iterator[Attempt]:
             )
         yield Attempt(f"ReSegWrapper.{member}", "before an example", lambda n=member: _unbuilt(n), true)
     heads = {t: p for t, p in _WRAPPER.items() if t not in ("after a step", "after load", "with every")}
-    for member in ("extractor", "heads", "calls", "parameters", "factor", "record", "remove"):
+    more = ("stats",) if hasattr(DeepSupervision, "stats") else ()
+    for member in ("extractor", "heads", "calls", "parameters", "factor", "record", "remove", *more):
         for title, prepare in heads.items():
             yield Attempt(
                 f"DeepSupervision.{member}", title, lambda n=member, t=title, p=prepare: _use_heads(n, t, p), true
@@ -565,7 +567,8 @@ def teacher() -> Iterator[Attempt]:
             yield Attempt(name, f"label {title}", run, (lambda y: len(y) == 0) if title == "empty" else None)
     yield Attempt("ReSegWrapper.reconstruct", "right", _reconstructed, true, NEVER)
     yield Attempt("ReSegWrapper.reconstruct", "before an example", lambda: ReSegWrapper(net()).reconstruct(batch()[1]))
-    for member in ("freeze", "train", "to_channels_last", "tensors", "decode", "run", "reference"):
+    more = ("check_finite",) if hasattr(Teacher, "check_finite") else ()
+    for member in ("freeze", "train", "to_channels_last", "tensors", "decode", "run", "reference", *more):
         for title, prepare in _SITUATIONS_OF_A_TEACHER.items():
             yield Attempt(f"Teacher.{member}", title, lambda n=member, p=prepare: _use_teacher(n, p), true)
     for title in ("body", "encoding", "in_channels", "out_channels", "image_channels"):
@@ -605,6 +608,8 @@ def _use_teacher(name: str, prepare: Callable[[Any], Any]) -> None:
     _ = list(value()) if name == "tensors" else value(encoded) if name in ("decode", "run") else None
     if name in ("freeze", "train", "to_channels_last"):
         value()
+    elif name == "check_finite":
+        value("at all")
     reseg.freeze_teacher()
     check_alignment(model, reseg)
 

@@ -158,7 +158,7 @@ def alignment() -> Iterator[Attempt]:
         refusal=NEVER,
     )
     yield Attempt(target, "one image", _one_image, right=true, refusal=NEVER)
-    yield Attempt(target, "a size of 36", lambda: _of_size(36), right=true, refusal=NEVER)
+    yield Attempt(target, "a size of 44", lambda: _of_size(44), right=true, refusal=NEVER)
     yield Attempt(target, "three channels", _three_channels, right=true, refusal=NEVER)
     yield Attempt(target, "one-hot input", _onehot_input, right=true, refusal=NEVER)
     yield Attempt(target, "record() around one of two forwards", _recorded, right=true, refusal=NEVER)
@@ -384,7 +384,7 @@ def supervision() -> Iterator[Attempt]:
         NEVER,
     )
     yield Attempt(target, "all ignored", _all_ignored, true, NEVER)
-    yield Attempt(target, "a size of 36", lambda: check_supervision(*supervised(), size=36), true, NEVER)
+    yield Attempt(target, "a size of 44", lambda: check_supervision(*supervised(), size=44), true, NEVER)
     yield Attempt(target, "decay", _decay, true, NEVER)
     for title, bad in BAD_LABELS.items():
         if title in ("too high", "negative", "255", "fractions", "NaN", "inf", "several classes a pixel", "soft"):
