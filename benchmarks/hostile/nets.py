@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import oracle
 from .api import FeatureExtractor, ReSegWrapper, TapError, teacher_parts
-from .oracle import Truth
+from .oracle import Seen, Truth
 from .subjects import TokenNet, batch, net
 from .verdict import NEVER, Attempt, WrongError
 
@@ -149,7 +149,11 @@ def _compare_loss(case: Case, truth: Truth, preset: str) -> None:
         with oracle.watching(trial, truth) as seen, torch.no_grad():
             trial(before(oracle.index_map(label)[0].float()))
             teacher = seen()
-        reference = 0.5 * oracle.alignment(student, teacher, standardized=preset == "standardized")
+
+        def loss_of(features: Seen) -> Tensor:
+            return 0.5 * oracle.alignment(features, teacher, standardized=preset == "standardized")
+
+        reference = loss_of(student)
         oracle.near(ours, reference, "the alignment loss")
         parameters = [p for p in model.parameters() if p.requires_grad]
         found = oracle.gradients(ours, parameters)
@@ -157,15 +161,18 @@ def _compare_loss(case: Case, truth: Truth, preset: str) -> None:
             oracle.near(found, oracle.gradients(reference, parameters), "the gradient", 1e-3)
         except WrongError:
             # torch's own: of one image the backward of InstanceNorm2d is wrong for a gradient with channels last
-            oracle.near(found, _in_order(reference, student.all, parameters), "the gradient", 1e-3)
+            oracle.near(found, _in_order(loss_of, student, parameters), "the gradient", 1e-3)
     finally:
         reseg.remove()
 
 
-def _in_order(value: Tensor, features: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+def _in_order(loss_of: Callable[[Seen], Tensor], student: Seen, parameters: list[nn.Parameter]) -> list[Tensor]:
     """The same gradients, handed to the model in the memory order of its features."""
-    handed = [torch.empty_like(f).copy_(g) for f, g in zip(features, oracle.gradients(value, features))]
-    found = torch.autograd.grad(features, parameters, handed, retain_graph=True, allow_unused=True)
+    leaves = [f.detach().requires_grad_() for f in student.all]
+    n = len(student.encoder)
+    loss = loss_of(Seen(leaves[:n], leaves[n:-1], leaves[-1]))
+    handed = [torch.empty_like(f).copy_(g) for f, g in zip(leaves, oracle.gradients(loss, leaves))]
+    found = torch.autograd.grad(student.all, parameters, handed, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
 
 
