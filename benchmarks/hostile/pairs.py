@@ -278,10 +278,19 @@ TOGETHER: dict[str, Callable[[int, Path], None]] = {
     "nn.DataParallel": _data_parallel,
 }
 APART: dict[str, Callable[[int, Path], None]] = {"two runs with one file name": _one_name}
-# where what is asked for is no mistake, both must end right, or both say that it cannot be
 MUST_REFUSE = (
     "stage 1, a bad label on one rank",
     "stage 1, a foreign file",
     "stage 1, an unwritable file",
     "nn.DataParallel",
+)
+# in the others, uneven ranks above all, both must end right, or both say that it cannot be
+MUST_SERVE = (
+    "alignment, even batches",
+    "alignment, uneven batches",
+    "deep supervision, even batches",
+    "gradients accumulated",
+    "stage 1, even",
+    "stage 1 resumed",
+    "two runs with one file name",
 )

@@ -48,6 +48,8 @@ def _verdict(name: str, folder: Path, hangs: bool, codes: list[int | None]) -> t
     for worst in ("silent", "unclear"):
         if worst in kinds:
             return worst, outcomes[kinds.index(worst)][1]
+    if "clear" in kinds and name in pairs.MUST_SERVE:
+        return "unclear", f"refused what is right: {outcomes[kinds.index('clear')][1]}"
     if "clear" in kinds:
         return "clear", ""
     if "gone" in kinds:
