@@ -1,0 +1,57 @@
+"""The library's names that the trial uses, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from reseg_loss import (
+    PRESETS,
+    CrossAlignmentLoss,
+    CutMixConsistency,
+    DeepSupervision,
+    FeatureExtractor,
+    Features,
+    Level,
+    ReconLoss,
+    ReSegError,
+    ReSegWrapper,
+    Settings,
+    Tap,
+    TapError,
+    TapPlan,
+    Teacher,
+    find_taps,
+    functional,
+)
+
+PACKAGE = "reseg_loss"
+
+__all__ = [
+    "PACKAGE",
+    "PRESETS",
+    "CrossAlignmentLoss",
+    "CutMixConsistency",
+    "DeepSupervision",
+    "FeatureExtractor",
+    "Features",
+    "Level",
+    "ReSegError",
+    "ReSegWrapper",
+    "ReconLoss",
+    "Settings",
+    "Tap",
+    "TapError",
+    "TapPlan",
+    "Teacher",
+    "find_taps",
+    "functional",
+    "teacher_parts",
+]
+
+
+def teacher_parts(teacher: Teacher, like: type[nn.Module]) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(what runs before the teacher's copy of a model, the copy, what runs after it)."""
+    body: Any = next(module for module in teacher.modules() if type(module) is like)
+    return teacher.before, body, teacher.after
