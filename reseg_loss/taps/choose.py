@@ -20,7 +20,7 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
     Raises:
         TapError: fewer than two levels, a second descent, or a bottleneck that no hook sees or of a single cell.
     """
-    if shape is None or shape.score()[0] < 1:
+    if shape is None or shape.score() < 1:
         what = "no decoder was found that goes up in resolution and takes in skip features"
         if any(side % 32 for side in graph.image):  # which is all that such a model's features have in common
             what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
