@@ -20,7 +20,7 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
     Raises:
         TapError: fewer than two levels, a second descent, or a bottleneck that no hook sees or of a single cell.
     """
-    if shape is None or shape.score()[0] < 1:
+    if shape is None or shape.score() < 1:
         what = "no decoder was found that goes up in resolution and takes in skip features"
         if any(side % 32 for side in graph.image):  # which is all that such a model's features have in common
             what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
@@ -107,15 +107,15 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
         taps = [tap for node in before or body if (tap := tap_at(graph, node))]
     if not taps:
         return None
-    output_channels = graph.channels(trunk.path[0])
-    return next(
-        (tap for tap in taps if tap.channels == encoder.channels),
-        next((tap for tap in taps if tap.channels != output_channels), taps[0]),
-    )
+    # the pyramid's sum in smp's FPN with resnet50, not what all levels are merged to after it
+    return next((tap for tap in taps if tap.channels == encoder.channels), taps[0])
 
 
 def _head_start(trunk: Trunk) -> int:
-    """The first node of the head: the last module with parameters on the way to the output."""
+    """The first node of the head: the last module with parameters on the way to the output.
+
+    Without it the head would be a decoder's feature in smp's FPN with vgg11_bn and in U-KAN.
+    """
     for node in trunk.path[:-1]:
         owner = trunk.folded.owner(node)
         if owner is not None and trunk.graph.calls[owner].parameters:

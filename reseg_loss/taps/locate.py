@@ -25,14 +25,13 @@ def tap_at(graph: Graph, node: int, inputs: bool = True, views: bool = True) -> 
     source = node
     while True:
         if graph.size(source) and (found := graph.returned.get(source)):
-            # Modules that computed it before those that pass it on; a tensor before a tuple's element; the largest,
-            # then the outermost module.
+            # Modules that computed it before those that pass it on; a tensor before a tuple's element; the outermost
+            # module first.
             call, keys = min(
                 found,
                 key=lambda hit: (
                     not hit[0].start <= source < hit[0].end,
                     len(hit[1]),
-                    -hit[0].parameters,
                     hit[0].index,
                 ),
             )

@@ -37,7 +37,6 @@ class Floor:
     trunk: list[int] = field(default_factory=list)
     skips: list[Candidate] = field(default_factory=list)
     merges: list[int] = field(default_factory=list)
-    joined_inside: bool = False  # a skip joins within a folded call that ends at a finer level
 
     def merged(self) -> list[int]:
         """The trunk's nodes that hold everything merged at this level; all of them where nothing is."""
@@ -51,14 +50,10 @@ class Shape:
     trunk: Trunk
     floors: dict[Size, Floor]
 
-    def score(self) -> tuple[int, int]:
-        """(levels joined by a skip, levels whose merge is on the trunk)."""
-        joined = [
-            floor
-            for floor in self.floors.values()
-            if (floor.trunk or floor.joined_inside) and any(self.trunk.graph.channels(c.node) > 1 for c in floor.skips)
-        ]
-        return len(joined), sum(bool(floor.merges) for floor in joined)
+    def score(self) -> int:
+        """How many levels a skip joins."""
+        graph = self.trunk.graph
+        return sum(any(graph.channels(c.node) > 1 for c in floor.skips) for floor in self.floors.values())
 
 
 def find_shape(graph: Graph) -> Shape | None:
@@ -85,7 +80,7 @@ def _open(
         return None
     opened = opened | {call}
     shape = _analyse(graph, opened)
-    if shape and shape.score() > (base.score() if base else (0, 0)) and _is_deeper_encoder(base, shape):
+    if shape and shape.score() > (base.score() if base else 0) and _is_deeper_encoder(base, shape):
         return opened, shape
     end = graph.calls[call].end
     inner = [c for c in _openable(shape) if call < c and graph.calls[c].start < end] if shape else graph.working(call)
@@ -115,7 +110,7 @@ def _is_deeper_encoder(base: Shape | None, shape: Shape) -> bool:
 
     The encoder is at least as wide there as at the level above, and pools by a factor, not to a given number of bins.
     """
-    if base is None or base.score()[0] < 1 or shape.trunk.size == base.trunk.size:
+    if base is None or base.score() < 1 or shape.trunk.size == base.trunk.size:
         return True
     graph = shape.trunk.graph
     made_it = [graph.nodes[node].operator for node in shape.trunk.encoder if graph.size(node) == shape.trunk.size]
@@ -138,19 +133,11 @@ def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
         if size != trunk.size:
             floors.setdefault(size, Floor(size)).trunk.append(node)
         for operand in trunk.folded.sources(node):
-            joining = graph.size(operand)
-            if operand == below or operand in graph.inputs or joining in (None, trunk.size):
+            if operand == below or operand in graph.inputs or size == trunk.size or graph.size(operand) != size:
                 continue
-            # A skip of another size joins inside a folded call; it is this trunk's if the trunk comes from there.
-            if joining != size and graph.size(below) != joining:
-                continue
-            floor = floors.setdefault(joining, Floor(joining))
-            candidates = _encoder_side(trunk, operand, joining)
-            floor.skips += candidates
-            if candidates and joining == size:
-                floor.merges.append(node)
-            elif candidates:
-                floor.joined_inside = True
+            if candidates := _encoder_side(trunk, operand, size):
+                floors[size].skips += candidates
+                floors[size].merges.append(node)
     return Shape(trunk, floors)
 
 
