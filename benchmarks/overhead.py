@@ -34,7 +34,8 @@ from examples.backbones.swin_unet import SwinUNet
 from examples.backbones.transunet import TransUNet
 from examples.backbones.unet import UNet
 from examples.backbones.vm_unet import VMUNet
-from reseg_loss import DeepSupervision, FeatureExtractor, ReSegWrapper, terms
+from reseg_loss import DeepSupervision, FeatureExtractor, ReSegWrapper
+from reseg_loss.alignment import terms
 
 FORMAT = 2
 CLASSES = 9

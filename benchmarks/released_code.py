@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reseg_loss import CrossAlignmentLoss, FeatureExtractor
-from reseg_loss.teacher import redraw
+from reseg_loss.alignment.teacher import redraw
 
 WEIGHT = 0.035
 STRIDES = (2, 4, 8)

@@ -1,14 +1,14 @@
 """A training-time regularizer for U-shaped segmentation networks (ReSeg-UNet, Li et al., MICCAI 2025)."""
 
+from .alignment.losses import CrossAlignmentLoss, ReconLoss
+from .alignment.settings import PRESETS, Settings
+from .alignment.teacher import Teacher
+from .alignment.wrapper import ReSegWrapper
+from .consistency import CutMixConsistency
 from .errors import ReSegError, TapError
-from .features import FeatureExtractor, Features
-from .losses import CrossAlignmentLoss, ReconLoss
-from .settings import PRESETS, Settings
+from .recording.extractor import FeatureExtractor, Features
 from .supervision import DeepSupervision
 from .taps import Level, Tap, TapPlan, find_taps
-from .teacher import Teacher
-from .unlabelled import CutMixConsistency
-from .wrapper import ReSegWrapper
 
 __version__ = "0.1.0"
 

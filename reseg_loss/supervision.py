@@ -9,26 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import (
-    PLAN,
-    check_state,
-    load_states,
-    plan_from_dict,
-    plan_to_dict,
-    refuse_other_channels,
-    same_taps,
-)
-from .companion import UnmovedWarning, distributed, refuse_join, undistributed
+from .common.distributed import UnmovedWarning, distributed, refuse_join, undistributed
+from .common.dryrun import preserved_rng
+from .common.inputs import OF_IMAGES, OF_MODEL, check_weight, refuse_evaluation, refuse_not_finite, value_of
+from .common.labels import LabelEncoding, has_value, plain_label
+from .common.outputs import refuse_probabilities, trained_activation
+from .common.state import check_state, load_states, plain
 from .errors import ReSegError
-from .features import FeatureExtractor, refuse_evaluation, unwrap
-from .inputs import OF_IMAGES, OF_MODEL, refuse_not_finite, value_of
-from .labels import LabelEncoding, has_value, plain_label
-from .losses import check_weight
-from .outputs import refuse_probabilities, trained_activation
-from .settings import plain
+from .recording.copying import unwrap
+from .recording.extractor import FeatureExtractor
 from .taps import TapPlan, find_taps
-from .taps.dryrun import preserved_rng
 from .taps.named import parse_taps
+from .taps.plain import PLAN, plan_from_dict, plan_to_dict, refuse_other_channels, same_taps
 
 FORMAT = 1  # of the state_dict
 ENTRIES = {

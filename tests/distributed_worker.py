@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegWrapper
-from reseg_loss.unlabelled import BROADCASTS_TWICE
+from reseg_loss.consistency import BROADCASTS_TWICE
 
 STEPS = 3
 
@@ -179,7 +179,7 @@ def unlabelled_with_broadcast_buffers(rank: int, world: int) -> Any:
 
 
 def unlabelled_with_broadcast_buffers_on_an_older_torch(rank: int, world: int) -> Any:
-    with patch("reseg_loss.unlabelled.BROADCASTS_TWICE", False):
+    with patch("reseg_loss.consistency.BROADCASTS_TWICE", False):
         try:
             unlabelled(rank, world)
         except ValueError as error:

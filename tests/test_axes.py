@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reseg_loss.taps.graph import Graph
-from reseg_loss.taps.record import record
+from reseg_loss.taps.trace import trace_forward
 
 # every axis is as long as the channels or the cells of a grid, so that shapes tell nothing
 LINEAR4, LINEAR64, LINEAR16 = nn.Linear(4, 4), nn.Linear(64, 64), nn.Linear(64, 16)
@@ -32,7 +32,7 @@ class Applied(nn.Module):
 
 
 def graph_of(function: Callable[[Tensor], Any], shape: tuple[int, ...] = (2, 4, 8, 8)) -> tuple[Graph, int]:
-    graph = Graph(record(Applied(function), torch.randn(shape)))
+    graph = Graph(trace_forward(Applied(function), torch.randn(shape)))
     return graph, next(call for call in graph.calls if call.name == "seen").outputs[0][1]
 
 

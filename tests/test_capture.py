@@ -12,8 +12,9 @@ import torch
 from models import UNet, batch, ready
 from torch import Tensor
 
-from reseg_loss import Features, ReSegError, ReSegWrapper, capture, terms
-from reseg_loss.settings import Settings
+from reseg_loss import Features, ReSegError, ReSegWrapper
+from reseg_loss.alignment import capture, terms
+from reseg_loss.alignment.settings import Settings
 
 FP32, BF16 = (False, torch.float32), (True, torch.bfloat16)
 

@@ -15,7 +15,8 @@ from models import IGNORED, UNet, batch, ignoring, task_loss
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, ReSegError, ReSegWrapper, TapError, capture
+from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, ReSegError, ReSegWrapper, TapError
+from reseg_loss.alignment import capture
 
 # torch's tracer asks every tensor that enters a compiled submodule for its gradient
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import CrossAlignmentLoss, CutMixConsistency, DeepSupervision, Features, ReSegError, ReSegWrapper, terms
+from reseg_loss import CrossAlignmentLoss, CutMixConsistency, DeepSupervision, Features, ReSegError, ReSegWrapper
+from reseg_loss.alignment import terms
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),

@@ -19,9 +19,9 @@ from test_find_taps import check_hooks
 from torch import Tensor, nn
 
 from reseg_loss import FeatureExtractor, Features, ReSegError, TapError
+from reseg_loss.common.dryrun import dry_run
 from reseg_loss.taps import Tap, TapPlan, find_taps, named_modules
 from reseg_loss.taps.__main__ import main
-from reseg_loss.taps.dryrun import dry_run
 
 
 def conv(cin: int, cout: int, stride: int = 1, act: nn.Module | None = None) -> nn.Sequential:
@@ -354,7 +354,7 @@ class Adapted(Small):
 
 def test_what_a_skip_carries_is_tapped_behind_its_adapter_and_the_stage_before() -> None:
     assert names(found(Adapted())) == [(f"adapt.{i}", f"fuse.{i}") for i in range(3)]
-    assert names(find_taps(Adapted(), torch.randn(2, 3, 32, 32), encoder="stage")) == NAMES
+    assert names(find_taps(Adapted(), torch.randn(2, 3, 32, 32), encoder="block")) == NAMES
 
 
 class Reduced(Small):
@@ -638,7 +638,7 @@ def test_swin_unet_like() -> None:
 
 
 def test_stage_of_swin_unet_like() -> None:
-    plan = find_taps(SwinUNetLike(), torch.randn(1, 3, 64, 64), encoder="stage")
+    plan = find_taps(SwinUNetLike(), torch.randn(1, 3, 64, 64), encoder="block")
     assert [str(level.encoder) for level in plan.levels] == [f"layers.{i}.blocks.1" for i in range(3)]
 
 

@@ -13,8 +13,8 @@ from tap_names import CASES, quietly, without_u
 from torch import Tensor, nn
 
 from reseg_loss import TapError
-from reseg_loss.formats import to_channels_first
 from reseg_loss.taps import Tap, TapPlan, find_taps, named_modules
+from reseg_loss.taps.layouts import to_channels_first
 
 # third-party models warn of their own deprecated calls
 pytestmark = [
@@ -120,7 +120,7 @@ def test_batch_of_any_size(batch: int) -> None:
 
 
 def test_stage_is_the_last_block_of_the_level() -> None:
-    plan = find_taps(CASES["smp Unet resnet18"].build(), torch.randn(1, 3, 64, 64), encoder="stage")
+    plan = find_taps(CASES["smp Unet resnet18"].build(), torch.randn(1, 3, 64, 64), encoder="block")
     assert [str(level.encoder) for level in plan.levels][1:] == ["encoder.layer1", "encoder.layer2", "encoder.layer3"]
 
 

@@ -12,9 +12,9 @@ from models import UNet, batch, loader, task_loss
 from torch import nn
 
 from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
-from reseg_loss.files import write_atomically
+from reseg_loss.alignment.stage1 import _pixels
+from reseg_loss.common.files import write_atomically
 from reseg_loss.functional import semi_orthogonal
-from reseg_loss.recon import _pixels
 
 untrained = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 

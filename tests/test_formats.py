@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reseg_loss import ReSegError
-from reseg_loss.formats import (
+from reseg_loss.taps.layouts import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
     Grid,

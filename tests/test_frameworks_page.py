@@ -17,7 +17,7 @@ from frameworks_page import PAGE, code_after_the_diff, code_before_the_diff, sec
 from models import UNet, batch, task_loss
 from torch.utils._pytree import tree_leaves
 
-from reseg_loss.nnunet import __main__ as printer
+from reseg_loss.integrations.nnunet import __main__ as printer
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),  # the frameworks' own are many
@@ -89,7 +89,7 @@ def test_on_two_processes_all_have_the_same_model_heads_and_teacher(found, check
 
 
 def test_nnunets_line_adds_a_folder_with_one_file(monkeypatch, capsys):
-    assert 'eval "$(python -m reseg_loss.nnunet)"' in section("nnU-Net v2")
+    assert 'eval "$(python -m reseg_loss.integrations.nnunet)"' in section("nnU-Net v2")
     monkeypatch.delenv("nnUNet_extTrainer", raising=False)
     for named in ([], ["/some/where"], ["/some/where", str(printer.folder())]):
         monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(named))

@@ -12,7 +12,7 @@ from models import IGNORED, UNet, batch, ignoring, ready, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
-from reseg_loss.inputs import readable
+from reseg_loss.common.inputs import readable
 
 Step = Callable[[Tensor, Tensor], Tensor]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from reseg_loss import ReSegError
-from reseg_loss.labels import LabelEncoding, has_value, plain_label, unpack_batch
+from reseg_loss.common.inputs import unpack_batch
+from reseg_loss.common.labels import LabelEncoding, has_value, plain_label
 
 INDEX = torch.tensor([[[0, 1], [2, 255]]])  # (1, 2, 2)
 IMAGE = (1, 1, 2, 2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reseg_loss import CrossAlignmentLoss, Features, ReconLoss, ReSegError
 from reseg_loss import functional as RF
-from reseg_loss.losses import term_names
+from reseg_loss.alignment.losses import term_names
 
 
 def features(seed: int, dims: int = 2, channels: tuple[int, ...] = (2, 3, 4, 5), levels: int = 3) -> Features:

@@ -23,7 +23,7 @@ import pytest
 import torch
 from frameworks_page import section
 
-from reseg_loss.nnunet import __main__ as printer
+from reseg_loss.integrations.nnunet import __main__ as printer
 
 pytestmark = [
     pytest.mark.nnunet,

@@ -12,7 +12,7 @@ from models import IGNORED, UNet, batch, ignoring, saved, task_loss, through_fil
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
-from reseg_loss.outputs import activation_of
+from reseg_loss.common.outputs import activation_of
 
 
 class EndsIn(UNet):

@@ -9,8 +9,8 @@ from test_find_taps import hooked
 from torch import Tensor
 
 from reseg_loss import TapError
-from reseg_loss.formats import to_channels_first
 from reseg_loss.taps import Tap, TapPlan, find_taps
+from reseg_loss.taps.layouts import to_channels_first
 
 SEEDS = 2000
 

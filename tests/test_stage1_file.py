@@ -21,8 +21,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from reseg_loss import ReSegError, ReSegWrapper
-from reseg_loss.checkpoint import plain_state
-from reseg_loss.files import unreadable, write_atomically
+from reseg_loss.common.files import write_atomically
+from reseg_loss.common.state import plain_state, unreadable
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 
@@ -129,7 +129,7 @@ def test_what_appears_while_training_is_refused_at_the_first_write(tmp_path):
 
 
 def test_the_first_file_is_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("reseg_loss.files.unreadable", lambda value: None)
+    monkeypatch.setattr("reseg_loss.alignment.stage1_file.unreadable", lambda value: None)
     with pytest.raises(ReSegError, match="cannot be read back"):
         fit(tmp_path / "stage1.pt", Extra(collections.deque([1])))
     assert list(tmp_path.iterdir()) == []
@@ -382,7 +382,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_first_batch(tmp_path,
 def test_a_finished_stage_1_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
     path = tmp_path / "stage1.pt"
     fit(path)
-    monkeypatch.setattr("reseg_loss.files._try_writing", lambda path: pytest.fail("it was tried"))
+    monkeypatch.setattr("reseg_loss.alignment.stage1_file._try_writing", lambda path: pytest.fail("it was tried"))
     assert fit(path).ready
 
 
@@ -392,7 +392,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
         import resource, signal, sys
         import torch
         from reseg_loss import ReSegError
-        from reseg_loss.files import write_atomically
+        from reseg_loss.alignment.stage1_file import write_atomically
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         write_atomically({"a": 1}, sys.argv[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
@@ -440,7 +440,7 @@ def test_processes_with_one_name_never_corrupt_each_other(tmp_path):
     script = """
         import sys
         import torch
-        from reseg_loss.files import write_atomically
+        from reseg_loss.alignment.stage1_file import write_atomically
         for i in range(40):
             write_atomically({"who": int(sys.argv[2]), "a": torch.full((50_000,), float(i))}, sys.argv[1])
     """

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from reseg_loss import ReconLoss, ReSegError, ReSegWrapper, TapError
-from reseg_loss.image_range import ImageMap, far_from_unit
+from reseg_loss.alignment.image_range import ImageMap, far_from_unit
 
 untrained = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import reseg_loss
-from reseg_loss import ReSegError, terms
+from reseg_loss import ReSegError
 from reseg_loss import functional as RF
+from reseg_loss.alignment import terms
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -215,7 +216,7 @@ def test_an_unknown_backend_is_refused(monkeypatch):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_other_batches_and_sizes_do_not_compile_the_kernels_anew(channels_last):
     """Triton does that where an integer comes to be 1 or a multiple of 16; these vary with every batch and size."""
-    kernels = pytest.importorskip("reseg_loss.kernels", exc_type=ImportError)
+    kernels = pytest.importorskip("reseg_loss.alignment.kernels", exc_type=ImportError)
     for batch, size in [*((b, 3136) for b in range(1, 33)), (1, 100), (3, 7 * 11), (2, 13 * 5 * 3)]:
         levels = [(batch, c, size * 4 // k, not channels_last) for c, k in ((5, 1), (64, 4), (130, 16))]
         x = kernels._launches(tuple(levels))
@@ -233,7 +234,7 @@ def test_on_cuda_the_probe_finds_the_kernels_right():
 def test_the_probe_sees_kernels_that_are_wrong_in_one_memory_order_or_dtype(backend, monkeypatch, wrong):
     if backend == "torch":
         pytest.skip("of the kernels")
-    from reseg_loss import kernels
+    from reseg_loss.alignment import kernels
 
     gradients, shape = kernels.gradients, kernels._shape
 
@@ -253,7 +254,7 @@ def test_the_probe_sees_kernels_that_are_wrong_in_one_memory_order_or_dtype(back
 
 def test_kernels_that_fail_are_replaced_by_torch_with_a_warning(monkeypatch, caplog):
     monkeypatch.delattr(reseg_loss, "kernels", raising=False)
-    monkeypatch.setitem(sys.modules, "reseg_loss.kernels", None)
+    monkeypatch.setitem(sys.modules, "reseg_loss.alignment.kernels", None)
     terms.kernels_work.cache_clear()
     assert not terms.kernels_work(DEVICE)
     assert "torch does instead" in caplog.text

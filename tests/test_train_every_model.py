@@ -9,7 +9,7 @@ from tap_names import CASES, quietly
 from torch import nn
 
 from reseg_loss import ReSegWrapper
-from reseg_loss.outputs import select_output
+from reseg_loss.common.outputs import select_output
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 

@@ -16,7 +16,7 @@ from models import ignoring as task_loss
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
-from reseg_loss.unlabelled import boxes, mix, perturb_intensities, pseudo_label, ramp_up, random_intensities
+from reseg_loss.mixing import boxes, mix, perturb_intensities, pseudo_label, ramp_up, random_intensities
 
 
 def made(model: nn.Module | None = None, **kwargs: Any) -> tuple[nn.Module, CutMixConsistency]:

@@ -14,8 +14,8 @@ from models import UNet, batch, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import PRESETS, CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, TapError
-from reseg_loss.outputs import select_output
-from reseg_loss.teacher import redraw
+from reseg_loss.alignment.teacher import redraw
+from reseg_loss.common.outputs import select_output
 
 
 def ready(model: nn.Module | None = None, image: Tensor | None = None, **kwargs) -> tuple[nn.Module, ReSegWrapper]:

@@ -23,8 +23,8 @@ from torch.optim.swa_utils import update_bn
 
 from examples.backbones.unet import UNet
 from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, Features, ReconLoss, ReSegWrapper
-from reseg_loss.teacher import Teacher
-from reseg_loss.unlabelled import pseudo_label
+from reseg_loss.alignment.teacher import Teacher
+from reseg_loss.mixing import pseudo_label
 
 from .batches import Augmentation, Feed
 from .compiler import set_up

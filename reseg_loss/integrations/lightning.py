@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..alignment.wrapper import ReSegWrapper
+from ..consistency import CutMixConsistency
 from ..errors import ReSegError
 from ..supervision import DeepSupervision
-from ..unlabelled import CutMixConsistency
-from ..wrapper import ReSegWrapper
 
 
 class ReSegCallback(Callback):

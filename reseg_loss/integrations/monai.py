@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..alignment.wrapper import ReSegWrapper
 from ..errors import ReSegError
 from ..supervision import DeepSupervision
-from ..wrapper import ReSegWrapper
 
 if TYPE_CHECKING:
     from monai.engines.trainer import SupervisedTrainer

@@ -1,6 +1,6 @@
 """Where the encoder, the bottleneck and the decoder of a U-shaped model are, found from one dry forward.
 
-The stages, one module each: `record` what the forward does, follow what lies along the `axes` of its tensors, view it
+The steps, one module each: `trace` what the forward does, follow what lies along the `axes` of its tensors, view it
 as a `graph` of feature maps, find the `trunk` from an output down to the bottleneck, see which `skips` join it, and
 `choose` one pair of taps per level. Besides: `locate` finds the hook that sees a node, `named` serves taps that the
 user names, `tap` holds the result.
@@ -15,12 +15,12 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import TapError
-from .choose import choose
+from .choose import choose_taps
 from .graph import Graph
 from .named import KINDS, pair_up, parse_taps, replaced, resolve, told_by_shape
-from .record import named_modules, record
 from .skips import find_shape
 from .tap import Level, Tap, TapPlan
+from .trace import named_modules, trace_forward
 
 __all__ = ["Level", "Tap", "TapPlan", "find_taps", "named_modules"]
 
@@ -31,7 +31,7 @@ def find_taps(
     *,
     taps: Mapping[str, Any] | None = None,
     levels: Sequence[int | Sequence[int]] | None = None,
-    encoder: Literal["skip", "stage"] = "skip",
+    encoder: Literal["skip", "block"] = "skip",
 ) -> TapPlan:
     """Encoder and decoder taps of every level of a U-shaped model, and its bottleneck.
 
@@ -45,16 +45,16 @@ def find_taps(
             tap a `Tap` or its text, `[in:]module.path[key]...[@call]`. If "encoder" and "decoder" are both named, they
             are the levels, pair by pair; one alone replaces the taps found at its sizes.
         levels: the strides of the levels to select; see `TapPlan.select`.
-        encoder: "skip" taps the tensor that the skip connection carries, "stage" the encoder's last block of the level.
+        encoder: "skip" taps the tensor that the skip connection carries, "block" the encoder's last block of the level.
 
     Raises:
         TapError: the model has no such shape, or a named tap does not exist or does not fit.
         ReSegError: there is no image in `example_input`, or the model has lazy parameters.
     """
-    if encoder not in ("skip", "stage"):
-        raise TapError(f"encoder={encoder!r}: it is 'skip' or 'stage'")
+    if encoder not in ("skip", "block"):
+        raise TapError(f"encoder={encoder!r}: it is 'skip' or 'block'")
     named = parse_taps(taps)
-    graph = Graph(record(model, example_input))
+    graph = Graph(trace_forward(model, example_input))
     plan = _plan(graph, model, named, encoder)
     given = [tap for entries in named.values() for tap in entries]
     plan = replace(plan, notes=(*plan.notes, *told_by_shape(graph, model, plan, given)))
@@ -62,12 +62,12 @@ def find_taps(
     return plan if levels is None and {"encoder", "decoder"} <= named.keys() else plan.select(levels)
 
 
-def _plan(graph: Graph, model: nn.Module, named: Mapping[str, list[Tap]], encoder: Literal["skip", "stage"]) -> TapPlan:
+def _plan(graph: Graph, model: nn.Module, named: Mapping[str, list[Tap]], encoder: Literal["skip", "block"]) -> TapPlan:
     """The plan of what is named, and found where it is not, every level selected."""
     seen = {kind: [resolve(graph, model, tap) for tap in entries] for kind, entries in named.items()}
     if len(seen) == len(KINDS):
         return pair_up(seen["encoder"], seen["decoder"], seen["bottleneck"][0])
-    plan = choose(graph, find_shape(graph), encoder)
+    plan = choose_taps(graph, find_shape(graph), encoder)
     bottleneck = seen["bottleneck"][0] if "bottleneck" in seen else plan.bottleneck
     if "encoder" in seen and "decoder" in seen:
         return pair_up(seen["encoder"], seen["decoder"], bottleneck)

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("keywords", nargs="*", metavar="NAME=VALUE", help="its arguments, such as num_classes=3")
     parser.add_argument("--shape", default="1,3,224,224", help="shape of the example input (default: %(default)s)")
     parser.add_argument("--levels", help="strides to select, such as 2,4,8 (default: the library's own choice)")
-    parser.add_argument("--encoder", choices=("skip", "stage"), default="skip", help="which encoder feature to tap")
+    parser.add_argument("--encoder", choices=("skip", "block"), default="skip", help="which encoder feature to tap")
     options = parser.parse_intermixed_args(arguments)
     try:
         levels = _integers(options.levels, "--levels") if options.levels else None

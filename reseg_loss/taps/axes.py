@@ -1,4 +1,4 @@
-"""Stage 2: what lies along each axis of every tensor, by the operators that made it.
+"""Step 2: what lies along each axis of every tensor, by the operators that made it.
 
 An axis holds pieces, outermost first: that of tokens holds the rows of the image and its columns, that of a batch of
 windows holds the batch, rows of windows and columns of windows. Views regroup pieces, permutations move them,
@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .. import formats
-from .record import Node, Record, Ref
+from . import layouts
+from .trace import Node, Ref, Trace
 
 Size = tuple[int, ...]
 
@@ -58,21 +58,21 @@ class Followed(NamedTuple):
     hidden: dict[int, str]
 
 
-def follow(record: Record) -> Followed:
+def follow(trace: Trace) -> Followed:
     """The axes of all nodes of a forward."""
-    batch, image = record.image[0], record.image[2:]
+    batch, image = trace.image[0], trace.image[2:]
     known: list[Axes | None] = []
     hidden: dict[int, str] = {}
     seen = {image}
-    for node in record.nodes:
-        axes = _axes(node, known, record.image) if node.dynamic else None
+    for node in trace.nodes:
+        axes = _axes(node, known, trace.image) if node.dynamic else None
         grid = grid_of(axes, batch, image) if axes else None
         if grid is None and node.dynamic and (axes is None or any(map(_is_hidden, axes))):
             guess = _guess(node, axes, known, batch, image, seen)
             if guess is not None:
                 axes, grid = guess, grid_of(guess, batch, image)
                 hidden[node.index] = node.operator
-        elif axes and not _declares(node, record.image):
+        elif axes and not _declares(node, trace.image):
             behind = [hidden.get(source, "") for source in node.sources if known[source]]
             if behind and all(behind):
                 hidden[node.index] = behind[0]
@@ -85,7 +85,7 @@ def follow(record: Record) -> Followed:
 # ------------------------------------------------------------------ from axes to a layout and back
 
 
-def grid_of(axes: Axes, batch: int, image: Size) -> formats.Grid | None:
+def grid_of(axes: Axes, batch: int, image: Size) -> layouts.Grid | None:
     """How a tensor of such axes lies over the image; None for what is no feature map: attention, windows, vectors."""
     if not axes or _length(axes[0]) != batch or any(piece.label != BATCH for piece in axes[0]):
         return None
@@ -105,25 +105,25 @@ def grid_of(axes: Axes, batch: int, image: Size) -> formats.Grid | None:
     if class_tokens:
         layout = "CLS+NLC" if layout == "NLC" else ""
     spatial = tuple(piece.size for piece in space)
-    stride = formats.strides(spatial, image)
+    stride = layouts.strides(spatial, image)
     if not layout or stride is None or (not others and spatial != image):
         return None
-    return formats.Grid(spatial, _length(others[0]) if others else 1, layout, stride)
+    return layouts.Grid(spatial, _length(others[0]) if others else 1, layout, stride)
 
 
 def _layouts(dims: int) -> dict[tuple[str, ...], str]:
     """The names of layouts by what lies along the axes behind the batch."""
     space = ("space",) * dims
     return {
-        ("channels", *space): formats.CHANNELS_FIRST[dims],
-        (*space, "channels"): formats.CHANNELS_LAST[dims],
-        space: formats.NO_CHANNELS[dims],
+        ("channels", *space): layouts.CHANNELS_FIRST[dims],
+        (*space, "channels"): layouts.CHANNELS_LAST[dims],
+        space: layouts.NO_CHANNELS[dims],
         ("space", "channels"): "NLC",
         ("channels", "space"): "NCL",
     }
 
 
-def _axes_of(grid: formats.Grid, batch: int) -> Axes:
+def _axes_of(grid: layouts.Grid, batch: int) -> Axes:
     """The axes of a tensor that lies over the image in this way."""
     dims = len(grid.spatial)
     space = tuple(Piece(axis, size) for axis, size in enumerate(grid.spatial))
@@ -210,7 +210,7 @@ def _guess(
     if axes is None and (first := next(same, None)):
         return first
     grids = {math.prod(size): size for size in sorted(seen)}
-    for grid in formats.readings(node.shape, batch, image, grids):
+    for grid in layouts.readings(node.shape, batch, image, grids):
         guess = _axes_of(grid, batch)
         pairs = zip(axes or (), guess)
         if grid.spatial in seen and all(

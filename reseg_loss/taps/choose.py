@@ -1,4 +1,4 @@
-"""Stage 6: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
+"""Step 6: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 from ..errors import TapError
 from .graph import Graph, Size, covers
 from .locate import tap_at
-from .record import Call
 from .skips import Floor, Shape, is_one_of_several, is_raw_join, pick_skip
 from .tap import Level, Tap, TapPlan
+from .trace import Call
 from .trunk import Trunk
 
 
-def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"]) -> TapPlan:
+def choose_taps(graph: Graph, shape: Shape | None, encoder: Literal["skip", "block"]) -> TapPlan:
     """The plan for a shape, every level in it.
 
     Raises:
@@ -47,15 +47,15 @@ def choose(graph: Graph, shape: Shape | None, encoder: Literal["skip", "stage"])
     return TapPlan(tuple(levels), bottleneck, tuple(notes))
 
 
-def _level(shape: Shape, floor: Floor, kind: Literal["skip", "stage"]) -> tuple[Level | None, str]:
+def _level(shape: Shape, floor: Floor, kind: Literal["skip", "block"]) -> tuple[Level | None, str]:
     """A level, or why there is none; and what to know of it."""
     trunk, graph = shape.trunk, shape.trunk.graph
     name = f"level {'x'.join(map(str, floor.size))}"
     where = f"{name} left out: "
     skip = pick_skip(trunk, floor)
     skip_tap = None if skip is None else tap_at(graph, skip)
-    stage_tap = _stage(trunk, floor.size, None if skip is None else graph.channels(skip))
-    encoder = (skip_tap or stage_tap) if kind == "skip" else (stage_tap or skip_tap)
+    block_tap = _block(trunk, floor.size, None if skip is None else graph.channels(skip))
+    encoder = (skip_tap or block_tap) if kind == "skip" else (block_tap or skip_tap)
     if encoder is None or encoder.channels < 2:
         return None, where + "no feature of the encoder joins the decoder there"
     decoder = _decoder(trunk, floor, encoder)
@@ -76,7 +76,7 @@ def _heavy(calls: list[tuple[Call, int]]) -> list[tuple[Call, int]]:
     return [(call, node) for call, node in calls if call.parameters >= 0.2 * most and call.parameters > 0]
 
 
-def _stage(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
+def _block(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
     """The last block of the encoder at a level, with the norm or activation that completes it."""
     graph = trunk.graph
     made = [

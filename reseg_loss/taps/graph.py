@@ -1,4 +1,4 @@
-"""Stage 3: the record as a graph over feature maps, in which calls can be folded to one node or opened."""
+"""Step 3: the trace as a graph over feature maps, in which calls can be folded to one node or opened."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from functools import cached_property
 
-from .. import formats
+from . import layouts
 from .axes import follow, grid_of
-from .record import Call, Keys, Record, Ref
+from .trace import Call, Keys, Ref, Trace
 
 Size = tuple[int, ...]
 
@@ -19,11 +19,11 @@ def covers(fine: Size, coarse: Size) -> bool:
 
 
 class Graph:
-    """What the stages ask of a record: sizes of nodes, where they come from, which calls return or take them."""
+    """What the stages ask of a trace: sizes of nodes, where they come from, which calls return or take them."""
 
-    def __init__(self, record: Record) -> None:
-        self.nodes, self.calls, self.record = record.nodes, record.calls, record
-        self.batch, self.image = record.image[0], record.image[2:]
+    def __init__(self, trace: Trace) -> None:
+        self.nodes, self.calls, self.trace = trace.nodes, trace.calls, trace
+        self.batch, self.image = trace.image[0], trace.image[2:]
         self.inputs = {node.index for node in self.nodes if node.operator == "input"}
         self.outputs = list(dict.fromkeys(n for _, n in self.calls[0].outputs if self.nodes[n].dynamic))
         self.returned: dict[int, list[tuple[Call, Keys]]] = {}
@@ -33,20 +33,20 @@ class Graph:
                 self.returned.setdefault(node, []).append((call, keys))
             for keys, node in call.inputs:
                 self.taken.setdefault(node, []).append((call, keys))
-        axes, self.hidden = follow(record)
+        axes, self.hidden = follow(trace)
         self._grids = [each and grid_of(each, self.batch, self.image) for each in axes]
 
-    def grid(self, node: int) -> formats.Grid | None:
+    def grid(self, node: int) -> layouts.Grid | None:
         """How a node lies over the image; None for what is no feature map: attention, windows, pooled vectors."""
         return self._grids[node]
 
-    def read(self, node: int, layout: str) -> formats.Grid | None:
+    def read(self, node: int, layout: str) -> layouts.Grid | None:
         """How a node lies over the image in a layout that the user gives."""
         grid = self._grids[node]
         if grid is not None and grid.layout == layout:
             return grid
         seen = {math.prod(grid.spatial): grid.spatial for grid in self._grids if grid}
-        return formats.interpret(self.nodes[node].shape, self.batch, self.image, seen, layout)
+        return layouts.interpret(self.nodes[node].shape, self.batch, self.image, seen, layout)
 
     def size(self, node: int) -> Size | None:
         """The spatial size of a node: its level."""
@@ -61,7 +61,7 @@ class Graph:
     @cached_property
     def users(self) -> dict[int, list[int]]:
         """For every node that is used, those computed from it."""
-        return self.record.users()
+        return self.trace.users()
 
     def before_going_up(self, node: int) -> int:
         """What a bare 1x1 convolution takes in, if all that follows it is interpolation; else the node itself.

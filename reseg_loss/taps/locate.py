@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..formats import Grid
 from .graph import Graph
-from .record import Call, Keys
+from .layouts import Grid
 from .tap import Tap
+from .trace import Call, Keys
 
 # Operators that keep the values of a feature map: what they return may be tapped at their source.
 _SAME_VALUES = {
@@ -50,5 +50,5 @@ def tap_of(graph: Graph, call: Call, keys: Keys, node: int, is_input: bool, grid
     assert grid is not None, "callers ask only for feature maps"
     if is_input and keys == (0,):
         keys = ()  # the short way to write the first argument
-    mutated = graph.record.mutated(node, replace(call, end=call.start) if is_input else call)
+    mutated = graph.trace.mutated(node, replace(call, end=call.start) if is_input else call)
     return Tap(call.name, *grid, keys=keys, call=call.count, is_input=is_input, mutated=mutated)

@@ -11,8 +11,8 @@ from torch import nn
 from ..errors import TapError, did_you_mean
 from .graph import Graph
 from .locate import tap_of
-from .record import Call, Keys, named_modules
 from .tap import Level, Tap, TapPlan
+from .trace import Call, Keys, named_modules
 
 KINDS = ("encoder", "decoder", "bottleneck")
 

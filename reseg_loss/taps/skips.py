@@ -1,4 +1,4 @@
-"""Stage 5: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
+"""Step 5: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
 
 from __future__ import annotations
 

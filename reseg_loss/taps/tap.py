@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import TapError
-from ..formats import CHANNELS_FIRST
+from .layouts import CHANNELS_FIRST
 
 _SYNTAX = re.compile(r"(?P<input>in:)?(?P<module>[^\[\]@]*)(?P<keys>(\[[^\[\]]+\])*)(@(?P<call>\d+))?")
 
@@ -20,7 +20,7 @@ class Tap:
         module: path of the module in the root, as in `named_modules()`.
         spatial: spatial size of the tensor at the example input; empty while not yet seen.
         channels: its number of channels; 0 while not yet seen.
-        layout: its layout, one of `reseg_loss.formats.LAYOUTS`; empty while not yet seen. One that is given stays: a
+        layout: its layout, one of `taps.layouts.LAYOUTS`; empty while not yet seen. One that is given stays: a
             shape alone, without an example, does not tell NCHW from NHWC where channels and sides are as many.
         stride: image size over `spatial`, per axis; empty while not yet seen.
         keys: path into a tuple, list, dict or dataclass. For an input the first key is the argument's position or

@@ -1,4 +1,4 @@
-"""Stage 4: the trunk, the path from an output down the decoder to the bottleneck."""
+"""Step 4: the trunk, the path from an output down the decoder to the bottleneck."""
 
 from __future__ import annotations
 

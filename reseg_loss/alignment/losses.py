@@ -1,0 +1,163 @@
+"""Thin modules over `functional`: the reconstruction loss of stage 1 and the cross-alignment of stage 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as RF
+from ..common.inputs import check_weight
+from ..errors import ReSegError
+from ..recording.extractor import Features
+from .terms import alignment_terms
+
+
+class ReconLoss(nn.Module):
+    """alpha * MSE + beta * L1 between a reconstruction and the image (eqs. 1-3; 0.6 and 0.4 are the paper's)."""
+
+    def __init__(self, alpha: float = 0.6, beta: float = 0.4) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            check_weight(name, value)
+        self.alpha, self.beta = float(alpha), float(beta)
+
+    def forward(self, prediction: Tensor, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """See `functional.recon_loss`."""
+        return RF.recon_loss(prediction, image, valid, alpha=self.alpha, beta=self.beta)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"alpha={self.alpha}, beta={self.beta}"
+
+
+def term_names(levels: int) -> list[str]:
+    """The names of the terms of eq. 7 for a number of levels, the finest being 1."""
+    return [
+        *(f"encoder_to_decoder_{i + 1}" for i in range(levels)),
+        *(f"decoder_to_encoder_{i + 1}" for i in range(levels)),
+        "bottleneck",
+    ]
+
+
+def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, Tensor]]:
+    """{term: (student's feature, teacher's feature)}, crossed as in eqs. 4-6.
+
+    Raises:
+        ReSegError: the two sides have different numbers of levels.
+    """
+    counts = {len(student.encoder), len(student.decoder), len(teacher.encoder), len(teacher.decoder)}
+    if len(counts) != 1:
+        raise ReSegError(
+            f"student has {len(student.encoder)} encoder and {len(student.decoder)} decoder features, "
+            f"teacher {len(teacher.encoder)} and {len(teacher.decoder)}; every level needs all four"
+        )
+    sides = (
+        (*student.decoder, *student.encoder, student.bottleneck),
+        (*teacher.encoder, *teacher.decoder, teacher.bottleneck),
+    )
+    return {name: (s, t) for name, s, t in zip(term_names(len(student.encoder)), *sides)}
+
+
+class CrossAlignmentLoss(nn.Module):
+    """The sum of all alignment terms over `divisor` (eq. 7).
+
+    Args:
+        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4), at every level. A term of weight
+            0 is not computed.
+        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5), likewise.
+        bottleneck: weight of bottleneck against bottleneck (eq. 6).
+        divisor: the paper divides the sum of its seven terms by 3, whatever is switched off.
+        normalize: None compares raw features; "batch" standardizes every channel on both sides first.
+        seed: of the fixed semi-orthogonal 1x1 map that the student's feature goes through where a term's channels
+            differ.
+
+    Raises:
+        ReSegError: a weight is negative or not finite, or all are 0.
+    """
+
+    def __init__(
+        self,
+        encoder_to_decoder: float = 1.0,
+        decoder_to_encoder: float = 1.0,
+        bottleneck: float = 1.0,
+        *,
+        divisor: float = 3.0,
+        normalize: Literal["batch"] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if normalize not in (None, "batch"):
+            raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
+        self.encoder_to_decoder = check_weight("encoder_to_decoder", encoder_to_decoder)
+        self.decoder_to_encoder = check_weight("decoder_to_encoder", decoder_to_encoder)
+        self.bottleneck = check_weight("bottleneck", bottleneck)
+        if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
+            raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
+        if not (math.isfinite(divisor) and divisor > 0):
+            raise ReSegError(f"divisor={divisor}; it must be positive")
+        self.divisor, self.normalize, self.seed = float(divisor), normalize, seed
+        self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+    def term_weight(self, name: str) -> float:
+        """The weight of one term (a name of `term_names`), before the division."""
+        return getattr(self, name.rpartition("_")[0] or name)
+
+    def forward(
+        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: bool = False
+    ) -> Any:
+        """The loss, or with `components` its terms by name, unweighted.
+
+        Args:
+            student: features (B, C, *spatial), finest level first; they receive the gradient.
+            teacher: features of the same sizes; their channels may differ.
+            valid: (B, 1, *image) with 1 where the label counts and 0 where it is ignored. It enters at every level
+                as valid area fraction.
+            components: return {term: scalar} instead of the scalar.
+
+        Returns:
+            A scalar in at least fp32, or the terms; those of weight 0 are left out.
+
+        Raises:
+            ReSegError: levels or sizes differ.
+        """
+        pairs = {name: pair for name, pair in pair_terms(student, teacher).items() if self.term_weight(name)}
+        for name, (s, t) in pairs.items():
+            if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
+                raise ReSegError(
+                    f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "
+                    "and size must agree. If the image size is odd at this level, pad it to a multiple of the stride"
+                )
+        matched = {name: (self._match_channels(s, t.shape[1]), t) for name, (s, t) in pairs.items()}
+        # the compiler fuses plain operations itself
+        if valid is None and not torch.compiler.is_compiling() and not any(t.requires_grad for _, t in pairs.values()):
+            terms = dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
+            return terms if components else self.combine(terms)
+        areas: dict[tuple[int, ...], Tensor] = {}
+        terms: dict[str, Tensor] = {}
+        for name, (s, t) in matched.items():
+            size = tuple(t.shape[2:])
+            if valid is not None and size not in areas:
+                areas[size] = RF.valid_fraction(valid, size)
+            terms[name] = RF.alignment_term(s, t, areas.get(size), normalize=self.normalize)
+        return terms if components else self.combine(terms)
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms over the divisor (eq. 7)."""
+        if not terms:  # at weight 0 of the wrapper
+            return torch.zeros(())
+        weighted = [(self.term_weight(name), term) for name, term in terms.items()]
+        return torch.stack([term if weight == 1 else weight * term for weight, term in weighted]).sum() / self.divisor
+
+    def _match_channels(self, x: Tensor, channels: int) -> Tensor:
+        if x.shape[1] == channels:
+            return x
+        # a map of bf16 values is as good as another; see `functional.project`
+        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
+        key = (channels, x.shape[1], x.device, dtype)
+        if key not in self._fixed:  # kept, so that no later step copies to the device or casts
+            with torch.inference_mode(False):  # training may use it next
+                self._fixed[key] = RF.semi_orthogonal(channels, x.shape[1], self.seed).to(x.device, dtype)
+        return RF.project(x, self._fixed[key])

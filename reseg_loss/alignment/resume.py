@@ -1,0 +1,172 @@
+"""What a stage 1 that goes on takes from its file and what from this call: a changed choice wins, and is told of."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.state import plain_state
+from ..errors import ReSegError
+
+_OF_THE_RATE = ("base_lrs", "_last_lr")  # a schedule's entries that follow from the optimizer's learning rate
+
+
+def choices(optimizer: torch.optim.Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
+    """What the user chose, as plain values: to be asked before a schedule changes the optimizer's groups."""
+    return {
+        "optimizer": _name_of(optimizer),
+        "groups": [{key: _plain(value) for key, value in group.items()} for group in _groups(optimizer)],
+        "sizes": [len(group["params"]) for group in optimizer.param_groups],
+        "amp": None if amp is None else str(amp).removeprefix("torch."),
+    }
+
+
+def schedule_choices(scheduler: Any) -> dict[str, Any] | None:
+    """The same of a schedule that has not advanced yet; None without one."""
+    return None if scheduler is None else {"class": _name_of(scheduler), "state": _plain(scheduler.state_dict())}
+
+
+def check_schedule(scheduler: Any, kept: bool) -> None:
+    """Raise a ReSegError unless `step()` works without arguments and, if it is kept in a file, the state can be had."""
+    needed = ("step", "state_dict", "load_state_dict") if kept else ("step",)
+    missing = [name for name in needed if not callable(getattr(scheduler, name, None))]
+    if missing:
+        raise ReSegError(
+            f"scheduler= is a function that returns a schedule; it returned {type(scheduler).__name__}, which has no "
+            f"{', '.join(missing)}()"
+        )
+    try:
+        inspect.signature(scheduler.step).bind()
+    except TypeError as error:
+        raise ReSegError(
+            f"{type(scheduler).__name__}.step() wants arguments ({error}), and stage 1 calls it after every step "
+            "without any: a loss or metric that it could give would be waited for. Take a schedule of steps, "
+            "torch.optim.lr_scheduler.CosineAnnealingLR for instance"
+        ) from error
+    except ValueError:  # of what is written in C there is no signature
+        pass
+
+
+def go_on(
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: torch.amp.GradScaler,
+    resumed: dict[str, Any],
+    mine: dict[str, Any],
+) -> list[str]:
+    """Bring optimizer, schedule and loss scaling to where the file's were; what differs from the file's choices.
+
+    A hyperparameter of the optimizer that was chosen differently now takes the new value; one that was not has the
+    file's, which training may have changed. If the rate or the schedule was chosen differently, the new schedule is
+    advanced from its beginning to the file's step.
+
+    Args:
+        optimizer: as it was made in this call, with its schedule.
+        scheduler: its schedule, not advanced yet, or None.
+        scaler: of this call.
+        resumed: the file: "optimizer", "scheduler", "scaler" (states), "choices" (of then) and "step".
+        mine: this call's choices.
+
+    Raises:
+        ReSegError: the optimizer is of another class, has other groups, or only one of the two has a schedule.
+    """
+    theirs = resumed["choices"]
+    _check_same_kind(theirs, mine)
+    changes = [f"amp {theirs['amp']} there, {mine['amp']} here"] if theirs["amp"] != mine["amp"] else []
+    changed: list[set[str]] = []
+    for i, (old, new) in enumerate(zip(theirs["groups"], mine["groups"])):
+        changed.append({key for key in old.keys() & new.keys() if old[key] != new[key]})
+        where = f" of group {i}" if len(mine["groups"]) > 1 else ""
+        changes += [f"{key}{where} {old[key]!r} there, {new[key]!r} here" for key in sorted(changed[-1])]
+    differing = _differing(theirs["schedule"], mine["schedule"])
+    _advance(scheduler, resumed["step"])
+    fresh = [copy.deepcopy(group) for group in _groups(optimizer)]
+    optimizer.load_state_dict(resumed["optimizer"])
+    if scaler.is_enabled() and resumed["scaler"]:  # it is empty where there was no scaling
+        scaler.load_state_dict(resumed["scaler"])
+    moved = [_moved(a, b) for a, b in zip(fresh, mine["groups"])] if scheduler is not None else [set() for _ in fresh]
+    rates = [
+        (float(ours["lr"]), float(loaded["lr"])) for ours, loaded in zip(fresh, optimizer.param_groups) if "lr" in ours
+    ]
+    same_rates = scheduler is None or all(math.isclose(a, b, rel_tol=1e-6) for a, b in rates)
+    if not same_rates and not differing and not any(changed):
+        differing = [f"learning rate at step {resumed['step']} {rates[0][1]:.6g} there, {rates[0][0]:.6g} here"]
+    changes += [f"schedule: {text}" for text in differing]
+    if scheduler is not None and not differing and not any(changed):
+        scheduler.load_state_dict(resumed["scheduler"])
+        moved = [set() for _ in fresh]
+    for group, ours, keys in zip(optimizer.param_groups, fresh, map(set.union, changed, moved)):
+        group.update({key: ours[key] for key in keys})
+    return changes
+
+
+def _check_same_kind(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    otherwise = "Give the same, name another file, or remove it to start anew"
+    if theirs["optimizer"] != mine["optimizer"]:
+        raise ReSegError(
+            f"stage 1 is to go on with the optimizer {mine['optimizer']}, its file was written with "
+            f"{theirs['optimizer']}, whose state is of no use to it. {otherwise}"
+        )
+    if theirs["sizes"] != mine["sizes"]:
+        raise ReSegError(
+            f"stage 1 is to go on with an optimizer whose groups have {mine['sizes']} parameters, in its file they "
+            f"have {theirs['sizes']}. {otherwise}"
+        )
+    if (theirs["schedule"] is None) != (mine["schedule"] is None):
+        one, other = ("without", "with") if mine["schedule"] is None else ("with", "without")
+        raise ReSegError(f"stage 1 is to go on {one} scheduler=, its file was written {other}. {otherwise}")
+
+
+def _differing(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> list[str]:
+    """What two schedules were made with that differs, those entries aside that follow from the learning rate."""
+    if theirs is None or mine is None:
+        return []
+    if theirs["class"] != mine["class"]:
+        return [f"{theirs['class']} there, {mine['class']} here"]
+    old, new = theirs["state"], mine["state"]
+    keys = sorted(key for key in old.keys() | new.keys() if key not in _OF_THE_RATE and old.get(key) != new.get(key))
+    return [f"{key} {_short(old.get(key))} there, {_short(new.get(key))} here" for key in keys]
+
+
+def _advance(scheduler: Any, steps: int) -> None:
+    if scheduler is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects steps of the optimizer between; these were before
+            for _ in range(steps):
+                scheduler.step()
+
+
+def _moved(group: dict[str, Any], chosen: dict[str, Any]) -> set[str]:
+    """The entries of a group that its schedule made or changed, and the rate, which may be back where it was."""
+    return {key for key, value in group.items() if key == "lr" or key not in chosen or _plain(value) != chosen[key]}
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts of such, which compare with ==, and which torch saves by value."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    plain = plain_state(value)
+    return plain.tolist() if isinstance(plain, Tensor) else plain
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _name_of(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -1,0 +1,134 @@
+"""Every choice of the wrapper in one place, and the presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from ..common.outputs import as_path
+from ..common.state import plain
+from ..errors import ReSegError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `ReSegWrapper` takes as keywords. The values here are the preset `paper`, not the default `standardized`.
+
+    Attributes:
+        weight: factor of the alignment loss in the total loss (lambda of eq. 8).
+        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4).
+        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5).
+        bottleneck: weight of the bottleneck term (eq. 6).
+        divisor: of the sum of all terms (eq. 7).
+        normalize: "batch" standardizes every feature channel over batch and space before the comparison.
+        seed: of the fixed maps between unequal channels.
+        alpha: weight of the mean squared error in stage 1 (eq. 3).
+        beta: weight of the L1 error in stage 1 (eq. 3).
+        label_input: "index" feeds the class index as one channel, "onehot" one channel per class.
+        ignore_index: label value that does not count.
+        output: path to the segmentation in what the model returns, as an index, a key or a tuple of them. None is the
+            first float tensor of the image's size; stage 1 raises where that does not depend on every tap.
+        teacher_init: "random" draws the copy's weights anew, "copy" keeps the model's.
+        levels: strides of the levels to align; None is the default choice of `TapPlan.select`.
+        encoder: "skip" aligns what the skip connections carry, "block" the last block of each encoder level.
+        every: align at every k-th call only, with k times the weight; the calls between cost nothing.
+        teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None as the student runs.
+        compile_teacher: run the teacher through torch.compile.
+        capture_teacher: on CUDA replay its forward as a CUDA graph, one for each of at most four sizes of the batch;
+            call backward before the next alignment_loss, whose features take the same memory.
+    """
+
+    weight: float = 0.035
+    encoder_to_decoder: float = 1.0
+    decoder_to_encoder: float = 1.0
+    bottleneck: float = 1.0
+    divisor: float = 3.0
+    normalize: Literal["batch"] | None = None
+    seed: int = 0
+    alpha: float = 0.6
+    beta: float = 0.4
+    label_input: Literal["index", "onehot"] = "index"
+    ignore_index: int | None = None
+    output: int | str | Sequence[int | str] | None = None
+    teacher_init: Literal["random", "copy"] = "random"
+    levels: Sequence[int | Sequence[int]] | None = None
+    encoder: Literal["skip", "block"] = "skip"
+    every: int = 1
+    teacher_dtype: torch.dtype | str | None = None
+    compile_teacher: bool = False
+    capture_teacher: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ReSegError(f"every={self.every!r}; it is a whole number of calls, at least 1")
+
+    @property
+    def lower(self) -> torch.dtype | None:
+        """`teacher_dtype` as a dtype."""
+        return _DTYPES[self.teacher_dtype]
+
+    @property
+    def output_path(self) -> tuple[int | str, ...] | None:
+        """`output` as a path."""
+        return as_path(self.output)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+    def override(self, values: Mapping[str, Any]) -> Settings:
+        """The same with other values.
+
+        Raises:
+            ReSegError: an unknown name, with close matches, or an unknown choice.
+        """
+        known = [f.name for f in fields(self)]
+        for name in values:
+            if name not in known:
+                raise ReSegError(f"unknown setting {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+        return replace(self, **values)
+
+
+# what stage 1 depends on: a stage 1 can only go on under the same
+STAGE_1 = ("alpha", "beta", "label_input", "ignore_index", "output", "teacher_init", "levels", "encoder")
+
+# what may change in a wrapper that is built: nothing in it depends on them
+AT_RUN_TIME = ("weight", "every", "teacher_dtype", "compile_teacher", "capture_teacher")
+
+# dtypes by name, too, as checkpoints have them
+_DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
+    None: None,
+    **{key: dtype for dtype in (torch.bfloat16, torch.float16) for key in (dtype, str(dtype).removeprefix("torch."))},
+}
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "normalize": (None, "batch"),
+    "label_input": ("index", "onehot"),
+    "teacher_init": ("random", "copy"),
+    "encoder": ("skip", "block"),
+    "teacher_dtype": tuple(_DTYPES),
+    "compile_teacher": (False, True),
+    "capture_teacher": (False, True),
+}
+
+
+# paper: Li et al., MICCAI 2025, eqs. 1-8. standardized: the same on standardized features, the wrapper's default, as
+# on ACDC with few patients it gained where the raw features did not (README, "What helps").
+PRESETS: dict[str, Settings] = {"paper": Settings(), "standardized": Settings(normalize="batch")}
+
+
+def settings_of(preset: str, overrides: Mapping[str, Any]) -> Settings:
+    """A preset with overrides.
+
+    Raises:
+        ReSegError: an unknown preset or setting.
+    """
+    if preset not in PRESETS:
+        raise ReSegError(f"unknown preset {preset!r}.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}")
+    return PRESETS[preset].override(overrides)

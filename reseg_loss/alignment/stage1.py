@@ -1,0 +1,295 @@
+"""Stage 1: train the teacher to reconstruct images from their label maps. A helper, not a trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from ..common.distributed import in_step, on_rank_0, rank, world_size
+from ..common.dryrun import restore_rng, rng_state
+from ..common.inputs import unpack_batch
+from ..common.labels import plain_label
+from ..errors import ReSegError
+from .image_range import ImageMap, far_from_unit, valid_pixels
+from .losses import ReconLoss
+from .resume import check_schedule, choices, go_on, schedule_choices
+from .teacher import Teacher
+
+logger = logging.getLogger("reseg_loss")
+
+READ_EVERY = 10  # steps between two looks at the loss; each one waits for the device
+SAMPLED_BATCHES, SAMPLED_PIXELS = 50, 128  # of each, for the best constant image
+CHECKED_STEPS = 100  # whose label values are looked at
+RECENT_STEPS = 20  # whose loss is that of the end of stage 1
+
+OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def fit(
+    loader: Iterable[Any],
+    prepare: Callable[[Tensor], Teacher],
+    first_forward: Callable[[], AbstractContextManager[None]],
+    after_first: Callable[[], None],
+    loss: ReconLoss,
+    *,
+    epochs: int | None,
+    steps: int | None,
+    optimizer: OptimizerLike | None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+    amp: torch.dtype | None,
+    unpack: Callable[[Any], Any] | None,
+    standardize_image: bool,
+    resumed: dict[str, Any] | None,
+    rehearse: Callable[[dict[str, Any]], None] | None,
+    save: Callable[[dict[str, Any]], None] | None,
+    progress: bool,
+) -> list[float]:
+    """Train what `prepare` returns for the first batch; the mean loss of every epoch.
+
+    `first_forward` is around the first step's forward, `after_first` is called after that step, whose gradients are
+    still there. `resumed` is what an earlier `save` was given; with it the run goes on after its last epoch.
+    `rehearse`, called before the first step, gets of that what is there already. The caller keeps random states,
+    freezes the teacher and makes files of what `save` gets.
+
+    Raises:
+        ReSegError: the loader is empty, a batch has another form, the loss or a weight is not finite, or the run cannot
+            go on from the file as it is to.
+    """
+    history: list[float] = list(resumed["history"]) if resumed else []
+    step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
+    run: _Run | None = None
+    recent: deque[Tensor] = deque(maxlen=RECENT_STEPS)
+    generator = torch.Generator().manual_seed(0)  # of the pixels that `_compare_with_constant` sees
+    if resumed:
+        restore_rng(resumed["rng"])
+    bar = tqdm(total=steps, initial=step, disable=not progress or rank() > 0, desc="stage 1", unit="step")
+    if epochs is not None:
+        with suppress(TypeError):  # loaders of iterable data sets have no length
+            bar.total = epochs * len(loader)  # pyright: ignore[reportArgumentType]
+    with bar:
+        while (len(history) < epochs) if epochs is not None else (step < (steps or 0)):
+            sampler = getattr(loader, "sampler", None)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
+            total, seen = None, 0
+            for batch in in_step(loader) if steps is None else loader:
+                image, label = pair_of(batch, unpack)
+                teacher = prepare(image) if run is None else run.teacher
+                check_image(image, label, teacher)
+                if not history and step < CHECKED_STEPS:
+                    teacher.encoding.check_values(label)
+                if run is None:
+                    _settle_range(teacher, image, label, standardize_image)
+                    run = _Run(teacher, loss, optimizer, scheduler, amp, resumed, kept=save is not None)
+                    if rehearse is not None:
+                        rehearse(run.state())
+                value, valid = run.step(image, label, nullcontext() if recent else first_forward())
+                if not recent:
+                    after_first()
+                if len(constants) < SAMPLED_BATCHES:
+                    constants.append(run.standardized(_pixels(image, valid, generator)))
+                total = value if total is None else total + value
+                recent.append(value)
+                seen, step = seen + 1, step + 1
+                bar.update()
+                if seen % READ_EVERY == 0:
+                    bar.set_postfix(loss=f"{_finite(total, seen, step):.4f}")
+                if steps is not None and step >= steps:
+                    break
+            if total is None or run is None:
+                raise ReSegError("the loader is empty (or a one-shot iterator that is used up); stage 1 needs batches")
+            history.append(_finite(total, seen, step))
+            bar.set_postfix(loss=f"{history[-1]:.4f}")
+            if save is not None:
+                run.teacher.check_finite(f"after {step} steps, although the loss before the last was finite")
+                save({**run.state(), "history": history, "step": step, "constants": constants, "rng": rng_state()})
+    if history and constants:  # the last steps', for a pass may hold the whole training
+        last = float(torch.stack([*recent]).mean()) if recent else history[-1]
+        _compare_with_constant(last, torch.cat(constants, 1), loss)
+    return history
+
+
+class _Run:
+    """Teacher, optimizer and schedule while stage 1 runs; under torch.distributed in a DDP of its own."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        loss: ReconLoss,
+        optimizer: OptimizerLike | None,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        amp: torch.dtype | None,
+        resumed: dict[str, Any] | None,
+        kept: bool,
+    ) -> None:
+        self.teacher, self.loss, self.amp = teacher, loss, amp
+        self.device = teacher.reference.device
+        self.range = teacher.image_map and teacher.image_map.tensors(teacher.encoding.dims, self.device)
+        self.module: nn.Module = teacher
+        if world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            # heads that the reconstruction does not reach get no gradient
+            self.module = DistributedDataParallel(teacher, device_ids=ids, find_unused_parameters=True)
+        if optimizer is None:
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)
+        elif isinstance(optimizer, torch.optim.Optimizer):
+            self.optimizer = optimizer
+        else:
+            self.optimizer = optimizer(teacher.parameters())
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in known for p in teacher.parameters()):
+            raise ReSegError(
+                "the optimizer holds no parameter of the teacher; give a function: optimizer=torch.optim.Adam"
+            )
+        mine = choices(self.optimizer, amp)
+        self.scheduler = None
+        if scheduler is not None:
+            self.scheduler = scheduler(self.optimizer)
+            check_schedule(self.scheduler, kept)
+        self.choices = {**mine, "schedule": schedule_choices(self.scheduler)} if kept else mine
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        if resumed:
+            changes = go_on(self.optimizer, self.scheduler, self.scaler, resumed, self.choices)
+            if changes and rank() == 0:
+                logger.warning(
+                    "stage 1 goes on with other choices than its file was written with, and yours of now win: %s",
+                    "; ".join(changes),
+                )
+
+    def step(self, image: Tensor, label: Tensor, forward: AbstractContextManager[None]) -> tuple[Tensor, Tensor | None]:
+        """One step, whose forward is within `forward`; the loss and the valid mask."""
+        image, label = (x.to(self.device, non_blocking=True) for x in (image, label))
+        _, valid = self.teacher.encoding.encode(label)
+        target = self.standardized(image.to(torch.promote_types(image.dtype, torch.float32)))
+        context = torch.autocast(self.device.type, dtype=self.amp) if self.amp else nullcontext()
+        with torch.enable_grad(), context:
+            with forward:
+                prediction = self.module(label)
+            value = self.loss(prediction, target, valid)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(value).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return value.detach(), valid
+
+    def standardized(self, image: Tensor) -> Tensor:
+        """An image (B, C, *spatial), or pixels (C, N), as the teacher is to paint it."""
+        if self.range is None:
+            return image
+        mean, std = self.range if image.ndim > 2 else (x.flatten(1).to(image.device) for x in self.range)
+        return (image - mean) / std
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "choices": self.choices,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+        }
+
+
+def pair_of(batch: Any, unpack: Callable[[Any], Any] | None) -> tuple[Tensor, Tensor]:
+    """(image, label) of a loader's batch as plain tensors, by `unpack` or in one of the forms that are known.
+
+    Raises:
+        ReSegError: the form is another, or there is no tensor where one is expected.
+    """
+    if unpack is not None:
+        pair = unpack(batch)
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise ReSegError(f"batch= is a function from a batch to (image, label); it returned {type(pair).__name__}")
+    else:
+        try:
+            pair = unpack_batch(batch)
+        except ReSegError as error:
+            given = "lambda b: (b['image'], b['mask'])" if isinstance(batch, Mapping) else "lambda b: (b[0], b[1])"
+            raise ReSegError(
+                f"{error}. Of another form, give fit_recon(batch=...) a function to (image, label): batch={given}"
+            ) from error
+    image, label = pair
+    return plain_label(image, "an image"), plain_label(label)
+
+
+def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
+    """Raise a ReSegError unless image and label fit each other and the teacher."""
+    if not image.is_floating_point():
+        raise ReSegError(f"the image has dtype {image.dtype}; the teacher reconstructs it, so make it float")
+    if image.numel() == 0:
+        raise ReSegError(f"the batch is empty: its image has shape {tuple(image.shape)}")
+    if image.ndim != teacher.encoding.dims + 2:
+        raise ReSegError(
+            f"the image has shape {tuple(image.shape)}; expected (B, C, ...) with {teacher.encoding.dims} spatial axes"
+        )
+    if image.shape[1] != teacher.image_channels:
+        raise ReSegError(
+            f"the image has shape {tuple(image.shape)}; the model was shown {teacher.image_channels} image channels"
+        )
+    teacher.encoding.check_shape(label, image.shape)
+
+
+def _finite(total: Tensor, seen: int, step: int) -> float:
+    mean = float(total) / seen
+    if not math.isfinite(mean):
+        raise ReSegError(
+            f"the reconstruction loss is {mean} by step {step}: check the images for NaN or infinite values, "
+            "scale them to about unit range (standardize_image=True), or lower the learning rate (optimizer=). This "
+            "teacher is lost: build a new wrapper"
+        )
+    return mean
+
+
+def _settle_range(teacher: Teacher, image: Tensor, label: Tensor, standardize: bool) -> None:
+    """Give the teacher the map of the first batch, unless it has one, or say that images are far from unit range."""
+    _, valid = teacher.encoding.encode(label)
+    if standardize:
+        if teacher.image_map is None:
+            teacher.image_map = on_rank_0(lambda: ImageMap.of(image, valid))
+        return
+    teacher.image_map = None
+    level = far_from_unit(image, valid) if rank() == 0 else None
+    if level is not None:
+        message = (
+            f"the images are far from unit range: the root mean square of the first batch is {level:.4g}. Stage 1 "
+            "learns them as they are (eqs. 1-3), which takes long, and the teacher may learn nothing. Scale the images "
+            "to about unit range, or pass fit_recon(standardize_image=True) where the network does that itself"
+        )
+        logger.warning(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _pixels(image: Tensor, valid: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Some valid pixels of every channel, at random: at even distances they might all be in a margin."""
+    flat = valid_pixels(image, valid)
+    if flat.shape[1] > SAMPLED_PIXELS:
+        index = torch.randint(flat.shape[1], (SAMPLED_PIXELS,), generator=generator, device="cpu")
+        flat = flat[:, index.to(flat.device)]
+    return flat.float().cpu()
+
+
+def _compare_with_constant(last: float, pixels: Tensor, loss: ReconLoss) -> None:
+    """Warn when the teacher has learnt no more than the best constant image (of quantiles and mean, per channel)."""
+    if pixels.shape[1] == 0:
+        raise ReSegError("every pixel of every label is ignored (ignore_index), so the teacher has learnt nothing")
+    levels = torch.linspace(0, 1, 101, dtype=pixels.dtype, device=pixels.device)
+    candidates = torch.cat([pixels.quantile(levels, 1), pixels.mean(1)[None]])
+    errors = pixels[None] - candidates[..., None]
+    best = (loss.alpha * errors.square() + loss.beta * errors.abs()).mean(2).min(0).values.mean()
+    if last >= float(best):
+        warnings.warn(
+            f"the teacher's reconstruction loss is {last:.4f}, no better than the best constant image ({best:.4f}): "
+            "it has learnt nothing from the labels. Train longer, check that images and labels belong together, or "
+            "change the learning rate (optimizer=)",
+            stacklevel=4,
+        )

@@ -1,0 +1,129 @@
+"""The file of stage 1: written, tried beforehand, read back."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.distributed import on_rank_0, rank
+from ..common.files import first_line, told, try_writing, write_atomically
+from ..common.state import plain_state, unreadable
+from ..errors import ReSegError
+
+FORMAT = 2  # of the file of stage 1
+
+
+class Stage1File:
+    """The file that an unfinished stage 1 goes on from. Under torch.distributed rank 0 alone reads and writes it.
+
+    Args:
+        path: where it is; folders that are missing are made.
+
+    Raises:
+        ReSegError: this is no path.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            self.path = Path(path)
+        except TypeError as error:
+            raise ReSegError(f"checkpoint= is the path of a file, got {type(path).__name__}") from error
+        self._proven = False
+
+    def read(self) -> dict[str, Any] | None:
+        """What `write` wrote, on every rank; None without a file.
+
+        Raises:
+            ReSegError: the file is damaged, or holds something else than a stage 1.
+        """
+        return on_rank_0(lambda: _read(self.path))
+
+    def check(self) -> None:
+        """Raise a ReSegError, on every rank, unless a file can be written here. It leaves no trace but the folder."""
+        on_rank_0(lambda: try_writing(self.path))
+
+    def rehearse(self, state: dict[str, Any]) -> None:
+        """Raise a ReSegError, on every rank, if a file with these entries could not be read back."""
+
+        def make_plain() -> None:
+            self._plain(state)
+
+        on_rank_0(make_plain)
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Write on rank 0; NumPy's numbers become Python's, its arrays tensors. The first file is read back.
+
+        Raises:
+            ReSegError: it cannot be written, or could not be read back. The file is then as it was.
+        """
+        if rank() == 0:
+            write_atomically(self._plain(state), self.path, None if self._proven else _prove)
+            self._proven = True
+
+    def _plain(self, state: dict[str, Any]) -> dict[str, Any]:
+        plain = plain_state({"format": FORMAT, **state})
+        wrong = unreadable(plain)
+        if wrong:
+            raise ReSegError(
+                f"stage 1 cannot be kept in {self.path}: {wrong}, which torch.load(weights_only=True) does not read, "
+                "so that no run could go on from it. Make it a number, a string, a tensor, or a list, tuple or dict of "
+                "such, or leave checkpoint= out"
+            )
+        return plain
+
+
+def _prove(partial: Path) -> None:
+    try:
+        torch.load(partial, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ReSegError(
+            f"what stage 1 wrote to {partial} cannot be read back ({first_line(error)}), and was removed. A file that "
+            "was there before is kept. Leave checkpoint= out"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not os.path.exists(path):  # where a folder may not be searched, Path's own raises
+        return None
+    otherwise = "Name another file, or remove it to start stage 1 anew"
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise ReSegError(f"checkpoint={str(path)!r} is {kind}; name a file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise ReSegError(f"{path} cannot be read ({told(error)})") from error
+    if not head or (head == b"PK\x03\x04" and not _is_whole(path)):
+        what = "is damaged: its end is missing or its bytes have changed" if head else "is empty"
+        raise ReSegError(f"{path} {what}, so that stage 1 cannot go on from it. {otherwise}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a file of another kind, one of many
+        raise ReSegError(
+            f"{path} is no file of stage 1, which would overwrite it: it holds more than plain values and tensors "
+            f"({first_line(error)}). {otherwise}"
+        ) from error
+    what = "other entries" if isinstance(state, dict) else f"a {type(state).__name__}"
+    if not (isinstance(state, dict) and state.keys() >= {"wrapper", "history", "step"}):
+        raise ReSegError(f"{path} is no file of stage 1, which would overwrite it: it holds {what}. {otherwise}")
+    if state.get("format") != FORMAT:
+        raise ReSegError(f"{path} is of a stage 1 of another version of this library. {otherwise}")
+    return state
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every part of a zip file, as torch writes them, has the bytes that it was written with."""
+    if not zipfile.is_zipfile(path):
+        return False
+    if not torch.serialization.get_crc32_options():  # then files have no sums to compare with
+        return True
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False

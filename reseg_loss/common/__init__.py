@@ -1,0 +1,1 @@
+"""What every room uses: labels, outputs, inputs, states, files, dry forwards, processes."""

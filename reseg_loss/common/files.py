@@ -1,0 +1,108 @@
+"""Files that are always whole, whoever writes them and whenever they are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ReSegError
+
+STALE_SECONDS = 3600  # a partial file of this age is a killed run's: nobody writes that long
+
+
+def write_atomically(
+    state: dict[str, Any], path: str | os.PathLike[str], prove: Callable[[Path], None] | None = None
+) -> None:
+    """torch.save that leaves either the old or the new file, whenever it is killed, and whoever else writes it.
+
+    What is written goes into a file of its own in the same folder first, named after the process and a random number,
+    which is removed if writing fails. Those that killed runs left are removed after an hour.
+
+    Args:
+        state: what is saved.
+        path: the file; a link is followed.
+        prove: given, looks at the new file before it takes the place of the old; what it raises goes on.
+
+    Raises:
+        ReSegError: the folder or the file cannot be written, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    partial = _partial(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if prove is not None:
+            prove(partial)
+        _remove_stale(target, partial.stat().st_mtime)
+        os.replace(partial, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = _system_error(error)
+        if reason is None or not isinstance(error, Exception):
+            raise
+        kept = "the file that was there is kept" if os.path.exists(target) else "there was none before"
+        raise ReSegError(f"{path} could not be written ({told(reason)}); {kept}") from error
+
+
+def try_writing(path: Path) -> None:
+    """Raise a ReSegError unless a file can be written here."""
+    target = Path(os.path.realpath(path))
+    partial = _partial(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "xb") as file:
+            file.write(b"\0")
+        _remove_stale(target, partial.stat().st_mtime)
+    except OSError as error:
+        raise ReSegError(
+            f"checkpoint={str(path)!r} cannot be written ({told(error)}); name a file in a folder that can"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def _remove_stale(target: Path, now: float) -> None:
+    """Remove what killed runs left of this file; `now` is the file system's time, which may not be this machine's."""
+    name = re.compile(re.escape(target.name) + r"\.\d+-[0-9a-f]{8}\.partial")
+    with contextlib.suppress(OSError):  # a folder may be written and not listed
+        for entry in os.scandir(target.parent):
+            if name.fullmatch(entry.name):
+                with contextlib.suppress(OSError):  # another run was faster, or it is another user's
+                    if now - entry.stat().st_mtime > STALE_SECONDS:
+                        os.unlink(entry.path)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error: torch raises one of its own while it handles that of a full disk."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def told(error: OSError) -> str:
+    """What the system says."""
+    return f"{type(error).__name__}: {error.strerror or error}"
+
+
+def first_line(error: BaseException) -> str:
+    """The type that torch refused to unpickle, if that is the error, or what the error says."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return refused[1]
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a message'}"

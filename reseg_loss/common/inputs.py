@@ -1,0 +1,116 @@
+"""What a step gives a loss, looked at where looking costs next to nothing, so that a bad input is blamed on itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ReSegError
+
+OF_IMAGES = (
+    "images of this step hold NaN or infinite values: look at the data set and its transforms (is a constant image "
+    "divided by its deviation?)"
+)
+OF_MODEL = (
+    "the model gives NaN or infinite values for images that are finite: its weights are not finite, or it overflows "
+    "(float16 ends at 65,504; bfloat16 does not)"
+)
+
+
+def readable(device: torch.device, first: bool = False) -> bool:
+    """Whether values may be read: on the CPU always, elsewhere in the first call only, for it waits for the device.
+
+    Never in a graph that is compiled or captured, which reading would break.
+    """
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return False
+    return first or device.type == "cpu"
+
+
+def refuse_not_finite(
+    value: Tensor, made_of: Mapping[str, Iterable[Tensor]], otherwise: str | None = None, *, first: bool = False
+) -> None:
+    """Raise a ReSegError if a value is not finite and may be read, for the first cause that is not finite itself.
+
+    Args:
+        value: of any size.
+        made_of: {what is wrong if any of these tensors is not finite: the tensors}, in the order of their making.
+        otherwise: what is wrong if all of them are finite; None raises nothing then.
+        first: whether this is the first call.
+    """
+    if not readable(value.device, first) or _finite(value):
+        return
+    wrong = next((what for what, tensors in made_of.items() if not all(map(_finite, tensors))), otherwise)
+    if wrong is not None:
+        raise ReSegError(wrong)
+
+
+def value_of(task_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label: Tensor, where: str) -> Tensor:
+    """What the user's loss gives for logits and a label.
+
+    Raises:
+        ReSegError: it is no function, fails, or gives no scalar. `where` says of what the logits are.
+    """
+    if not callable(task_loss):
+        raise ReSegError(f"task_loss is a function of logits and label, got {type(task_loss).__name__}")
+    if torch.compiler.is_compiling():  # which a break of the graph within `try` would end
+        return task_loss(logits, label)
+    try:
+        value = task_loss(logits, label)
+    except (torch.OutOfMemoryError, ReSegError):
+        raise
+    except Exception as error:
+        raise ReSegError(
+            f"task_loss failed on {where}: logits {_outline(logits)} and a label {_outline(label)} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(value, Tensor) or value.ndim:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ReSegError(f"task_loss gave {what}, and a scalar is needed")
+    return value
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.detach().isfinite().all())
+
+
+def _outline(x: Any) -> str:
+    return f"of shape {tuple(x.shape)}, {x.dtype}, on {x.device}"
+
+
+def refuse_evaluation(model: nn.Module) -> None:
+    """Raise a ReSegError if the model is in evaluation."""
+    if not model.training:
+        raise ReSegError(
+            "the model is in evaluation, and this loss is for training steps: call model.train() before the forward; "
+            "in a step that validation shares, add this loss only `if model.training:`"
+        )
+
+
+def check_weight(name: str, value: Any) -> float:
+    """`value` as a float; a ReSegError unless it is a finite number >= 0."""
+    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ReSegError(f"{name}={value!r}; weights are finite numbers >= 0")
+    return float(value)
+
+
+def unpack_batch(batch: Any) -> tuple[Tensor, Any]:
+    """(image, label) of a loader's batch: a pair, or a dict with "image"/"data" and "label"/"target".
+
+    Raises:
+        ReSegError: neither form.
+    """
+    if isinstance(batch, Mapping):
+        for image, label in (("image", "label"), ("data", "target")):
+            if image in batch and label in batch:
+                return batch[image], batch[label]
+        raise ReSegError(f"a batch with keys {list(batch)}; expected 'image' and 'label', or 'data' and 'target'")
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        return batch[0], batch[1]
+    what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
+    raise ReSegError(f"{what} is no batch; the loader must yield (image, label) pairs or dicts with those keys")

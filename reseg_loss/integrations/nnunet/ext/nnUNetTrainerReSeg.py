@@ -1,0 +1,5 @@
+"""What nnU-Net finds through nnUNet_extTrainer. It imports every file of this folder, so there is only this one."""
+
+from ..trainer import nnUNetTrainerReSeg
+
+__all__ = ["nnUNetTrainerReSeg"]

@@ -1,0 +1,118 @@
+"""nnU-Net's trainer with stage 1 before its first epoch and the alignment loss in its training steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # pyright: ignore[reportMissingImports]
+from torch import Tensor, nn
+
+from ...alignment.wrapper import ReSegWrapper
+from ...common.files import write_atomically
+
+IGNORED = 255  # where regions have an ignore label
+
+
+class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
+    """`nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerReSeg`.
+
+    Stage 1 runs on the fold's own training batches. Its file, reseg_stage1.pth in the output folder, is also where
+    `--c` finds the teacher, and where a stage 1 that was killed goes on. Checkpoints name the stock trainer, whose
+    network it is: they predict where this library is not installed. At weight 0 this is the stock trainer.
+
+    Attributes:
+        reseg_settings: keywords of `ReSegWrapper`. Label input and ignore value follow from the data set.
+        recon_epochs: length of stage 1 in epochs of `num_iterations_per_epoch` steps.
+    """
+
+    reseg_settings: ClassVar[dict[str, Any]] = {"preset": "standardized"}
+    recon_epochs = 50
+    reseg: ReSegWrapper | None = None
+
+    def on_train_start(self) -> None:
+        """Attach, before the (lazily) compiled network is called, and fit the teacher or take the file's."""
+        super().on_train_start()
+        if self.reseg_settings.get("weight") == 0:
+            return
+        self.reseg = reseg = self._make_reseg()
+        self.loss = _WithAlignment(self.loss, reseg, self._label)
+        file = None if self.disable_checkpointing else Path(self.output_folder) / "reseg_stage1.pth"
+        if file is not None and self.local_rank == 0 and not self.logger.resume:
+            file.unlink(missing_ok=True)  # of an earlier run in this folder
+        amp = torch.float16 if self.grad_scaler is not None else None
+        history = reseg.fit_recon(_Epoch(self), epochs=self.recon_epochs, amp=amp, checkpoint=file)
+        self.print_to_log_file(f"stage 1: reconstruction loss {history[0]:.4f} at first, {history[-1]:.4f} at last")
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the alignment beside the loss, which contains it."""
+        super().on_train_epoch_end(train_outputs)
+        if self.reseg is not None:
+            value = self.reseg.stats().get("alignment", 0.0)  # none at weight 0
+            self.print_to_log_file(f"alignment {value:.4f} times {self.reseg.weight}")
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As the stock trainer under its name, and atomically."""
+        partial = f"{filename}.stock"
+        super().save_checkpoint(partial)
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+            checkpoint |= {"trainer_name": self._trainer_to_predict_with(), "reseg_trainer": type(self).__name__}
+            write_atomically(checkpoint, filename)
+            os.remove(partial)
+
+    def _trainer_to_predict_with(self) -> str:
+        """The trainer that ours builds on, unless a subclass of ours has a network of its own."""
+        mine = type(self)
+        base = mine.__mro__[mine.__mro__.index(nnUNetTrainerReSeg) + 1]
+        same = base.build_network_architecture is mine.build_network_architecture
+        return base.__name__ if same else mine.__name__
+
+    def _make_reseg(self) -> ReSegWrapper:
+        labels, settings = self.label_manager, dict(self.reseg_settings)
+        if labels.has_regions:
+            settings["label_input"] = "onehot"
+        if labels.has_ignore_label:
+            settings["ignore_index"] = IGNORED if labels.has_regions else labels.ignore_label
+        patch = self.configuration_manager.patch_size
+        example = torch.zeros(1, self.num_input_channels, *patch, device=self.device)
+        return ReSegWrapper(self.network, example_input=example, **settings)
+
+    def _label(self, target: Tensor | list[Tensor]) -> Tensor:
+        """The label at full resolution; of regions, the ignore channel at the end becomes a value in the others."""
+        label = target[0] if isinstance(target, list) else target
+        if self.label_manager.has_regions and self.label_manager.has_ignore_label:
+            return torch.where(label[:, -1:] > 0, IGNORED, label[:, :-1].to(torch.uint8))
+        return label
+
+
+class _Epoch:
+    """The next batches of the trainer's endless loader, as many as an epoch has."""
+
+    def __init__(self, trainer: nnUNetTrainerReSeg) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return self.trainer.num_iterations_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(len(self)):
+            batch = next(self.trainer.dataloader_train)
+            yield batch["data"], self.trainer._label(batch["target"])
+
+
+class _WithAlignment(nn.Module):
+    """nnU-Net's loss, and in training the alignment loss."""
+
+    def __init__(self, loss: nn.Module, reseg: ReSegWrapper, label: Any) -> None:
+        super().__init__()
+        self.loss, self.reseg, self.label = loss, reseg, label
+
+    def forward(self, output: Any, target: Any) -> Tensor:
+        value = self.loss(output, target)
+        if not torch.is_grad_enabled():  # it validates with the same loss
+            return value
+        return value + self.reseg.alignment_loss(self.label(target))

@@ -1,0 +1,100 @@
+"""What is done to unlabelled images: boxes of others, other intensities, pseudo-labels, and a ramp; all pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BOX = (0.25, 0.5)  # side of a box, as a share of the image's
+GAMMA = (0.7, 1.4)
+GAIN = (0.8, 1.2)
+OFFSET = (-0.1, 0.1)
+NOISE = 0.1  # standard deviation
+
+
+def boxes(u: Tensor, spatial: Sequence[int]) -> Tensor:
+    """One box per sample, with the same share of the image's side in every axis: a quarter to a half.
+
+    Args:
+        u: (B, 1 + axes) numbers from 0 to 1: how large the box is, and where it lies in each axis.
+        spatial: the image's size, (H, W) or (D, H, W).
+
+    Returns:
+        (B, *spatial) bool, True in the box. A pixel belongs to it if its centre does.
+    """
+    low, high = BOX
+    side = low + (high - low) * u[:, :1]
+    start = (1 - side) * u[:, 1:]
+    inside = torch.ones(1, *[1] * len(spatial), dtype=torch.bool, device=u.device)
+    for axis, n in enumerate(spatial):
+        centre = (torch.arange(n, device=u.device) + 0.5) / n
+        first = start[:, axis : axis + 1]
+        along = (centre >= first) & (centre < first + side)
+        inside = inside & along.view(-1, *[n if i == axis else 1 for i in range(len(spatial))])
+    return inside
+
+
+def mix(x: Tensor, box: Tensor) -> Tensor:
+    """`x` with the sample before it (of the first: the last one) inside each sample's box.
+
+    Args:
+        x: (B, C, *spatial) images or (B, *spatial) labels.
+        box: (B, *spatial) bool.
+    """
+    return torch.where(box if x.ndim == box.ndim else box.unsqueeze(1), x.roll(1, 0), x)
+
+
+def perturb_intensities(image: Tensor, u: Tensor, noise: Tensor) -> Tensor:
+    """Other gamma, gain and offset for every sample, and noise, on intensities scaled to 0..1 and back.
+
+    Every channel of every sample is scaled by its own least and largest value; where they are equal it stays.
+
+    Args:
+        image: (B, C, *spatial), any range.
+        u: (B, 3) numbers from 0 to 1: gamma (0.7 to 1.4, log-uniform), gain (0.8 to 1.2), offset (-0.1 to 0.1).
+        noise: as the image, with standard deviation 1; it is added times 0.1.
+    """
+    axes = tuple(range(2, image.ndim))
+    x = image.float() if image.dtype.itemsize < 4 else image
+    low = x.amin(axes, keepdim=True)
+    span = x.amax(axes, keepdim=True) - low
+    x = (x - low) / torch.where(span > 0, span, torch.ones_like(span))
+    u = u.view(-1, 3, *[1] * (image.ndim - 1))
+    gamma = GAMMA[0] * (GAMMA[1] / GAMMA[0]) ** u[:, 0]
+    gain, offset = (a + (b - a) * u[:, i] for i, (a, b) in ((1, GAIN), (2, OFFSET)))
+    x = x.clamp_min(1e-4) ** gamma * gain + offset + NOISE * noise
+    return (low + span * x).to(image.dtype)
+
+
+def random_intensities(image: Tensor) -> Tensor:
+    """`perturb_intensities` with numbers from torch's default generator."""
+    return perturb_intensities(image, torch.rand(len(image), 3, device=image.device), torch.randn_like(image))
+
+
+@torch.no_grad()
+def pseudo_label(logits: Tensor, threshold: float, ignore_index: int) -> Tensor:
+    """The predicted class where its probability is at least `threshold`, else `ignore_index`; int64.
+
+    Args:
+        logits: (B, C, *spatial), classes that exclude each other; with one channel a binary model's (sigmoid).
+        threshold: a probability.
+        ignore_index: no class.
+
+    Returns:
+        (B, *spatial), of a binary model (B, 1, *spatial), as its losses want the label in the form of the logits.
+    """
+    logits = logits.float()
+    if logits.shape[1] == 1:
+        p = logits.sigmoid()
+        label, confidence = (p >= 0.5).long(), torch.maximum(p, 1 - p)
+    else:
+        confidence, label = logits.softmax(1).max(1)
+    return label.masked_fill(~(confidence >= threshold), ignore_index)  # so, since NaN is not sure
+
+
+def ramp_up(call: int, calls: int | None) -> float:
+    """exp(-5 (1 - call / calls)^2) up to `calls`, then 1; always 1 for None."""
+    return 1.0 if calls is None else math.exp(-5 * (1 - min(call / calls, 1)) ** 2)

@@ -1,5 +1,0 @@
-"""What nnU-Net finds through nnUNet_extTrainer. It imports every file of this folder, so there is only this one."""
-
-from reseg_loss.nnunet.trainer import nnUNetTrainerReSeg
-
-__all__ = ["nnUNetTrainerReSeg"]

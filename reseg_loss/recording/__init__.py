@@ -1,0 +1,1 @@
+"""Taking features out of a model while it trains."""

@@ -1,0 +1,154 @@
+"""Any feature layout to channels-first, at the size of the current input.
+
+Layout names: NCHW and NCDHW (channels first), NHWC and NDHWC (channels last), NLC (tokens), CLS+NLC (tokens after
+one class token), NCL (tokens last), NHW and NDHW (a map without a channel axis).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import ReSegError
+
+CHANNELS_FIRST = {2: "NCHW", 3: "NCDHW"}
+CHANNELS_LAST = {2: "NHWC", 3: "NDHWC"}
+NO_CHANNELS = {2: "NHW", 3: "NDHW"}
+TOKEN_LAYOUTS = ("NLC", "CLS+NLC", "NCL")
+LAYOUTS = (*CHANNELS_FIRST.values(), *CHANNELS_LAST.values(), *NO_CHANNELS.values(), *TOKEN_LAYOUTS)
+MAX_STRIDE = 256
+
+
+class Grid(NamedTuple):
+    """How a tensor of a given shape lies over the image."""
+
+    spatial: tuple[int, ...]
+    channels: int
+    layout: str
+    stride: tuple[int, ...]
+
+
+def strides(spatial: Sequence[int], image: Sequence[int]) -> tuple[int, ...] | None:
+    """Integer strides per axis by which `spatial` is a feature map of `image`, or None.
+
+    A stride fits when the size is the image's divided by it, rounded either way. The same stride on every axis and
+    powers of two are preferred; different strides are accepted when each is a power of two.
+    """
+    if len(spatial) != len(image) or max(spatial) < 2:
+        return None
+    per_axis: list[list[int]] = []
+    for size, full in zip(spatial, image):
+        if not 1 <= size <= full:
+            return None
+        per_axis.append([s for s in range(1, MAX_STRIDE + 1) if size in (full // s, -(-full // s))])
+    same = set(per_axis[0]).intersection(*per_axis[1:])
+    if same:
+        return (min(same, key=lambda s: (s & (s - 1) != 0, s)),) * len(image)
+    powers = [[s for s in axis if s & (s - 1) == 0] for axis in per_axis]
+    return tuple(axis[0] for axis in powers) if all(powers) else None
+
+
+def token_grids(image: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """{number of tokens: grid} for the power-of-two strides of `image`, the finest first where counts agree."""
+    grids: dict[int, tuple[int, ...]] = {}
+    for stride in (1, 2, 4, 8, 16, 32, 64):
+        for grid in (tuple(s // stride for s in image), tuple(-(-s // stride) for s in image)):
+            if min(grid) >= 2:
+                grids.setdefault(math.prod(grid), grid)
+    return grids
+
+
+def readings(
+    shape: Sequence[int], batch: int, image: Sequence[int], grids: dict[int, tuple[int, ...]] | None = None
+) -> list[Grid]:
+    """Every way in which a tensor of `shape` lies over a batch of images of size `image`, the likeliest first.
+
+    Several are as likely where channels and sizes are equal: (B, 64, 64, 64) of 256x256 images is NCHW or NHWC.
+    `grids` adds token counts to those of `token_grids(image)`, for models with uncommon strides.
+    """
+    dims = len(image)
+    shape, image = tuple(shape), tuple(image)
+    found: list[Grid] = []
+    if not shape or shape[0] != batch:
+        return found
+    if len(shape) == dims + 2:
+        for size, channels, layout in (
+            (shape[2:], shape[1], CHANNELS_FIRST[dims]),
+            (shape[1:-1], shape[-1], CHANNELS_LAST[dims]),
+        ):
+            if stride := strides(size, image):
+                found.append(Grid(size, channels, layout, stride))
+        return sorted(found, key=lambda g: len(set(g.stride)) > 1)
+    if len(shape) == 3:
+        known = {**token_grids(image), **(grids or {})}
+        for count, channels, layout in (
+            (shape[1], shape[2], "NLC"),
+            (shape[1] - 1, shape[2], "CLS+NLC"),
+            (shape[2], shape[1], "NCL"),
+        ):
+            if count in known and (stride := strides(known[count], image)):
+                found.append(Grid(known[count], channels, layout, stride))
+        found.sort(key=lambda g: any(s & (s - 1) for s in g.stride))
+    if len(shape) == dims + 1 and shape[1:] == image:
+        found.insert(0, Grid(image, 1, NO_CHANNELS[dims], (1,) * dims))
+    return found
+
+
+def interpret(
+    shape: Sequence[int],
+    batch: int,
+    image: Sequence[int],
+    grids: dict[int, tuple[int, ...]] | None = None,
+    layout: str = "",
+) -> Grid | None:
+    """The likeliest of the `readings` (of those in `layout`, if it is given); None if it is no feature map."""
+    found = readings(shape, batch, image, grids)
+    return next((grid for grid in found if layout in ("", grid.layout)), None)
+
+
+def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The grid of `count` tokens at `stride` over an image of the current size.
+
+    Raises:
+        ReSegError: no grid, or more than one, has that many cells.
+    """
+    choices = [(full // s, -(-full // s)) for full, s in zip(image, stride)]
+    for grid in ([c[0] for c in choices], [c[1] for c in choices]):
+        if math.prod(grid) == count:
+            return tuple(grid)
+    mixed = {grid for grid in itertools.product(*choices) if math.prod(grid) == count}
+    if len(mixed) != 1:
+        raise ReSegError(
+            f"{count} tokens do not tell their grid at stride {tuple(stride)} over an image of size {tuple(image)}; "
+            "pad the images to a multiple of the stride"
+        )
+    return mixed.pop()
+
+
+def to_channels_first(x: Tensor, layout: str, image: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """`x` as (B, C, *spatial), a view where possible; `image` is the current input's spatial size.
+
+    Raises:
+        ReSegError: unknown layout, a rank that contradicts it, or tokens whose grid cannot be told.
+    """
+    dims = len(image)
+    if layout not in LAYOUTS:
+        raise ReSegError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    rank = 3 if layout in TOKEN_LAYOUTS else dims + 1 if layout in NO_CHANNELS.values() else dims + 2
+    if x.ndim != rank:
+        raise ReSegError(f"a tensor of shape {tuple(x.shape)} is not {layout} over {dims} spatial axes")
+    if layout in CHANNELS_FIRST.values():
+        return x
+    if layout in CHANNELS_LAST.values():
+        return x.movedim(-1, 1)
+    if layout in NO_CHANNELS.values():
+        return x.unsqueeze(1)
+    if layout == "CLS+NLC":
+        x = x[:, 1:]
+    if layout != "NCL":
+        x = x.transpose(1, 2)
+    return x.unflatten(2, grid_of_tokens(x.shape[2], image, stride))

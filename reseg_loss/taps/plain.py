@@ -1,0 +1,82 @@
+"""A plan as plain values and back, for states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ReSegError
+from . import Level, Tap, TapPlan
+
+_TAP = {"tap": str, "channels": int, "layout": str, "spatial": [int], "stride": [int], "mutated": bool}
+
+
+# what `plan_to_dict` writes down, for `check_state`
+PLAN = {"levels": [{"encoder": _TAP, "decoder": _TAP, "selected": bool}], "bottleneck": _TAP}
+
+
+def plan_to_dict(plan: TapPlan) -> dict[str, Any]:
+    """A plan as strings, numbers and lists."""
+    return {
+        "levels": [
+            {"encoder": _tap_to_dict(level.encoder), "decoder": _tap_to_dict(level.decoder), "selected": level.selected}
+            for level in plan.levels
+        ],
+        "bottleneck": _tap_to_dict(plan.bottleneck),
+    }
+
+
+def plan_from_dict(state: Mapping[str, Any]) -> TapPlan:
+    """The plan that `plan_to_dict` wrote down, without its notes."""
+    levels = []
+    for entry in state["levels"]:
+        encoder, decoder = _tap_from_dict(entry["encoder"]), _tap_from_dict(entry["decoder"])
+        levels.append(Level(encoder.stride, encoder.spatial, encoder, decoder, entry["selected"]))
+    return TapPlan(tuple(levels), _tap_from_dict(state["bottleneck"]))
+
+
+def same_taps(a: TapPlan, b: TapPlan) -> bool:
+    """Whether two plans tap the same tensors, whatever the size of the images that they were found with."""
+    return _sizeless(a) == _sizeless(b)
+
+
+def refuse_other_channels(mine: TapPlan, theirs: TapPlan) -> None:
+    """Raise a ReSegError where the taps of two plans have one name and other channels: they are of two models."""
+    here = {str(tap): tap.channels for tap in _taps(mine)}
+    for tap in _taps(theirs):
+        if here.get(str(tap), tap.channels) != tap.channels:
+            raise ReSegError(
+                f"this state is of another model: {tap} has {tap.channels} channels there and {here[str(tap)]} here"
+            )
+
+
+def _taps(plan: TapPlan) -> list[Tap]:
+    return [*(tap for level in plan.levels for tap in (level.encoder, level.decoder)), plan.bottleneck]
+
+
+def _sizeless(plan: TapPlan) -> list[Any]:
+    pairs = [(replace(e.encoder, spatial=()), replace(e.decoder, spatial=()), e.selected) for e in plan.levels]
+    return [*pairs, replace(plan.bottleneck, spatial=())]
+
+
+def _tap_to_dict(tap: Tap) -> dict[str, Any]:
+    return {
+        "tap": str(tap),
+        "channels": tap.channels,
+        "layout": tap.layout,
+        "spatial": list(tap.spatial),
+        "stride": list(tap.stride),
+        "mutated": tap.mutated,
+    }
+
+
+def _tap_from_dict(state: Mapping[str, Any]) -> Tap:
+    return replace(
+        Tap.parse(state["tap"]),
+        channels=state["channels"],
+        layout=state["layout"],
+        spatial=tuple(state["spatial"]),
+        stride=tuple(state["stride"]),
+        mutated=state["mutated"],
+    )

@@ -1,0 +1,250 @@
+"""Step 1: one forward as a data-flow graph of operators and a tree of module calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..common.dryrun import call, dry_run, image_of, private_copy, tensors
+from ..errors import ReSegError
+
+Keys = tuple[int | str, ...]
+
+
+class Ref(NamedTuple):
+    """A tensor among an operator's arguments; its node is None if it does not depend on the model's input."""
+
+    node: int | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What one tensor held at one moment: the result of an operator, and the nodes it was computed from."""
+
+    index: int
+    sources: tuple[int, ...]
+    shape: tuple[int, ...]
+    operator: str
+    storage: int
+    dynamic: bool  # depends on the model's input
+    arguments: dict[str, Any]  # of the operator, by name: plain values, tensors as Ref
+    output: int = 0  # which of the operator's results
+
+
+@dataclass
+class Call:
+    """One call of a module; nodes `start <= index < end` were made inside it."""
+
+    index: int
+    name: str
+    module: nn.Module
+    parent: int
+    count: int
+    parameters: int
+    start: int = 0
+    end: int = 0
+    inputs: list[tuple[Keys, int]] = field(default_factory=list)
+    outputs: list[tuple[Keys, int]] = field(default_factory=list)
+    children: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """A forward pass. `calls[0]` is the model itself, calls and nodes are in order of time."""
+
+    image: tuple[int, ...]  # shape of the input image, batch and channels included
+    nodes: list[Node]
+    calls: list[Call]
+    writes: dict[int, list[int]]  # storage -> nodes written into it in place
+
+    def users(self) -> dict[int, list[int]]:
+        """For every node that is used, those computed from it."""
+        users: dict[int, list[int]] = {}
+        for node in self.nodes:
+            for source in node.sources:
+                users.setdefault(source, []).append(node.index)
+        return users
+
+    def mutated(self, node: int, call: Call) -> bool:
+        """Whether the storage of `node` is written to after `call` has returned it."""
+        return any(write > node and write >= call.end for write in self.writes.get(self.nodes[node].storage, ()))
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule by the name that taps use: a leading `module.` and the `_orig_mod` of compiled modules removed.
+
+    Of a compiled module and the module inside it, which share a name, the compiled one is listed. A module reachable
+    under several names is listed under each.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(".".join(part for part in path.split(".") if part != "_orig_mod"), module)
+    short = {name: name.removeprefix("module.") for name in found}
+    return {name if short[name] != name and short[name] in found else short[name]: found[name] for name in found}
+
+
+def trace_forward(model: nn.Module, example_input: Any) -> Trace:
+    """Run `model` once, leaving no mark on it, and write down what it did.
+
+    Raises:
+        ReSegError: no image among the inputs, or the model is scripted or has lazy parameters.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReSegError("a scripted model takes no hooks; pass the Python module it was made from")
+    image = image_of(example_input)
+    names: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named_modules(model).items():
+        names.setdefault(id(module), (name, module))
+    tracer = _Tracer()
+    with ExitStack() as stack:
+        stack.enter_context(dry_run(model))
+        for name, module in names.values():
+            if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks: seen as its parent's operators
+                stack.callback(module.register_forward_pre_hook(tracer.enter(name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(tracer.leave, with_kwargs=True).remove)
+        inputs = private_copy(example_input)
+        for _, tensor in tensors(inputs):
+            tracer.add_input(tensor)
+        with tracer:
+            call(model, inputs)
+    return Trace(tuple(image.shape), tracer.nodes, tracer.calls, tracer.writes)
+
+
+class _Tracer(TorchDispatchMode):
+    """Names tensors by storage (weakly), offset, shape, stride and type, so views and in-place writes are followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.calls: list[Call] = []
+        self.writes: dict[int, list[int]] = {}
+        self._stack: list[int] = []
+        self._known: dict[tuple, int] = {}
+        # The weak reference keeps the address, not the memory: it cannot be handed to another storage meanwhile.
+        self._storages: dict[StorageWeakRef, int] = {}
+        self._counts: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+
+    def add_input(self, tensor: Tensor) -> None:
+        self._add((), tensor, "input", dynamic=tensor.numel() > 1)
+
+    def _identity(self, tensor: Tensor) -> tuple | None:
+        try:
+            storage = StorageWeakRef(tensor.untyped_storage())
+        except (NotImplementedError, RuntimeError):  # sparse and the like have no storage, and are no feature maps
+            return None
+        number = self._storages.setdefault(storage, len(self._storages))
+        return number, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+    def _add(
+        self,
+        sources: Any,
+        tensor: Tensor,
+        operator: str,
+        dynamic: bool = False,
+        write: bool = False,
+        arguments: dict[str, Any] | None = None,
+        output: int = 0,
+    ) -> int:
+        identity = self._identity(tensor)
+        sources = tuple(dict.fromkeys(s for s in sources if s is not None and self.nodes[s].dynamic))
+        storage, shape = identity[0] if identity else -1, tuple(tensor.shape)
+        dynamic = dynamic or bool(sources)
+        node = Node(len(self.nodes), sources, shape, operator, storage, dynamic, arguments or {}, output)
+        self.nodes.append(node)
+        if identity:
+            self._known[identity] = node.index
+            if write:
+                self.writes.setdefault(storage, []).append(node.index)
+        return node.index
+
+    def _find(self, tensor: Tensor) -> int | None:
+        identity = self._identity(tensor)
+        if identity is None:
+            return None
+        node = self._known.get(identity)
+        later = [write for write in self.writes.get(identity[0], ()) if node is None or write > node]
+        return self._add([node, *later], tensor, "alias") if later else node
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # there operators arrive that are made of others, a linear layer whole
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        sources = [self._find(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        named = {
+            argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            for i, argument in enumerate(func._schema.arguments)
+        }
+        arguments = {name: self._plain(value) for name, value in named.items()}
+        result = func(*args, **kwargs)
+        written = set()
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for _, tensor in tensors(named[argument.name]):
+                    self._add(sources, tensor, func._schema.name, write=True, arguments=arguments)
+                    written.add(self._identity(tensor))
+        for i, (_, tensor) in enumerate(tensors(result)):
+            if self._identity(tensor) not in written:
+                self._add(sources, tensor, func._schema.name, arguments=arguments, output=i)
+        return result
+
+    def _plain(self, value: Any) -> Any:
+        """An argument without what it would keep alive."""
+        if isinstance(value, Tensor):
+            node = self._find(value)
+            return Ref(node if node is not None and self.nodes[node].dynamic else None, tuple(value.shape))
+        if isinstance(value, (list, tuple)):
+            return [self._plain(item) for item in value]
+        return value if isinstance(value, (int, float, str)) else None
+
+    def enter(self, name: str) -> Any:
+        """A forward pre-hook that opens a call of the module `name`."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            key = id(module)
+            if key not in self._sizes:
+                self._sizes[key] = sum(p.numel() for p in module.parameters())
+            self._counts[key] = self._counts.get(key, -1) + 1
+            parent = self._stack[-1] if self._stack else -1
+            opened = Call(len(self.calls), name, module, parent, self._counts[key], self._sizes[key])
+            opened.inputs = list(self._found({**dict(enumerate(args)), **kwargs}))
+            opened.start = len(self.nodes)
+            self.calls.append(opened)
+            if parent >= 0:
+                self.calls[parent].children.append(opened.index)
+            self._stack.append(opened.index)
+
+        return hook
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """The forward hook that closes the call."""
+        while self.calls[self._stack[-1]].module is not module:  # calls that an exception, caught since, ended
+            self._stack.pop()
+        closed = self.calls[self._stack.pop()]
+        inputs = [node for _, node in closed.inputs if self.nodes[node].dynamic]
+        for keys, tensor in tensors(output):
+            node = self._find(tensor)
+            if node is None or (inputs and not self.nodes[node].dynamic):  # computed by a kernel that torch cannot see
+                node = self._add(inputs, tensor, "opaque")
+            elif getattr(module, "inplace", False) is True and node in inputs:  # does nothing now, writes in training
+                node = self._add(inputs, tensor, "inplace", write=True)
+            closed.outputs.append((keys, node))
+        closed.end = len(self.nodes)
+
+    def _found(self, values: Any) -> Iterator[tuple[Keys, int]]:
+        for keys, tensor in tensors(values):
+            node = self._find(tensor)
+            if node is not None:
+                yield keys, node
