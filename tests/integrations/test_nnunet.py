@@ -251,7 +251,12 @@ def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
 
 
 def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes_on(folders, tmp_path):
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(Path(__file__).parents[2]),
+        str(Path(__file__).parents[1]),
+        str(Path(__file__).parent),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     environment = {
         **os.environ,
         "nnUNet_results": str(tmp_path),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train_3d
 from common.data import Case, SegmentationData, load_mni152
@@ -287,7 +287,7 @@ def test_wrong_options_are_explained(volumes, more, message, capsys):
 
 
 def test_the_benchmark_writes_every_row(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     benchmark = importlib.import_module("volumes")
     options = ["--patches", "16", "--filters", "4", "8", "16", "32", "--batch", "1", "--steps", "2", "--warmup", "1"]
     monkeypatch.setattr(sys, "argv", ["volumes.py", *options, "--out", str(tmp_path / "volumes.json")])

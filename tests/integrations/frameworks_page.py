@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "reseg_loss" / "integrations" / "README.md"
+PAGE = Path(__file__).parents[2] / "reseg_loss" / "integrations" / "README.md"
 SHORTER = {"epochs=50": "steps=4, progress=False", "range(first, 100)": "range(first, 3)", "64, 64)": "16, 16)"}
 
 

@@ -39,7 +39,7 @@ def test_the_kernels_in_tritons_interpreter():
     # in a process of its own: triton must not have been imported without the interpreter
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\b3\d passed", done.stdout), done.stdout[-300:]
 

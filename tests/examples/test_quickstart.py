@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import quickstart
 from common.data import TrainingBatches, load_data
@@ -21,7 +21,7 @@ from common.recipes import sgd
 from common.training import predict, train
 from models import Threshold
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")  # a few steps teach it nothing
 

@@ -11,7 +11,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from common.metrics import VolumeScores, score_volume, summarize
 from common.report import comparison_table

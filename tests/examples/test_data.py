@@ -11,7 +11,7 @@ import pytest
 import torch
 from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from common.data import (
     Case,

@@ -30,7 +30,12 @@ pytestmark = [
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("frameworks")
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(Path(__file__).parents[2]),
+        str(Path(__file__).parents[1]),
+        str(Path(__file__).parent),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -51,7 +51,7 @@ from benchmarks.released_code import task_loss as released_loss
 from examples.backbones.unet import UNet
 from examples.common.metrics import score_volume, summarize
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SETTINGS = Settings(steps=3, stage1_steps=2, batch=2, size=32, width=2)
 FIELD = replace(SETTINGS, model="field_unet", protocol="ssl4mis", others=4)

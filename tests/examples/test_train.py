@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import ablation
 from common.data import TrainingBatches, load_data
 from common.experiment import main, parse_arguments, trained_and_tested
 from common.recipes import Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ("train_unet", "train_smp", "train_transunet", "train_swin_unet", "train_vm_unet")
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")  # a few steps teach it nothing

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.evidence.compiler import compiler_settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
