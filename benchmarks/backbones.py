@@ -61,7 +61,8 @@ def main() -> None:
             if backbone.name in known:
                 continue
             for comparison in (["--weight", "0", "--deep-supervision"], []):
-                run_script(backbone, ["--data", str(args.data), "--out", str(out), *comparison, *args.options])
+                chosen = ["--data", str(args.data), "--out", str(out), "--preset", "standardized", *comparison]
+                run_script(backbone, [*chosen, *args.options])
             for row, file in RUNS.items():
                 content = json.loads((out / f"{file}.json").read_text())
                 setting = content["options"]

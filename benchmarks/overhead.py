@@ -160,7 +160,7 @@ class Bench:
         if row == "naive":
             return self.naive(model), []
         if row == "deep supervision":
-            ds = DeepSupervision(model, CLASSES, example_input=self.image[:1])
+            ds = DeepSupervision(model, num_classes=CLASSES, example_input=self.image[:1])
             return lambda: ds.loss(self.label, task_loss), list(ds.parameters())
         settings = {"preset": "paper", **(self.rows()[row] or {})}
         if row == "paper, narrow teacher":
@@ -183,9 +183,9 @@ class Bench:
     def naive(self, model: nn.Module) -> Callable[[], Tensor]:
         """As one writes it by hand: full teacher forward, one F.mse_loss a term, input index repeated."""
         taps = FeatureExtractor(model, example_input=self.image[:1]).plan
-        student = FeatureExtractor(model, taps).attach()
+        student = FeatureExtractor(model, taps=taps).attach()
         teacher_model = self.model().eval().requires_grad_(False)
-        teacher = FeatureExtractor(teacher_model, taps, when="always").attach()
+        teacher = FeatureExtractor(teacher_model, taps=taps, when="always").attach()
         maps: dict[tuple[int, int], Tensor] = {}
 
         def matched(a: Tensor, b: Tensor) -> Tensor:

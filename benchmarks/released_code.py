@@ -39,8 +39,8 @@ class ReleasedCode:
         self.teacher = copy.deepcopy(model)
         redraw(self.teacher)
         self.loss = CrossAlignmentLoss()
-        self.student_features = FeatureExtractor(model, self.taps, example_input).attach()
-        self.teacher_features = FeatureExtractor(self.teacher, self.taps, example_input, when="always").attach()
+        self.student_features = FeatureExtractor(model, example_input, taps=self.taps).attach()
+        self.teacher_features = FeatureExtractor(self.teacher, example_input, taps=self.taps, when="always").attach()
 
     def encode(self, label: Tensor) -> Tensor:
         """(B, H, W) class indices as (B, input channels, H, W) floats."""

@@ -47,7 +47,7 @@ def make_step(row: str, image: Tensor, label: Tensor, filters: list[int]) -> Cal
     model = DynUNet(3, 1, CLASSES, kernels, strides, strides[1:], filters=filters, norm_name="instance").to(DEVICE)
     parameters, added = [*model.parameters()], []
     if "deep supervision" in row:
-        ds = DeepSupervision(model, CLASSES, example_input=image[:1])
+        ds = DeepSupervision(model, num_classes=CLASSES, example_input=image[:1])
         parameters += ds.parameters()
         added.append(lambda: ds.loss(label, task_loss))
     preset = row.split(" + ")[-1]

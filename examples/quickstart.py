@@ -94,7 +94,7 @@ def compare(
     deep, parameters = None, [*model.parameters()]
     if args.deep_supervision:
         image, _ = next(iter(batches.loader(1)))
-        deep = DeepSupervision(model, classes, example_input=image.to(args.device))
+        deep = DeepSupervision(model, num_classes=classes, example_input=image.to(args.device))
         parameters += deep.parameters()
     with timed(seconds, "training, with reseg"):
         reseg_losses = train(
@@ -163,7 +163,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=150, help="training steps of each run (default: 150)")
     parser.add_argument("--recon-steps", type=positive, default=96, help="steps of stage 1 (default: 96)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
-    parser.add_argument("--preset", choices=list(PRESETS), default="standardized", help="default: standardized")
+    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="default: paper")
     parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
     parser.add_argument(
         "--deep-supervision",

@@ -129,7 +129,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recon-steps", type=positive, help="steps of stage 1 (default: 800, small 60)")
     parser.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help="(default: %(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate (default: 0.001, small 0.003)")
-    parser.add_argument("--preset", choices=list(PRESETS), default="standardized", help="(default: %(default)s)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="(default: %(default)s)")
     parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
     parser.add_argument("--amp", choices=list(AMP), default="off", help="mixed precision (default: off)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

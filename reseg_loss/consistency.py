@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +15,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .common.distributed import broadcast, refuse_join
 from .common.dryrun import refuse_lazy
-from .common.inputs import OF_IMAGES, OF_MODEL, check_weight, refuse_evaluation, refuse_not_finite, value_of
+from .common.inputs import OF_IMAGES, OF_MODEL, check_weight, refuse_not_finite, value_of
 from .common.labels import unwrapped
 from .common.outputs import activation_of, as_path, refuse_probabilities, select_output
-from .common.state import check_state, load_states, plain
+from .common.state import load_states, plain
 from .errors import ReSegError
 from .mixing import boxes, mix, pseudo_label, ramp_up, random_intensities
-from .recording.copying import copy_model, is_sharded, unwrap
+from .recording.copying import copy_model, is_sharded
+from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss
 
-FORMAT = 1  # of the state_dict
-ENTRIES = {
-    "ramp_calls": (int, None),
-    "ignore_index": int,
-    "threshold": float,
-    "decay": float,
-    "output": ([(int, str)], None),
-    "weight": float,
-    "calls": int,
-    "started": bool,
-    "average": dict,
-}
 FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
 # before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
 BROADCASTS_TWICE = torch.__version__ >= "2.13"
 
 
-class CutMixConsistency:
+class CutMixConsistency(Regularizer):
     """A loss on unlabelled images: a mean teacher's sure predictions, as labels of mixed and perturbed images.
 
     The mean teacher (an average of the model over its training) predicts the images. A box of each is exchanged with
@@ -50,8 +39,8 @@ class CutMixConsistency:
     it too. Mean teachers: Tarvainen and Valpola, NeurIPS 2017; with CutMix: French et al., BMVC 2020; with a
     threshold: Sohn et al., FixMatch, NeurIPS 2020.
 
-    It is no nn.Module, as the mean teacher must not become a part of a module that this is an attribute of: the
-    model's parameters and state_dict keys stay as they are, and it gets no hooks.
+    The mean teacher becomes no part of a module that this is an attribute of: the model's parameters and state_dict
+    keys stay as they are, and it gets no hooks.
 
     Random numbers come from torch's default generators, as those of dropout do: `torch.manual_seed` fixes them, a run
     that restores their states resumes exactly, and a CUDA graph can capture them.
@@ -61,13 +50,13 @@ class CutMixConsistency:
             (sigmoid); or its DistributedDataParallel (before torch 2.13 with broadcast_buffers=False if it has
             buffers) or torch.compile wrapper, which is then what runs.
         deep: the model's `DeepSupervision`, with the same `ignore_index`.
-        ramp_calls: number of calls over which the loss grows to its weight (`ramp_up`), 40 % of the run for instance;
+        rampup_steps: number of calls over which the loss grows to its weight (`ramp_up`), 40 % of the run for instance;
             None gives it all its weight at once.
         ignore_index: the label value that your task loss leaves out: that of pixels of which the mean teacher is not
             sure.
         weight: a factor of the loss; it may change between steps. At 0 nothing runs.
         threshold: the probability from which on a prediction is sure.
-        decay: of the average, per `update`.
+        ema_decay: of the average, per `update`.
         perturb: changes the mixed images, (B, C, *spatial) to the same shape, and must leave everything where it is;
             None leaves them as they are. The default is `perturb_intensities`.
         output: path to the logits in what the model returns, as an index, a key or a tuple of them; None takes the
@@ -78,34 +67,43 @@ class CutMixConsistency:
             (`fully_shard`), or has parameters in less than 32 bits.
     """
 
+    ENTRIES: ClassVar[Mapping[str, Any]] = {
+        "rampup_steps": (int, None),
+        "ignore_index": int,
+        "threshold": float,
+        "ema_decay": float,
+        "output": ([(int, str)], None),
+        "started": bool,
+        "average": dict,
+    }
+
     def __init__(
         self,
         model: nn.Module,
         *,
         deep: DeepSupervision | None = None,
-        ramp_calls: int | None,
+        rampup_steps: int | None,
         ignore_index: int,
         weight: float = 1.0,
         threshold: float = 0.95,
-        decay: float = 0.99,
+        ema_decay: float = 0.99,
         perturb: Callable[[Tensor], Tensor] | None = random_intensities,
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
-        _check_settings(ramp_calls, threshold, decay)
+        _check_settings(rampup_steps, threshold, ema_decay)
         if not isinstance(ignore_index, Integral):
             raise ReSegError(f"ignore_index={ignore_index!r}; it is a label value that is no class, 255 for instance")
-        self._forward, self._model = model, unwrap(model)
+        super().__init__(model, weight)
+        self._forward = model
         self.deep, self.perturb = deep, perturb
-        self.ramp_calls, self.ignore_index, self.threshold, self.decay = (
-            plain(value) for value in (ramp_calls, ignore_index, threshold, decay)
+        self.rampup_steps, self.ignore_index, self.threshold, self.ema_decay = (
+            plain(value) for value in (rampup_steps, ignore_index, threshold, ema_decay)
         )
         self.output = as_path(output)
-        self.weight = weight
         self._check_deep()
         self._average = _copy(self._model)
-        self._calls = self._since_update = 0
+        self._since_update = 0
         self._started = self._ignoring = False
-        self._last: dict[str, Tensor | float] = {}
 
     @property
     def average(self) -> nn.Module:
@@ -117,28 +115,9 @@ class CutMixConsistency:
         """
         return self._average
 
-    @property
-    def weight(self) -> float:
-        """A factor of the loss; it may change between steps. At 0 nothing runs."""
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: float) -> None:
-        self._weight = check_weight("weight", value)
-
-    @property
-    def calls(self) -> int:
-        """How often `loss` has returned a value at a weight other than 0."""
-        return self._calls
-
     def factor(self) -> float:
         """The factor of the next call: `weight`, and its ramp."""
-        return self._weight * ramp_up(self._calls, self.ramp_calls)
-
-    def to(self, *args: Any, **kwargs: Any) -> CutMixConsistency:
-        """Move the mean teacher, as `nn.Module.to`. Returns self."""
-        self._average.to(*args, **kwargs)
-        return self
+        return self._weight * ramp_up(self._calls, self.rampup_steps)
 
     def loss(
         self,
@@ -177,14 +156,13 @@ class CutMixConsistency:
         """
         images = _plain_images(images)
         forward = self._forward if forward is None else forward
-        if not torch.is_grad_enabled():
-            raise ReSegError("gradients are off (torch.no_grad or inference mode); this loss is for training steps")
-        refuse_evaluation(self._model)
+        self._refuse_misuse()
         if weight is not None and not isinstance(weight, Tensor):
             check_weight("weight", weight)
         factor = self.factor() if weight is None else weight
         if not isinstance(factor, Tensor) and factor == 0:
-            return torch.zeros((), device=images.device, requires_grad=True)
+            self._last = {}
+            return nothing(images.device)
         self._check_deep()
         if self.deep is not None and self.deep.extractor.waiting:
             raise ReSegError(
@@ -244,7 +222,7 @@ class CutMixConsistency:
         mine, theirs = list(self._average.parameters()), list(self._model.parameters())
         _same("parameters", mine, theirs)
         pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)  # pyright: ignore
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.ema_decay)  # pyright: ignore
         if self._weight == 0:  # no forward of its own brings its buffers up to date
             self._take_over("buffers")
         self._since_update = 0
@@ -268,43 +246,35 @@ class CutMixConsistency:
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: "loss" (unweighted), "weight", and "sure", the share of pixels that count.
 
-        Reading them waits for the device.
+        "weight" is what that call's loss was multiplied with, ramp and all. Reading them waits for the device.
         """
-        return {name: float(value) for name, value in self._last.items()}
+        return super().stats()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Mean teacher, counter and settings but for `perturb`: tensors and plain Python values only.
-
-        Random numbers are torch's: save its states beside, as for dropout.
-        """
+    def _state(self) -> dict[str, Any]:
+        # but for `perturb`. Random numbers are torch's: save its states beside, as for dropout
         return {
-            "kind": "CutMixConsistency",
-            "format": FORMAT,
-            "ramp_calls": self.ramp_calls,
+            "rampup_steps": self.rampup_steps,
             "ignore_index": self.ignore_index,
             "threshold": self.threshold,
-            "decay": self.decay,
+            "ema_decay": self.ema_decay,
             "output": None if self.output is None else list(self.output),
-            "weight": self._weight,
-            "calls": self._calls,
             "started": self._started,
             "average": dict(self._average.state_dict()),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, settings included.
-
-        Raises:
-            ReSegError: the state is of another kind, format or model, or not whole. All is then as it was.
-        """
-        check_state(state, "CutMixConsistency", FORMAT, ENTRIES)
-        _check_settings(state["ramp_calls"], state["threshold"], state["decay"])
-        weight = check_weight("weight", state["weight"])
+    def _load(self, state: Mapping[str, Any]) -> None:
+        _check_settings(state["rampup_steps"], state["threshold"], state["ema_decay"])
         load_states((self._average, state["average"]))
-        self.ramp_calls, self.ignore_index = state["ramp_calls"], state["ignore_index"]
-        self.threshold, self.decay, self.output = state["threshold"], state["decay"], as_path(state["output"])
-        self._weight, self._calls, self._started = weight, state["calls"], state["started"]
+        self.rampup_steps, self.ignore_index = state["rampup_steps"], state["ignore_index"]
+        self.threshold, self.ema_decay, self.output = state["threshold"], state["ema_decay"], as_path(state["output"])
+        self._started = state["started"]
         self._ignoring = False  # the task loss was asked about another ignore_index
+
+    def _told(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("rampup_steps", "threshold", "ema_decay", "ignore_index")}
+
+    def _modules(self) -> list[nn.Module]:
+        return [self._average]
 
     def _predict(self, images: Tensor) -> Tensor:
         """The mean teacher's pseudo-label."""
@@ -363,7 +333,7 @@ class CutMixConsistency:
         deep = self.deep
         if deep is None:
             return
-        if deep._model is not self._model:
+        if deep.model is not self._model:
             raise ReSegError("deep= is the deep supervision of another model; build it for this one")
         if deep.ignore_index != self.ignore_index:
             raise ReSegError(
@@ -391,11 +361,11 @@ class CutMixConsistency:
             self._average.to(theirs.device)
 
 
-def _check_settings(ramp_calls: int | None, threshold: float, decay: float) -> None:
-    if ramp_calls is not None and ramp_calls < 1:
-        raise ReSegError(f"ramp_calls={ramp_calls}; it must be at least 1, or None for the whole weight at once")
-    if not 0 <= threshold <= 1 or not 0 <= decay < 1:
-        raise ReSegError(f"threshold={threshold}, decay={decay}; they are from 0 to 1, decay below it")
+def _check_settings(rampup_steps: int | None, threshold: float, ema_decay: float) -> None:
+    if rampup_steps is not None and rampup_steps < 1:
+        raise ReSegError(f"rampup_steps={rampup_steps}; it must be at least 1, or None for the whole weight at once")
+    if not 0 <= threshold <= 1 or not 0 <= ema_decay < 1:
+        raise ReSegError(f"threshold={threshold}, ema_decay={ema_decay}; they are from 0 to 1, ema_decay below it")
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -5,12 +5,12 @@ Every one computes in at least fp32 (fp64 stays fp64); only `project` can do wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ReSegError
 
@@ -173,3 +173,25 @@ def _weights(valid: Tensor, x: Tensor) -> Tensor:
             f"it must be {(x.shape[0], 1, *x.shape[2:])}"
         )
     return valid.to(x.dtype)
+
+
+def gradient_norms(parameters: Iterable[nn.Parameter], losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The norm of each loss's gradient at a model's parameters, to see how much each pulls: a backward pass for each.
+
+    Args:
+        parameters: those that do not require a gradient are left out.
+        losses: {name: scalar}; their graphs are kept, so that a backward of their sum may follow.
+
+    Returns:
+        {name: scalar}, in fp32; 0 for a loss that depends on none of the parameters.
+    """
+    wanted = [p for p in parameters if p.requires_grad]
+
+    def norm(value: Tensor) -> Tensor:
+        if not value.requires_grad:  # everything that it depends on is frozen
+            return torch.zeros((), device=value.device)
+        gradients = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
+        norms = [g.float().norm() for g in gradients if g is not None]
+        return torch.stack(norms).norm() if norms else torch.zeros((), device=value.device)
+
+    return {name: norm(value) for name, value in losses.items()}

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .common.distributed import UnmovedWarning, distributed, refuse_join, undistributed
-from .common.dryrun import preserved_rng
-from .common.inputs import OF_IMAGES, OF_MODEL, check_weight, refuse_evaluation, refuse_not_finite, value_of
+from .common.dryrun import image_of, preserved_rng
+from .common.inputs import OF_IMAGES, OF_MODEL, check_weight, refuse_not_finite, value_of
 from .common.labels import LabelEncoding, has_value, plain_label
-from .common.outputs import refuse_probabilities, trained_activation
-from .common.state import check_state, load_states, plain
+from .common.outputs import dry_output, refuse_probabilities, select_output, trained_activation
+from .common.state import load_states, plain
 from .errors import ReSegError
-from .recording.copying import unwrap
 from .recording.extractor import FeatureExtractor
+from .regularizer import Regularizer, nothing
 from .taps import TapPlan, find_taps
 from .taps.named import parse_taps
 from .taps.plain import PLAN, plan_from_dict, plan_to_dict, refuse_other_channels, same_taps
 
-FORMAT = 1  # of the state_dict
-ENTRIES = {
-    "num_classes": int,
-    "weights": [float],
-    "ignore_index": (int, None),
-    "weight": float,
-    "calls": int,
-    "taps": PLAN,
-    "heads": dict,
-}
-
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-class DeepSupervision:
+class DeepSupervision(Regularizer):
     """1x1 heads on a model's decoder features, each trained with the task loss on the label at its level.
 
-    It is no nn.Module: the model's parameters and state_dict keys stay as they are. Train `parameters()` beside the
-    model's, add `loss(label, task_loss)` to your loss, and drop it all with `remove()`. It works beside
-    `ReSegWrapper` on the same model, and records by the same rules (`FeatureExtractor`).
+    The model's parameters and state_dict keys stay as they are. Train `parameters()` beside the model's, add
+    `loss(label, task_loss)` to your loss, and drop it all with `remove()`. It works beside `ReSegWrapper` on the same
+    model, and records by the same rules (`FeatureExtractor`).
 
     It adds about as much as the task loss for every level, so that with three the loss is some four times as large:
 
@@ -53,50 +41,68 @@ class DeepSupervision:
 
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
-        num_classes: output channels of each head; 1 for a binary model.
-        taps: as in `ReSegWrapper`; None finds them.
         example_input: an image batch as the model takes it, to find taps and make the heads. It may only be left out
             before `load_state_dict`.
+        num_classes: output channels of each head; 1 for a binary model. None takes the channels of the model's output.
+        taps: as in `ReSegWrapper`; None finds them.
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the
             alignment.
-        weights: of the levels, finest first, next to the main loss's 1; None is 1 for each.
+        level_weights: of the levels, finest first, next to the main loss's 1; None is 1 for each.
+        weight: a factor of everything; it may change between steps.
         ignore_index: the label value that your task loss ignores. A level whose label has no other is left out (most
             losses are NaN there).
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
-        ReSegError: weights do not fit the levels, a choice is unknown, or the model ends in a sigmoid or softmax.
+        ReSegError: weights do not fit the levels, or the model ends in a sigmoid or softmax.
     """
+
+    ENTRIES: ClassVar[Mapping[str, Any]] = {
+        "num_classes": int,
+        "level_weights": [float],
+        "ignore_index": (int, None),
+        "taps": PLAN,
+        "heads": dict,
+    }
 
     def __init__(
         self,
         model: nn.Module,
-        num_classes: int,
-        taps: Mapping[str, Any] | None = None,
         example_input: Any = None,
         *,
+        num_classes: int | None = None,
+        taps: Mapping[str, Any] | None = None,
         levels: Sequence[int | Sequence[int]] | None = None,
-        weights: Sequence[float] | None = None,
+        level_weights: Sequence[float] | None = None,
+        weight: float = 1.0,
         ignore_index: int | None = None,
     ) -> None:
-        if num_classes < 1:
+        if num_classes is not None and num_classes < 1:
             raise ReSegError(f"num_classes={num_classes}; it must be at least 1")
+        super().__init__(model, weight)
         parse_taps(taps)  # refuses what is no tap now, not later
-        self._model = unwrap(model)
-        self.num_classes = plain(num_classes)
-        self.level_weights = None if weights is None else [check_weight("weights", w) for w in weights]
+        self._num_classes = plain(num_classes)
+        self.level_weights = None if level_weights is None else _checked(level_weights)
         self.ignore_index = plain(ignore_index)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
-        self._weight, self._calls, self._removed, self._labels_checked = 1.0, 0, False, False
-        self._last: dict[str, Tensor | float] = {}
+        self._checked = False
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan = find_taps(self._model, example_input, taps=taps, levels=levels)
             activation = trained_activation(self._model, example_input)
             what = "your task loss takes probabilities, while the heads give logits"
             refuse_probabilities(activation, what, self._model)
-            self._extractor, self._heads = self._make(plan, self.level_weights)
+            if self._num_classes is None:
+                self._num_classes = _channels(self._model, example_input)
+            self._extractor, self._heads = self._make(plan, self._num_classes, self.level_weights)
+
+    @property
+    def num_classes(self) -> int:
+        """Output channels of each head."""
+        self._need_bound()
+        assert self._num_classes is not None
+        return self._num_classes
 
     @property
     def extractor(self) -> FeatureExtractor:
@@ -112,29 +118,9 @@ class DeepSupervision:
         assert self._heads is not None
         return undistributed(self._heads).heads  # pyright: ignore[reportReturnType]
 
-    @property
-    def weight(self) -> float:
-        """A factor of everything; it may change between steps. At 0 nothing is recorded."""
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: float) -> None:
-        self._weight = check_weight("weight", value)
-        self._arm()
-
-    @property
-    def calls(self) -> int:
-        """How often `loss` has returned a value at a weight other than 0."""
-        return self._calls
-
     def parameters(self) -> Iterator[nn.Parameter]:
         """The heads' parameters, for your optimizer."""
         return iter(self.heads.parameters())
-
-    def to(self, *args: Any, **kwargs: Any) -> DeepSupervision:
-        """Move the heads, as `nn.Module.to`. Returns self."""
-        self.heads.to(*args, **kwargs)
-        return self
 
     def weight_of(self, name: str) -> float:
         """The weight of one head, without `weight`."""
@@ -153,8 +139,8 @@ class DeepSupervision:
             A scalar to add to the task loss. At weight 0 a zero on which backward works.
 
         Raises:
-            ReSegError: no or several training forwards since the last call, the model is in evaluation, or the label
-                does not fit.
+            ReSegError: no or several training forwards since the last call, the model is in evaluation, gradients are
+                off, or the label does not fit.
             TapError: a tap did not fire.
         """
         try:
@@ -164,54 +150,34 @@ class DeepSupervision:
                 self._extractor.forget()
             raise
 
-    def record(self) -> AbstractContextManager[None]:
-        """Mark the forward that the next `loss` is for, in loops with several forwards a step."""
-        return self.extractor.record() if self._extractor is not None else nullcontext()
-
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: each head's task loss, "loss" and "weight".
 
         "decoder_1" is the task loss of a head, "weighted/decoder_1" its part in what `loss` returned. "loss" is the sum
-        over heads by their weights, times "weight" what was returned. A call at weight 0 leaves "weight"
-        alone. With `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading them
-        waits for the device.
+        over heads by their weights, times "weight" what was returned. A call at weight 0 leaves "weight" alone. With
+        `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading them waits for
+        the device.
         """
-        return {name: float(value) for name, value in self._last.items()}
+        return super().stats()
 
-    def remove(self) -> None:
-        """Take all hooks off; the model is as it was."""
-        if self._extractor is not None:
-            self._extractor.remove()
-        self._removed = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Heads, taps, counters and settings: tensors and plain Python values only."""
+    def _state(self) -> dict[str, Any]:
         return {
-            "kind": "DeepSupervision",
-            "format": FORMAT,
             "num_classes": self.num_classes,
             # also where they are the default, so that a state goes on as it was when that changes
-            "weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
+            "level_weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
             "ignore_index": self.ignore_index,
-            "weight": self._weight,
-            "calls": self._calls,
             "taps": plan_to_dict(self.extractor.plan),
             "heads": dict(self.heads.state_dict()),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, settings included; needs no example.
-
-        Raises:
-            ReSegError: the state is of another kind, format or model, or of another number of classes, or not whole.
-                All is then as it was.
-            TapError: the model has not the taps of the state. All is then as it was, too.
-        """
-        check_state(state, "DeepSupervision", FORMAT, ENTRIES)
-        if state["num_classes"] != self.num_classes:
-            raise ReSegError(f"this state is for {state['num_classes']} classes, not {self.num_classes}")
+    def _load(self, state: Mapping[str, Any]) -> None:
+        classes, known = state["num_classes"], self._num_classes
+        if known is not None and classes != known:
+            raise ReSegError(f"this state is for {classes} classes, not {known}")
+        if classes < 1:
+            raise ReSegError(f"this state is for {classes} classes; it must be at least 1")
         plan = plan_from_dict(state["taps"])
-        weight, *weights = (check_weight("weights", w) for w in (state["weight"], *state["weights"]))
+        weights = _checked(state["level_weights"])
         if len(weights) != len(plan.selected):
             raise ReSegError(f"this state has {len(weights)} weights for {len(plan.selected)} levels; it is not whole")
         extractor, heads = self._extractor, self._heads
@@ -219,7 +185,7 @@ class DeepSupervision:
             refuse_other_channels(extractor.plan, plan)
         # rebuilt only where it differs: optimizers hold the heads, compiled models their hooks
         if extractor is None or not same_taps(extractor.plan, plan):
-            extractor, heads = self._make(plan, weights)
+            extractor, heads = self._make(plan, classes, weights)
         assert heads is not None
         try:
             load_states((undistributed(heads).heads, state["heads"]))  # pyright: ignore[reportArgumentType]
@@ -229,20 +195,30 @@ class DeepSupervision:
             raise
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
-        self._extractor, self._heads = extractor, heads
+        self._extractor, self._heads, self._num_classes = extractor, heads, classes
         self.level_weights, self.ignore_index = weights, state["ignore_index"]
-        self._weight, self._calls, self._labels_checked = weight, state["calls"], False
-        self._arm()
+        self._checked = False
 
-    def _make(self, plan: TapPlan, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
+    def _told(self) -> dict[str, Any]:
+        levels = None if self._extractor is None else [level.stride for level in self._extractor.plan.selected]
+        return {"num_classes": self._num_classes, "levels": levels, "ignore_index": self.ignore_index}
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.heads]
+
+    def _recorder(self) -> FeatureExtractor | None:
+        return self._extractor
+
+    def _make(self, plan: TapPlan, classes: int, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
         """Heads and hooks for known taps."""
         channels = {f"decoder_{i + 1}": level.decoder.channels for i, level in enumerate(plan.selected)}
         if weights is not None and len(weights) != len(channels):
             raise ReSegError(f"{len(weights)} weights for {len(channels)} levels:\n{plan.draw()}")
         with preserved_rng():
-            heads = _Heads(channels, self.num_classes, len(plan.bottleneck.spatial))
+            heads = _Heads(channels, classes, len(plan.bottleneck.spatial))
         like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
-        extractor = FeatureExtractor(self._model, plan, decoder_only=True)
+        extractor = FeatureExtractor(self._model, taps=plan, decoder_only=True)
+        extractor.enabled = self._weight != 0
         return extractor if self._removed else extractor.attach(), heads.to(like.device, like.dtype)
 
     def _need_bound(self) -> None:
@@ -254,12 +230,10 @@ class DeepSupervision:
             self._extractor.enabled = self._weight != 0
 
     def _loss(self, label: Tensor, task_loss: TaskLoss) -> Tensor:
-        if self._removed:
-            raise ReSegError("the hooks were removed; build a new DeepSupervision")
-        refuse_evaluation(self._model)
+        self._refuse_misuse()
         if self._weight == 0:
-            self._last = {"weight": 0.0}
-            return torch.zeros((), device=label.device, requires_grad=True)
+            self._last = {}
+            return nothing(label.device)
         recorded = self.extractor.take()
         assert self._heads is not None
         features, device = recorded.features, recorded.features.decoder[0].device
@@ -267,7 +241,7 @@ class DeepSupervision:
         image = recorded.image.shape
         encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
         encoding.check_shape(label, image)
-        first = not self._labels_checked
+        first = not self._checked
         inputs = {f"decoder_{i + 1}": x for i, x in enumerate(features.decoder)}
         for level, x in zip(self.extractor.plan.selected, features.decoder):
             _check_covers(level.stride, x.shape[2:], image[2:])
@@ -294,9 +268,21 @@ class DeepSupervision:
         self._last |= {
             f"weighted/{name}": self._weight * self.weight_of(name) * value for name, value in self._last.items()
         }
-        self._last |= {"loss": total.detach(), "weight": self._weight}
-        self._calls, self._labels_checked = self._calls + 1, True
+        self._last["loss"] = total.detach()
+        self._calls, self._checked = self._calls + 1, True
         return self._weight * total
+
+
+def _channels(model: nn.Module, example_input: Any) -> int:
+    image, output = image_of(example_input), dry_output(model, example_input)
+    try:
+        return select_output(output, len(image), tuple(image.shape[2:])).shape[1]
+    except ReSegError as error:
+        raise ReSegError("the model's output does not tell the number of classes; pass num_classes=") from error
+
+
+def _checked(level_weights: Sequence[float]) -> list[float]:
+    return [check_weight("level_weights", weight) for weight in level_weights]
 
 
 class _Heads(nn.Module):

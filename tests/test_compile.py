@@ -78,7 +78,7 @@ def test_hooks_set_before_the_first_call_are_part_of_one_unbroken_graph(compiled
 
 def test_deep_supervision_adds_one_gradient_per_head_to_a_compiled_graph():
     (image, label), model = batch(), UNet()
-    ds = DeepSupervision(model, 3, example_input=image)
+    ds = DeepSupervision(model, image)
     shapes: list[tuple[int, ...]] = []
 
     def backward(graph: Any, inputs: Any) -> Any:
@@ -156,7 +156,7 @@ def test_a_relu_in_place_after_a_tap_is_compiled_with_the_values_before_it():
         model, reseg = made()
         reseg.remove()
         inplace(model)
-        extractor = FeatureExtractor(model, taps, batch()[0]).attach()
+        extractor = FeatureExtractor(model, batch()[0], taps=taps).attach()
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if run_compiled else model
         run(batch()[0])
         features = extractor.pop()
@@ -354,7 +354,7 @@ def test_a_tap_inside_a_compiled_submodule_fires():
     model = UNet()
     model.bottleneck = torch.compile(model.bottleneck, backend="aot_eager", fullgraph=True)
     taps = {"encoder": ["encoder.1"], "decoder": ["decoder.1"], "bottleneck": "bottleneck.0"}
-    extractor = FeatureExtractor(model, taps, image).attach()
+    extractor = FeatureExtractor(model, image, taps=taps).attach()
     for _ in range(2):
         model(image)
         bottleneck = extractor.pop().bottleneck
@@ -367,7 +367,7 @@ def test_a_model_whose_submodule_was_compiled_and_run_before_gives_a_loss_or_say
     model.bottleneck = torch.compile(model.bottleneck, backend="eager")
     model(image)
     taps = {"encoder": ["encoder.1"], "decoder": ["decoder.1"], "bottleneck": "bottleneck.0"}
-    reseg = ReSegWrapper(model, taps, image)
+    reseg = ReSegWrapper(model, image, taps=taps)
     reseg.freeze_teacher()
     model(image)
     with pytest.raises(TapError, match=r"did not fire.*bottleneck\.0.*compiled and run before"):

@@ -22,11 +22,13 @@ from reseg_loss.mixing import boxes, mix, perturb_intensities, pseudo_label, ram
 def made(model: nn.Module | None = None, **kwargs: Any) -> tuple[nn.Module, CutMixConsistency]:
     """A threshold of which a new model is sure of about half."""
     model = UNet() if model is None else model
-    return model, CutMixConsistency(model, **{"ramp_calls": None, "ignore_index": IGNORED, "threshold": 0.4, **kwargs})
+    return model, CutMixConsistency(
+        model, **{"rampup_steps": None, "ignore_index": IGNORED, "threshold": 0.4, **kwargs}
+    )
 
 
 def supervised(model: nn.Module, dims: int = 2, **kwargs: Any) -> DeepSupervision:
-    return DeepSupervision(model, 3, example_input=batch(dims=dims)[0], **{"ignore_index": IGNORED, **kwargs})
+    return DeepSupervision(model, batch(dims=dims)[0], **{"ignore_index": IGNORED, **kwargs})
 
 
 def hooks(model: nn.Module) -> int:
@@ -159,7 +161,7 @@ def test_training_is_that_of_a_plain_loop(dims, with_deep):
     teacher = copy.deepcopy(model)
     deep = supervised(model, dims) if with_deep else None
     heads = {} if deep is None else {name: copy.deepcopy(head) for name, head in deep.heads.items()}
-    _, mixed = made(model, deep=deep, ramp_calls=3, weight=2.0, decay=0.9)
+    _, mixed = made(model, deep=deep, rampup_steps=3, weight=2.0, ema_decay=0.9)
     ours = torch.optim.SGD([*model.parameters(), *(deep.parameters() if deep else [])], 0.1)
     mixed.reset()  # the first loss would do it, but after a labelled forward, which batch normalisation counts
     theirs = torch.optim.SGD([*byhand.parameters(), *(p for h in heads.values() for p in h.parameters())], 0.1)
@@ -276,7 +278,7 @@ def test_a_binary_model_of_one_channel():
         ).mean()
 
     model = UNet(classes=1)
-    deep = DeepSupervision(model, 1, example_input=batch()[0], ignore_index=IGNORED)
+    deep = DeepSupervision(model, num_classes=1, example_input=batch()[0], ignore_index=IGNORED)
     _, mixed = made(model, deep=deep, threshold=0.55)
     loss = mixed.loss(batch()[0], binary)
     loss.backward()
@@ -316,7 +318,7 @@ def test_logits_are_found_in_dicts_and_lists(form, output):
 
 
 def test_weights():
-    model, mixed = made(ramp_calls=2, weight=3.0)
+    model, mixed = made(rampup_steps=2, weight=3.0)
     image, _ = batch()
 
     def one(logits: Tensor, label: Tensor) -> Tensor:
@@ -431,7 +433,7 @@ def test_the_mean_teacher_has_the_users_hooks_and_none_of_ours():
 
 
 def test_it_starts_as_the_model_at_the_first_loss_and_follows_it():
-    model, mixed = made(decay=0.75)
+    model, mixed = made(ema_decay=0.75)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.add_(1)  # other weights are loaded
@@ -465,7 +467,7 @@ def test_tied_and_frozen_parameters():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)
 
-    model, mixed = made(Tied(), decay=0.5)
+    model, mixed = made(Tied(), ema_decay=0.5)
     average = mixed.average
     assert average.again.weight is average.head.weight
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
@@ -505,7 +507,7 @@ def test_a_run_resumes_to_the_bit():
     torch.manual_seed(0)
     model = UNet(dropout=0.3)
     deep = supervised(model)
-    _, mixed = made(model, deep=deep, ramp_calls=5, weight=0.5, decay=0.8, output=())
+    _, mixed = made(model, deep=deep, rampup_steps=5, weight=0.5, ema_decay=0.8, output=())
     optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.1, momentum=0.9)
     for step in range(2):
         step_of(model, deep, mixed, optimizer, step)
@@ -516,13 +518,13 @@ def test_a_run_resumes_to_the_bit():
     torch.manual_seed(5)
     model = UNet(dropout=0.3)
     model.load_state_dict(state["model"])
-    deep = DeepSupervision(model, 3, ignore_index=IGNORED)
-    mixed = CutMixConsistency(model, deep=deep, ramp_calls=None, ignore_index=IGNORED)
+    deep = DeepSupervision(model, num_classes=3, ignore_index=IGNORED)
+    mixed = CutMixConsistency(model, deep=deep, rampup_steps=None, ignore_index=IGNORED)
     deep.load_state_dict(state["deep"])
     mixed.load_state_dict(state["mixed"])
     optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.1, momentum=0.9)
     optimizer.load_state_dict(state["optimizer"])
-    assert (mixed.calls, mixed.weight, mixed.decay, mixed.threshold, mixed.ramp_calls) == (2, 0.5, 0.8, 0.4, 5)
+    assert (mixed.calls, mixed.weight, mixed.ema_decay, mixed.threshold, mixed.rampup_steps) == (2, 0.5, 0.8, 0.4, 5)
     torch.set_rng_state(state["rng"])
     assert torch.equal(torch.stack([step_of(model, deep, mixed, optimizer, s) for s in (2, 3)]), torch.stack(expected))
     with pytest.raises(ReSegError, match="another model"):
@@ -658,9 +660,9 @@ def test_images_that_do_not_fit_are_refused(images, message):
     ("kwargs", "message"),
     [
         ({"ignore_index": None}, "no class, 255 for instance"),
-        ({"ramp_calls": 0}, "ramp_calls=0"),
+        ({"rampup_steps": 0}, "rampup_steps=0"),
         ({"threshold": 1.5}, "threshold=1.5"),
-        ({"decay": 1.0}, "decay=1.0"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"weight": -1.0}, "weight=-1.0"),
     ],
 )
@@ -685,7 +687,7 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ReSegError, match="lazy"):
         made(nn.Sequential(nn.LazyConv2d(3, 1)))
     features = Wrapped(lambda y: (torch.cat([y, y], 1), y))
-    _, mixed = made(features, deep=supervised(features))
+    _, mixed = made(features, deep=supervised(features, num_classes=3))
     with pytest.raises(ReSegError, match="has 6 channels, the heads of deep supervision have 3"):
         mixed.loss(image, task_loss)
     _, mixed = made(model)

@@ -232,8 +232,8 @@ def test_steps_with_unlabelled_images_do_not_wait_and_can_be_captured(graphed):
     for captured in (False, graphed):
         torch.manual_seed(0)
         model = UNet().to(DEVICE, torch.float64)
-        deep = DeepSupervision(model, 3, example_input=data[0][0], ignore_index=255)
-        mixed = CutMixConsistency(model, deep=deep, ramp_calls=None, ignore_index=255, threshold=0.4)
+        deep = DeepSupervision(model, data[0][0], ignore_index=255)
+        mixed = CutMixConsistency(model, deep=deep, rampup_steps=None, ignore_index=255, threshold=0.4)
         optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.05, momentum=0.9)
         (image, label), weight = (x.clone() for x in data[0]), torch.zeros((), device=DEVICE)
 

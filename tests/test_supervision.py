@@ -19,7 +19,7 @@ from reseg_loss.supervision import _nearest
 
 def ready(model: nn.Module | None = None, **kwargs) -> tuple[nn.Module, DeepSupervision]:
     model = model or UNet()
-    return model, DeepSupervision(model, 3, example_input=batch()[0], **kwargs)
+    return model, DeepSupervision(model, batch()[0], **kwargs)
 
 
 class DeeplySupervised(UNet):
@@ -77,7 +77,7 @@ def test_the_models_keys_and_outputs_stay_and_remove_leaves_it_bare():
     model(image)
     with pytest.raises(ReSegError, match="hooks were removed"):
         ds.loss(label, task_loss)
-    late = DeepSupervision(model, 3)
+    late = DeepSupervision(model, num_classes=3)
     late.remove()
     late.load_state_dict(ds.state_dict())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -115,7 +115,7 @@ def test_task_loss_gets_the_label_in_the_form_it_came_in():
 
 
 def test_weights():
-    model, ds = ready(weights=[1.0, 0.5])
+    model, ds = ready(level_weights=[1.0, 0.5])
     assert list(ds.heads) == ["decoder_1", "decoder_2"]
     assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
     image, label = batch()
@@ -135,7 +135,7 @@ def test_weight_zero_equals_the_run_without():
     for supervised in (True, False):
         torch.manual_seed(1)
         model = UNet(dropout=0.3)
-        ds = DeepSupervision(model, 3, example_input=batch()[0]) if supervised else None
+        ds = DeepSupervision(model, batch()[0]) if supervised else None
         if ds is not None:
             ds.weight = 0
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -152,7 +152,7 @@ def test_weight_zero_equals_the_run_without():
 
 
 def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits():
-    model, ds = ready(weights=[1.0, 0.5])
+    model, ds = ready(level_weights=[1.0, 0.5])
     image, label = batch()
     model(image)
     ds.loss(label, task_loss)
@@ -160,21 +160,24 @@ def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits()
     model(image)
     expected = ds.loss(label, task_loss)
     ds.remove()
-    fresh = DeepSupervision(model, 3)
+    fresh = DeepSupervision(model, num_classes=3)
     fresh.load_state_dict(state)
     model(image)
     assert torch.equal(fresh.loss(label, task_loss), expected)
     before = list(fresh.parameters())
     fresh.load_state_dict(state)
     assert all(a is b for a, b in zip(before, fresh.parameters()))
+    fresh = DeepSupervision(UNet())  # the state tells the classes
+    fresh.load_state_dict(state)
+    assert fresh.num_classes == 3
     with pytest.raises(ReSegError, match="3 classes, not 4"):
-        DeepSupervision(UNet(), 4).load_state_dict(state)
+        DeepSupervision(UNet(), num_classes=4).load_state_dict(state)
 
 
 def test_a_state_holds_the_default_weights_so_that_a_change_of_them_leaves_it_as_it_was():
     _, ds = ready()
-    assert saved(ds)["weights"] == [1.0, 1.0]
-    _, other = ready(weights=[1.0, 0.5])
+    assert saved(ds)["level_weights"] == [1.0, 1.0]
+    _, other = ready(level_weights=[1.0, 0.5])
     ds.load_state_dict(saved(other))
     assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
 
@@ -184,7 +187,7 @@ def test_it_works_beside_the_wrapper_in_3d_and_under_autocast():
     model = UNet(dims=3)
     reseg = ReSegWrapper(model, example_input=image)
     reseg.freeze_teacher()
-    ds = DeepSupervision(model, 3, example_input=image)
+    ds = DeepSupervision(model, image)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(image)
     side = ds.loss(label, lambda x, y: F.cross_entropy(x.float(), y) if x.dtype == torch.bfloat16 else 1 / 0)
@@ -237,23 +240,23 @@ def test_heads_that_no_optimizer_knows_are_warned_about_once():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"weights": [1.0]}, "1 weights for 2 levels"),
-        ({"weights": [-1.0, 1.0]}, "weights"),
+        ({"level_weights": [1.0]}, "1 weights for 2 levels"),
+        ({"level_weights": [-1.0, 1.0]}, "level_weights"),
     ],
 )
 def test_bad_choices_are_refused(kwargs, message):
     with pytest.raises(ReSegError, match=message):
         ready(**kwargs)
     with pytest.raises(ReSegError, match="example_input="):
-        DeepSupervision(UNet(), 3).parameters()
+        DeepSupervision(UNet(), num_classes=3).parameters()
     with pytest.raises(ReSegError, match="example_input="):
-        DeepSupervision(UNet(), 3, batch()[0])  # pyright: ignore[reportArgumentType]
+        DeepSupervision(UNet(), num_classes=3, taps=batch()[0])  # pyright: ignore[reportArgumentType]
 
 
 def test_only_the_features_that_are_supervised_are_recorded():
     (image, _), model = batch(), UNet()
     with FeatureExtractor(model, example_input=image) as everything:
-        plan, decoder = everything.plan, FeatureExtractor(model, everything.plan, decoder_only=True)
+        plan, decoder = everything.plan, FeatureExtractor(model, taps=everything.plan, decoder_only=True)
         with decoder:
             model(image)
             every, some = everything.pop(), decoder.pop()
@@ -290,7 +293,7 @@ def test_a_forward_that_enters_autocast_itself_is_seen_as_such():
     model = Entering()
     reseg = ReSegWrapper(model, example_input=image)
     reseg.freeze_teacher()
-    ds = DeepSupervision(model, 3, example_input=image)
+    ds = DeepSupervision(model, image)
     model(image)
     assert reseg.extractor.take().autocast == (True, torch.bfloat16)
     ds.extractor.forget()
@@ -315,9 +318,9 @@ def test_a_label_is_not_stretched_over_what_a_model_pads_inside():
 def test_stats_are_the_parts_of_the_loss():
     image, label = batch()
     model = UNet()
-    ds = DeepSupervision(model, 3, example_input=image, weights=[1.0, 0.5, 0.25][: len(UNet.taps["decoder"]) - 1])
+    ds = DeepSupervision(model, image, level_weights=[1.0, 0.5, 0.25][: len(UNet.taps["decoder"]) - 1])
     ds.weight = 0.5
-    assert ds.stats() == {}
+    assert ds.stats() == {"weight": 0.5}
     seen: list[float] = []
 
     def noted(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ class Machine:
     def compile_inside(self, reseg: ReSegWrapper) -> None:
         """Compile what the wrapper calls by itself."""
         if self.compile != "none":
-            reseg.loss.compile(dynamic=False, backend=self.backend)
+            reseg.criterion.compile(dynamic=False, backend=self.backend)
         if self.compile == "all":
             reseg.teacher.body.compile(dynamic=False, backend=self.backend)
 
@@ -403,11 +403,11 @@ class Stage2:
             machine.compile_inside(self.reseg)
             if variant.fed == "image" or not variant.crossed:
                 plan = self.reseg.extractor.plan
-                self.taught = FeatureExtractor(self.reseg.teacher.body, plan, when="always").attach()
+                self.taught = FeatureExtractor(self.reseg.teacher.body, taps=plan, when="always").attach()
         if variant.deep is not None:
             ignored = IGNORED if variant.unlabelled_deep else None
             self.deep = DeepSupervision(
-                self.model, classes, example_input=example, ignore_index=ignored, **variant.deep
+                self.model, num_classes=classes, example_input=example, ignore_index=ignored, **variant.deep
             )
             parameters += self.deep.parameters()
         self.student = machine.network(self.model)
@@ -418,11 +418,13 @@ class Stage2:
             kind, options = mixing_of(variant.mixing)
             options = {"threshold": SURE, "decay": EMA, **options}
             self.mixed = (kind if variant.unlabelled == "cutmix" else CopyPaste)(
-                self.student, deep=deep, ramp_calls=None, ignore_index=IGNORED, **options
+                self.student, deep=deep, rampup_steps=None, ignore_index=IGNORED, **options
             )
             machine.compile_average(self.mixed)
         elif variant.free:  # at weight 0 the average follows, and nothing else runs
-            self.mixed = CutMixConsistency(self.student, ramp_calls=None, ignore_index=IGNORED, weight=0.0, decay=EMA)
+            self.mixed = CutMixConsistency(
+                self.student, rampup_steps=None, ignore_index=IGNORED, weight=0.0, ema_decay=EMA
+            )
         self.recon_loss = ReconLoss()
         self.task_loss = machine.loss(segmentation_loss)
         recipe = (settings.optimizer, settings.lr, settings.weight_decay)
@@ -436,7 +438,7 @@ class Stage2:
         """All whose weights or statistics a run changes or that differ between seeds."""
         modules = [self.model]
         if self.reseg is not None:
-            modules += [self.reseg.loss, self.reseg.teacher]
+            modules += [self.reseg.criterion, self.reseg.teacher]
         if self.deep is not None:
             modules.append(self.deep.heads)
         averages = [self.average, self.mixed.average if self.mixed is not None else None]
@@ -480,7 +482,7 @@ class Stage2:
         taught = self.taught.pop()
         if not self.variant.crossed:
             taught = Features(taught.decoder, taught.encoder, taught.bottleneck)
-        return self.reseg.weight * self.reseg.loss(student, taught)
+        return self.reseg.weight * self.reseg.criterion(student, taught)
 
     def _unlabelled(self) -> Tensor:
         kind, clock = self.variant.unlabelled, self.loop.clock

@@ -314,7 +314,7 @@ def _crossed() -> None:
     for options, standardized in (({}, False), ({"normalize": "batch"}, True)):
         found = CrossAlignmentLoss(**options)(student, teacher)
         oracle.near(found, oracle.alignment(s, t, standardized=standardized), "eq. 7")
-        parts = CrossAlignmentLoss(**options)(student, teacher, components=True)
+        parts = CrossAlignmentLoss(**options).terms(student, teacher)
         pairs_of = [*zip(s.decoder, t.encoder), *zip(s.encoder, t.decoder), (s.bottleneck, t.bottleneck)]
         names = [*(f"encoder_to_decoder_{i}" for i in (1, 2, 3)), *(f"decoder_to_encoder_{i}" for i in (1, 2, 3))]
         for name, (a, b) in zip([*names, "bottleneck"], pairs_of):
@@ -512,7 +512,7 @@ def _unbuilt(name: str) -> None:
 
 def _unbuilt_heads(name: str) -> None:
     model = net()
-    ds = DeepSupervision(model, CLASSES)
+    ds = DeepSupervision(model, num_classes=CLASSES)
     _call(ds, name, "")
     if name != "remove":
         ds.load_state_dict(supervised()[1].state_dict())

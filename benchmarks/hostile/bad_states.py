@@ -634,7 +634,7 @@ def _unfinished() -> Any:
 
 
 def _other_classes() -> Any:
-    other = DeepSupervision(net(classes=5), 5, example_input=batch()[0])
+    other = DeepSupervision(net(classes=5), num_classes=5, example_input=batch()[0])
     return supervised()[1].load_state_dict(other.state_dict())
 
 

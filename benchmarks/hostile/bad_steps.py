@@ -491,7 +491,7 @@ _BAD_SUPERVISION: dict[str, Callable[[Any, DeepSupervision], Any]] = {
     "another batch's label": lambda m, d: (forward(m), d.loss(batch(3)[1], task_loss)),
     "an empty batch": lambda m, d: (m(batch(0)[0]), d.loss(batch(0)[1], task_loss)),
     "heads on meta": lambda m, d: (d.to("meta"), forward(m), d.loss(batch()[1], task_loss)),
-    "before an example": lambda m, d: DeepSupervision(m, CLASSES).loss(batch()[1], task_loss),
+    "before an example": lambda m, d: DeepSupervision(m, num_classes=CLASSES).loss(batch()[1], task_loss),
 }
 
 
@@ -504,7 +504,7 @@ def unlabelled() -> Iterator[Attempt]:
     yield Attempt(target, "threshold", lambda: check_mixing(*mixing(threshold=0.37), threshold=0.37), true, NEVER)
     yield Attempt(target, "nothing sure", lambda: check_mixing(*mixing(threshold=1.0), threshold=1.0), true, NEVER)
     yield Attempt(target, "weight", lambda: check_mixing(*mixing(weight=0.25), factor=0.25), true, NEVER)
-    yield Attempt(target, "a ramp", lambda: check_mixing(*mixing(ramp_calls=10), factor=np.exp(-5.0)), true, NEVER)
+    yield Attempt(target, "a ramp", lambda: check_mixing(*mixing(rampup_steps=10), factor=np.exp(-5.0)), true, NEVER)
     yield Attempt(target, "as taught", _taught, true, NEVER)
     yield Attempt(
         target,
@@ -542,7 +542,7 @@ def unlabelled() -> Iterator[Attempt]:
         own = (OwnError,) if "raising" in title else ()
         yield Attempt(target, title, lambda u=use: u(*mixing()), own=own)
     settings: dict[str, list[Any]] = {
-        "ramp_calls": [0, -1, "10", NAN, [10]],
+        "rampup_steps": [0, -1, "10", NAN, [10]],
         "ignore_index": ["255", 1.5, None, NAN, [255], 0, 2],
         "weight": [NAN, -1, "1", None, INF],
         "threshold": [-0.1, 1.1, NAN, "0.9", None, [0.9]],
@@ -599,7 +599,7 @@ def _built_mixing(name: str, value: Any) -> Any:
 
 
 def _mixing_of(model: Any) -> Any:
-    return CutMixConsistency(model, ramp_calls=None, ignore_index=IGNORED)
+    return CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
 
 
 def _sigmoid() -> Any:

@@ -157,7 +157,9 @@ def finding() -> Iterator[Attempt]:
     for title, taps in BAD_TAPS.items():
         # of a net that has a plan some bad names are all right: a level of other sizes is left out with a note
         yield Attempt("find_taps", f"taps {title}", lambda t=taps: find_taps(net(), image, taps=t))
-        yield Attempt("FeatureExtractor", f"taps {title}", lambda t=taps: _pop_of(FeatureExtractor(net(), t), image))
+        yield Attempt(
+            "FeatureExtractor", f"taps {title}", lambda t=taps: _pop_of(FeatureExtractor(net(), taps=t), image)
+        )
     for title, make in BAD_MODELS.items():
         own = (OwnError,) if title == "raising" else ()
         right = (lambda plan: same_taps(plan) is None) if title == "DataParallel" else None
@@ -325,7 +327,7 @@ def _plan_rows(name: str) -> Iterator[Attempt]:
         "a number for a module": lambda p: _edit(p, "encoder", module=3),
     }
     for title, edit in wrong.items():
-        yield Attempt(name, title, lambda e=edit: _pop_of(FeatureExtractor(net(), e(plan)), batch()[0]))
+        yield Attempt(name, title, lambda e=edit: _pop_of(FeatureExtractor(net(), taps=e(plan)), batch()[0]))
 
 
 def _edit(plan: Any, side: str, **changes: Any) -> Any:

@@ -117,12 +117,12 @@ def aligned(model: nn.Module | None = None, ready: bool = True, **options: Any) 
 def supervised(model: nn.Module | None = None, **options: Any) -> tuple[Any, DeepSupervision]:
     model = net() if model is None else model
     torch.manual_seed(2)
-    return model, DeepSupervision(model, CLASSES, **{"example_input": batch()[0], **options})
+    return model, DeepSupervision(model, num_classes=CLASSES, **{"example_input": batch()[0], **options})
 
 
 def mixing(model: nn.Module | None = None, **options: Any) -> tuple[Any, CutMixConsistency]:
     model = net() if model is None else model
-    settings = {"ramp_calls": None, "ignore_index": IGNORED, "threshold": 0.4, "perturb": None, **options}
+    settings = {"rampup_steps": None, "ignore_index": IGNORED, "threshold": 0.4, "perturb": None, **options}
     return model, CutMixConsistency(model, **settings)
 
 

@@ -87,8 +87,10 @@ def loop(folder: Path, seed: int) -> None:
     example = batch(seed=seed)[0]
     with_projection = {"projection": "linear"} if seed % 2 else {"every": 2, "subset": 0.5}
     reseg = ReSegWrapper(model, example_input=example, weight=0.5, **with_projection)
-    deep = DeepSupervision(model, CLASSES, example_input=example, ignore_index=IGNORED, decay_calls=4 * STEPS)
-    mixed = CutMixConsistency(model, deep=deep, ramp_calls=STEPS, ignore_index=IGNORED, threshold=0.4)
+    deep = DeepSupervision(
+        model, num_classes=CLASSES, example_input=example, ignore_index=IGNORED, decay_calls=4 * STEPS
+    )
+    mixed = CutMixConsistency(model, deep=deep, rampup_steps=STEPS, ignore_index=IGNORED, threshold=0.4)
     optimizer = torch.optim.AdamW([*model.parameters(), *reseg.parameters(), *deep.parameters()], 1e-3)
     holders = {"reseg": reseg, "deep": deep, "mixed": mixed, "model": model, "optimizer": optimizer}
     loader = DataLoader(Patients(folder, seed), 2, shuffle=True)

@@ -206,7 +206,7 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
             )
             run.recon_seconds = time.perf_counter() - begin
     if variant.deep:
-        deep = DeepSupervision(model, len(setting.data.class_names), example_input=example)
+        deep = DeepSupervision(model, num_classes=len(setting.data.class_names), example_input=example)
         parameters += deep.parameters()
     optimizer = recipe.make_optimizer(parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -286,7 +286,7 @@ def overlay_rows(models: dict[str, nn.Module], data: SegmentationData) -> list[O
 
 def parse_arguments(backbone: Backbone, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options_parser(f"Train {backbone.name} without and with reseg-loss, side by side.")
-    parser.add_argument("--preset", choices=list(PRESETS), help="default: standardized; paper with --paper")
+    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="default: paper")
     parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
     parser.add_argument(
         "--deep-supervision",
@@ -302,7 +302,6 @@ def parse_arguments(backbone: Backbone, argv: Sequence[str] | None) -> argparse.
         parser.error(f"--weight {args.weight} has to be 0 or more")
     if args.weight == 0 and not args.deep_supervision:
         parser.error("--weight 0 without --deep-supervision would train the same network twice")
-    args.preset = args.preset or ("paper" if args.paper else "standardized")
     args.ours = "+".join([*(["reseg"] if args.weight != 0 else []), *(["deep"] if args.deep_supervision else [])])
     complete(args, backbone, parser)
     args.dataset = read_data(args, args.seed, parser)
@@ -314,9 +313,7 @@ def options_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--small", action="store_true", help="a narrow network, few steps: minutes on 2 CPU cores")
-    length.add_argument(
-        "--paper", action="store_true", help="the network's published settings and epochs, and the preset paper"
-    )
+    length.add_argument("--paper", action="store_true", help="the network's published settings and epochs")
     data_options(parser)
     parser.add_argument("--steps", type=positive, help=f"training steps of each run (default: {STEPS})")
     parser.add_argument("--recon-steps", type=positive, help=f"steps of stage 1 (default: {RECON_STEPS})")

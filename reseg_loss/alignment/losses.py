@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,20 +105,18 @@ class CrossAlignmentLoss(nn.Module):
         """The weight of one term (a name of `term_names`), before the division."""
         return getattr(self, name.rpartition("_")[0] or name)
 
-    def forward(
-        self, student: Features, teacher: Features, valid: Tensor | None = None, *, components: bool = False
-    ) -> Any:
-        """The loss, or with `components` its terms by name, unweighted.
+    def forward(self, student: Features, teacher: Features, valid: Tensor | None = None) -> Tensor:
+        """The loss, a scalar in at least fp32: `combine` of `terms`, which takes the same arguments."""
+        return self.combine(self.terms(student, teacher, valid))
+
+    def terms(self, student: Features, teacher: Features, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """The terms by name, unweighted, each a scalar in at least fp32; those of weight 0 are left out.
 
         Args:
             student: features (B, C, *spatial), finest level first; they receive the gradient.
             teacher: features of the same sizes; their channels may differ.
             valid: (B, 1, *image) with 1 where the label counts and 0 where it is ignored. It enters at every level
                 as valid area fraction.
-            components: return {term: scalar} instead of the scalar.
-
-        Returns:
-            A scalar in at least fp32, or the terms; those of weight 0 are left out.
 
         Raises:
             ReSegError: levels or sizes differ.
@@ -133,8 +131,7 @@ class CrossAlignmentLoss(nn.Module):
         matched = {name: (self._match_channels(s, t.shape[1]), t) for name, (s, t) in pairs.items()}
         # the compiler fuses plain operations itself
         if valid is None and not torch.compiler.is_compiling() and not any(t.requires_grad for _, t in pairs.values()):
-            terms = dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
-            return terms if components else self.combine(terms)
+            return dict(zip(matched, alignment_terms(list(matched.values()), normalize=self.normalize)))
         areas: dict[tuple[int, ...], Tensor] = {}
         terms: dict[str, Tensor] = {}
         for name, (s, t) in matched.items():
@@ -142,11 +139,11 @@ class CrossAlignmentLoss(nn.Module):
             if valid is not None and size not in areas:
                 areas[size] = RF.valid_fraction(valid, size)
             terms[name] = RF.alignment_term(s, t, areas.get(size), normalize=self.normalize)
-        return terms if components else self.combine(terms)
+        return terms
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the terms over the divisor (eq. 7)."""
-        if not terms:  # at weight 0 of the wrapper
+        if not terms:  # at weight 0 of the wrapper, and where `every` skips a call
             return torch.zeros(())
         weighted = [(self.term_weight(name), term) for name, term in terms.items()]
         return torch.stack([term if weight == 1 else weight * term for weight, term in weighted]).sum() / self.divisor

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from ..common.state import plain_state
 from ..errors import ReSegError
+from ..taps import TapPlan
+from ..taps.plain import plan_from_dict, same_taps
+from .settings import STAGE_1, Settings
 
 _OF_THE_RATE = ("base_lrs", "_last_lr")  # a schedule's entries that follow from the optimizer's learning rate
 
@@ -51,6 +55,37 @@ def check_schedule(scheduler: Any, kept: bool) -> None:
         ) from error
     except ValueError:  # of what is written in C there is no signature
         pass
+
+
+def refuse_another_stage_1(
+    resumed: Mapping[str, Any],
+    file: str,
+    settings: Settings,
+    standardize_image: bool,
+    named: Mapping[str, Any],
+    plan: TapPlan | None,
+) -> None:
+    """Raise a ReSegError if a file's stage 1 had other settings, images or taps than this one.
+
+    Args:
+        resumed: the file: "wrapper" (its state) and "taps" (those that were named, as strings).
+        file: its name.
+        settings: of this wrapper.
+        standardize_image: of this call.
+        named: the taps that are named here.
+        plan: this wrapper's taps, None before they are known.
+    """
+    state = resumed["wrapper"]
+    saved, mine = state["settings"], settings.to_dict()
+    other = [f"{name}={saved[name]!r}, here {mine[name]!r}" for name in STAGE_1 if saved[name] != mine[name]]
+    standardized = state["parts"]["image_map"] is not None
+    if standardized != standardize_image:
+        other.append(f"standardize_image={standardized}, here {standardize_image}")
+    same = resumed["taps"] == named if plan is None else same_taps(plan, plan_from_dict(state["parts"]["taps"]))
+    if not same:
+        other.append("other taps than here (print reseg.extractor to see these)")
+    if other:
+        raise ReSegError(f"{file} is of a stage 1 with {'; '.join(other)}. Name another file, or remove it")
 
 
 def go_on(

@@ -6,8 +6,8 @@ import logging
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from ..common.dryrun import restore_rng, rng_state
 from ..common.inputs import unpack_batch
 from ..common.labels import plain_label
 from ..errors import ReSegError
+from ..recording.extractor import FeatureExtractor
+from ..taps.named import module_of
 from .image_range import ImageMap, far_from_unit, valid_pixels
 from .losses import ReconLoss
 from .resume import check_schedule, choices, go_on, schedule_choices
@@ -37,11 +39,10 @@ OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch
 
 def fit(
     loader: Iterable[Any],
-    prepare: Callable[[Tensor], Teacher],
-    first_forward: Callable[[], AbstractContextManager[None]],
-    after_first: Callable[[], None],
+    prepare: Callable[[Tensor], tuple[Teacher, FeatureExtractor]],
     loss: ReconLoss,
     *,
+    copied: bool,
     epochs: int | None,
     steps: int | None,
     optimizer: OptimizerLike | None,
@@ -54,20 +55,22 @@ def fit(
     save: Callable[[dict[str, Any]], None] | None,
     progress: bool,
 ) -> list[float]:
-    """Train what `prepare` returns for the first batch; the mean loss of every epoch.
+    """Train the teacher that `prepare` returns, with its taps, for the first batch; the mean loss of every epoch.
 
-    `first_forward` is around the first step's forward, `after_first` is called after that step, whose gradients are
-    still there. `resumed` is what an earlier `save` was given; with it the run goes on after its last epoch.
+    `copied` says whether the teacher copies the model. `resumed` is what an earlier `save` was given; with it the run
+    goes on after its last epoch.
     `rehearse`, called before the first step, gets of that what is there already. The caller keeps random states,
     freezes the teacher and makes files of what `save` gets.
 
     Raises:
         ReSegError: the loader is empty, a batch has another form, the loss or a weight is not finite, or the run cannot
-            go on from the file as it is to.
+            go on from the file as it is to; or the output that is learnt does not depend on all tapped modules.
+        TapError: a tapped module of a copy of the model runs without gradients.
     """
     history: list[float] = list(resumed["history"]) if resumed else []
     step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
     run: _Run | None = None
+    taps: FeatureExtractor | None = None
     recent: deque[Tensor] = deque(maxlen=RECENT_STEPS)
     generator = torch.Generator().manual_seed(0)  # of the pixels that `_compare_with_constant` sees
     if resumed:
@@ -84,7 +87,10 @@ def fit(
             total, seen = None, 0
             for batch in in_step(loader) if steps is None else loader:
                 image, label = pair_of(batch, unpack)
-                teacher = prepare(image) if run is None else run.teacher
+                if run is None:
+                    teacher, taps = prepare(image)
+                else:
+                    teacher = run.teacher
                 check_image(image, label, teacher)
                 if not history and step < CHECKED_STEPS:
                     teacher.encoding.check_values(label)
@@ -93,9 +99,11 @@ def fit(
                     run = _Run(teacher, loss, optimizer, scheduler, amp, resumed, kept=save is not None)
                     if rehearse is not None:
                         rehearse(run.state())
-                value, valid = run.step(image, label, nullcontext() if recent else first_forward())
-                if not recent:
-                    after_first()
+                first = taps is not None and not recent
+                around = _gradients_wanted(taps) if first and copied else nullcontext()
+                value, valid = run.step(image, label, around)
+                if first:
+                    _check_reached(teacher, taps)
                 if len(constants) < SAMPLED_BATCHES:
                     constants.append(run.standardized(_pixels(image, valid, generator)))
                 total = value if total is None else total + value
@@ -198,6 +206,53 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
         }
+
+
+def check_choices(epochs: Any, steps: Any, scheduler: Any, amp: Any, batch: Any) -> None:
+    """Raise a ReSegError for arguments of `fit_recon` that cannot be."""
+    if (epochs is None) == (steps is None):
+        raise ReSegError("say how long to train: epochs= or steps=, one of them")
+    if (epochs if epochs is not None else steps) < 1:
+        raise ReSegError(f"epochs={epochs}, steps={steps}; it must be at least 1")
+    if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
+        raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
+    if not (batch is None or callable(batch)):
+        raise ReSegError(f"batch= is a function from a batch to (image, label), got {type(batch).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise ReSegError("stage 1 trains, which inference mode forbids: call fit_recon outside it")
+
+
+@contextmanager
+def _gradients_wanted(taps: FeatureExtractor) -> Iterator[None]:
+    """Around a forward of a teacher that copies the model: raise a TapError if the copy's taps have no gradients.
+
+    Then the model's would have none in stage 2 either. A teacher of the user's needs none there.
+    """
+    taps.enabled = True
+    try:
+        yield
+        taps.take()
+    finally:
+        taps.enabled = False
+
+
+def _check_reached(teacher: Teacher, extractor: FeatureExtractor) -> None:
+    """Raise a ReSegError if the gradients of the reconstruction are None in a whole tapped module.
+
+    Where a model returns several images, the one that is read may not depend on every tap: those would stay random.
+    """
+    unreached = []
+    for tap in extractor.taps:
+        trainable = [p for p in module_of(teacher.body, tap).parameters() if p.requires_grad]
+        if not tap.is_input and trainable and all(p.grad is None for p in trainable):
+            unreached.append(str(tap))
+    if unreached:
+        raise ReSegError(
+            f"stage 1 would leave {', '.join(unreached)} of the teacher as it is: the output that is trained to be "
+            "the image does not depend on it. If the model returns several tensors of the image's size, pass "
+            "output= the path to the one at the end of its decoder (output=-1, output='main', ...); otherwise name "
+            "other taps"
+        )
 
 
 def pair_of(batch: Any, unpack: Callable[[Any], Any] | None) -> tuple[Tensor, Tensor]:

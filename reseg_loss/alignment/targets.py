@@ -32,7 +32,7 @@ class Targets:
     def __init__(self, teacher: Teacher, plan: TapPlan) -> None:
         self.teacher = teacher
         # asked for features now and then: on in `features_of` alone
-        self.extractor = FeatureExtractor(teacher.body, plan, when="always").attach()
+        self.extractor = FeatureExtractor(teacher.body, taps=plan, when="always").attach()
         self.extractor.enabled = False
         self._body = unwrap(teacher.body)
         # buffers that a forward in evaluation changes, as (module, name); None: not known yet

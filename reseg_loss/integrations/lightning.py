@@ -8,9 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..alignment.wrapper import ReSegWrapper
-from ..consistency import CutMixConsistency
 from ..errors import ReSegError
-from ..supervision import DeepSupervision
+from ..regularizer import Regularizer
 
 
 class ReSegCallback(Callback):
@@ -21,7 +20,7 @@ class ReSegCallback(Callback):
     state_dict, and a resumed run has no stage 1. A wrapper whose weight is 0 when training starts gets none either.
 
     The checkpoint's weights load without this library. To resume from one (`trainer.fit(..., ckpt_path=...)`) takes it
-    if the optimizer has parameters of the heads or the projection: without them torch says that a parameter group
+    if the optimizer has parameters of the heads: without them torch says that a parameter group
     "doesn't match the size of optimizer's group", and the optimizer has to begin anew.
 
     Args:
@@ -35,12 +34,11 @@ class ReSegCallback(Callback):
 
     def __init__(self, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
         self.loader, self.fit_recon = loader, fit_recon
-        self._found: dict[str, ReSegWrapper | DeepSupervision | CutMixConsistency] = {}
+        self._found: dict[str, Regularizer] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find them."""
-        kinds = (ReSegWrapper, DeepSupervision, CutMixConsistency)
-        self._found = {name: value for name, value in vars(pl_module).items() if isinstance(value, kinds)}
+        self._found = {name: value for name, value in vars(pl_module).items() if isinstance(value, Regularizer)}
         if not self._found:
             raise ReSegError(
                 f"{type(pl_module).__name__} has no ReSegWrapper, DeepSupervision or CutMixConsistency among its "
@@ -50,7 +48,7 @@ class ReSegCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring heads and mean teacher to where the module is, before the optimizer's state is restored."""
         for each in self._found.values():
-            if isinstance(each, (DeepSupervision, CutMixConsistency)):
+            if not isinstance(each, ReSegWrapper):  # which may have no teacher yet, and moves it itself
                 each.to(pl_module.device, pl_module.dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

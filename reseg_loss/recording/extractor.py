@@ -36,6 +36,10 @@ class Features(NamedTuple):
     decoder: tuple[Tensor, ...]
     bottleneck: Tensor
 
+    def all(self) -> list[Tensor]:
+        """Encoder, decoder, bottleneck."""
+        return [*self.encoder, *self.decoder, self.bottleneck]
+
 
 @dataclass
 class Recorded:
@@ -54,10 +58,10 @@ class FeatureExtractor:
 
     Args:
         model: the model, or its DistributedDataParallel or torch.compile wrapper.
-        taps: {"encoder": [...], "decoder": [...], "bottleneck": ...}, the finest level first, as `Tap` or its string
-            form `[in:]module.path[key]...[@call]`; or a `TapPlan`. What is not named is found.
         example_input: an image batch (B, C, *spatial), or a tuple or dict of the model's arguments, for one dry
             forward that finds the taps and their layouts. A `TapPlan` needs none.
+        taps: {"encoder": [...], "decoder": [...], "bottleneck": ...}, the finest level first, as `Tap` or its string
+            form `[in:]module.path[key]...[@call]`; or a `TapPlan`. What is not named is found.
         levels: strides of the levels to select; see `TapPlan.select`.
         encoder: "skip" taps what the skip connection carries, "block" the last block of the level.
         when: "training" records as above; "always" records every forward (for a frozen teacher).
@@ -72,9 +76,9 @@ class FeatureExtractor:
     def __init__(
         self,
         model: nn.Module,
-        taps: Mapping[str, Any] | TapPlan | None = None,
         example_input: Any = None,
         *,
+        taps: Mapping[str, Any] | TapPlan | None = None,
         levels: Any = None,
         encoder: Literal["skip", "block"] = "skip",
         when: Literal["training", "always"] = "training",

@@ -42,11 +42,11 @@ def test_components_of_a_call_that_is_left_out_are_none_and_of_others_unweighted
     model, reseg = ready(every=2)
     image, label = batch()
     model(image)
-    assert len(reseg.alignment_loss(label, components=True)) == 5
+    assert len(reseg.alignment_terms(label)) == 5
     model(image)
-    terms = reseg.alignment_loss(label, components=True)
+    terms = reseg.alignment_terms(label)
     assert terms == {}
-    assert reseg.loss.combine(terms) == 0
+    assert reseg.criterion.combine(terms) == 0
 
 
 def test_at_weight_0_calls_are_not_counted_so_the_cycle_waits():
@@ -124,7 +124,7 @@ def test_the_teacher_ends_after_its_last_tap_with_the_features_of_a_whole_forwar
     assert "head" in ran
     whole = features.pop()
     features.enabled = False
-    expected = reseg.loss(reseg.extractor.pop(), whole)
+    expected = reseg.criterion(reseg.extractor.pop(), whole)
     assert torch.equal(loss, expected)
     assert reseg.reconstruct(label).shape == image.shape
 

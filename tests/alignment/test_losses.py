@@ -49,7 +49,7 @@ def test_recon_loss_module_is_the_function():
 def test_components_are_unweighted_and_combine_to_the_loss():
     student, teacher = features(0), features(1)
     loss = CrossAlignmentLoss(2.0, 3.0, 0.5)
-    terms = loss(student, teacher, components=True)
+    terms = loss.terms(student, teacher)
     assert list(terms) == term_names(3)
     assert torch.equal(terms["encoder_to_decoder_2"], RF.alignment_term(student.decoder[1], teacher.encoder[1]))
     assert torch.equal(terms["decoder_to_encoder_3"], RF.alignment_term(student.encoder[2], teacher.decoder[2]))
@@ -65,11 +65,11 @@ def test_components_are_unweighted_and_combine_to_the_loss():
 @pytest.mark.parametrize("off", ["encoder_to_decoder", "decoder_to_encoder", "bottleneck"])
 def test_the_divisor_stays_when_a_term_is_off(off):
     student, teacher = features(0), features(1)
-    terms = CrossAlignmentLoss()(student, teacher, components=True)
+    terms = CrossAlignmentLoss().terms(student, teacher)
     left = {name: term for name, term in terms.items() if not name.startswith(off)}
     loss = CrossAlignmentLoss(**{off: 0.0})
     assert torch.allclose(loss(student, teacher), sum(left.values()) / 3)
-    assert loss(student, teacher, components=True) == left
+    assert loss.terms(student, teacher) == left
 
 
 def test_no_gradient_reaches_the_teacher_through_a_detached_feature_and_all_reaches_the_student():
@@ -82,7 +82,7 @@ def test_no_gradient_reaches_the_teacher_through_a_detached_feature_and_all_reac
 def test_unequal_channels_go_through_the_fixed_map_and_equal_ones_do_not():
     student, teacher = features(0), features(1, channels=(2, 6, 3, 5))
     loss = CrossAlignmentLoss(seed=3)
-    terms = loss(student, teacher, components=True)
+    terms = loss.terms(student, teacher)
     assert list(loss.parameters()) == []
     assert loss.state_dict() == {}
     assert torch.equal(terms["encoder_to_decoder_1"], RF.alignment_term(student.decoder[0], teacher.encoder[0]))

@@ -306,7 +306,7 @@ def test_a_checkpoint_of_other_settings_is_refused_and_stage_2_keeps_its_own(tmp
         wrapper(ignore_index=255).fit_recon(loader(), epochs=1, checkpoint=path, progress=False)
     other = wrapper(preset="standardized", weight=0.5)
     other.fit_recon(loader(), epochs=2, checkpoint=path, progress=False)
-    assert (other.weight, other.settings.weight, other.loss.normalize) == (0.5, 0.5, "batch")
+    assert (other.weight, other.settings.weight, other.criterion.normalize) == (0.5, 0.5, "batch")
 
 
 def test_an_optimizer_of_something_else_is_refused():

@@ -285,10 +285,12 @@ def test_other_taps_than_the_files_are_refused_and_the_same_are_not(tmp_path, bu
     example = batch()[0] if built else None
     other = {**UNet.taps, "bottleneck": "bottleneck.0"}
     for epochs in (1, 2):
-        ReSegWrapper(UNet(), UNet.taps, example).fit_recon(loader(), epochs=epochs, checkpoint=path, progress=False)
+        ReSegWrapper(UNet(), example, taps=UNet.taps).fit_recon(
+            loader(), epochs=epochs, checkpoint=path, progress=False
+        )
     for taps in (other, None):
         with pytest.raises(ReSegError, match="other taps than here"):
-            ReSegWrapper(UNet(), taps, example).fit_recon(loader(), epochs=3, checkpoint=path, progress=False)
+            ReSegWrapper(UNet(), example, taps=taps).fit_recon(loader(), epochs=3, checkpoint=path, progress=False)
 
 
 def test_loss_scaling_can_be_switched_on_and_off_on_resuming(tmp_path, caplog):

@@ -418,7 +418,7 @@ def test_a_variant_may_have_more_images_a_step_from_the_same_patients(folder, na
 
 def test_boxes_of_other_sizes():
     torch.manual_seed(0)
-    mixed = SizedBoxes(torch.nn.Conv2d(1, 2, 1), sides=(0.25, 0.7), ramp_calls=None, ignore_index=255)
+    mixed = SizedBoxes(torch.nn.Conv2d(1, 2, 1), sides=(0.25, 0.7), rampup_steps=None, ignore_index=255)
     box = mixed._boxes(torch.zeros(500, 1, 64, 96))
     height, width = box.any(2).sum(1), box.any(1).sum(1)
     assert torch.equal(box.sum((1, 2)), height * width), "they are boxes"
@@ -813,7 +813,7 @@ def test_the_mean_teacher_is_scored_as_a_network_of_its_own(folder, tmp_path):
 
 @pytest.mark.parametrize("shape", [(4, 1, 32, 32), (4, 2, 16, 24, 16)])
 def test_copy_paste_mixes_labelled_and_unlabelled_images_both_ways(shape):
-    mixed = CopyPaste(torch.nn.Conv2d(1, 2, 1), ramp_calls=None, ignore_index=255, perturb=None)
+    mixed = CopyPaste(torch.nn.Conv2d(1, 2, 1), rampup_steps=None, ignore_index=255, perturb=None)
     mixed.labelled = torch.ones(shape), torch.ones(4, *shape[2:], dtype=torch.int64)
     image, label = mixed._exchanged(torch.zeros(shape), torch.zeros(4, *shape[2:], dtype=torch.int64))
     assert torch.equal(image, label[:, None].expand_as(image).float())

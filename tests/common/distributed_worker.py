@@ -129,7 +129,7 @@ def deep_supervision(rank: int, world: int, weights: tuple[float, ...] = ()) -> 
     model = model_of_the_test()
     run = DistributedDataParallel(model) if world > 1 else model
     torch.manual_seed(rank)  # their DDP gives all ranks rank 0's heads
-    ds = DeepSupervision(run, 3, example_input=batch()[0])
+    ds = DeepSupervision(run, batch()[0])
     return train(run, model, _HeadsAsWrapper(ds), rank, world, weights)  # pyright: ignore[reportArgumentType]
 
 
@@ -142,8 +142,8 @@ def unlabelled(rank: int, world: int, **options: Any) -> Any:
     torch.manual_seed(rank)
     model = UNet()
     # before DDP gives all ranks rank 0's weights, so that the mean teachers are other ones, too
-    deep = DeepSupervision(model, 3, example_input=batch()[0], ignore_index=255)
-    mixed = CutMixConsistency(model, deep=deep, ramp_calls=None, ignore_index=255, threshold=0.4)
+    deep = DeepSupervision(model, batch()[0], ignore_index=255)
+    mixed = CutMixConsistency(model, deep=deep, rampup_steps=None, ignore_index=255, threshold=0.4)
     run = DistributedDataParallel(model, **options)
     optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.1, momentum=0.9)
 
@@ -245,9 +245,9 @@ def fsdp_before_the_wrapper(rank: int, world: int) -> Any:
 
 def fsdp_with_unlabelled_images(rank: int, world: int) -> Any:
     model, messages = model_of_the_test(), []
-    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
+    mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=255)
     sharded(model, world)
-    for use in (mixed.update, lambda: CutMixConsistency(model, ramp_calls=None, ignore_index=255)):
+    for use in (mixed.update, lambda: CutMixConsistency(model, rampup_steps=None, ignore_index=255)):
         try:
             use()
             messages.append("it was not refused")
@@ -304,7 +304,7 @@ def join_with_alignment(rank: int, world: int) -> Any:
 def join_with_unlabelled_images(rank: int, world: int) -> Any:
     """The second forward is the model's own, which sends nothing."""
     model = model_of_the_test()
-    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255, threshold=0.0)
+    mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=255, threshold=0.0)
     run = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with run.join():
@@ -323,8 +323,8 @@ def join_refused(rank: int, world: int) -> Any:
     messages = {}
     for name in ("deep", "unlabelled", "held by another module"):
         model = model_of_the_test()
-        mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
-        deep = DeepSupervision(model, 3, example_input=batch()[0])
+        mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=255)
+        deep = DeepSupervision(model, batch()[0])
         run = DistributedDataParallel(nn.Sequential(model) if name == "held by another module" else model)
         try:
             with run.join():
@@ -345,7 +345,7 @@ def join_refused(rank: int, world: int) -> Any:
 def join_that_ends_with_the_first(rank: int, world: int) -> Any:
     model = model_of_the_test()
     run = DistributedDataParallel(model)
-    ds = DeepSupervision(run, 3, example_input=batch()[0])
+    ds = DeepSupervision(run, batch()[0])
     try:
         with run.join(throw_on_early_termination=True):
             for step in range(JOINED[rank]):

@@ -29,7 +29,7 @@ def alignment(model: UNet) -> Step:
 
 
 def heads(model: UNet, loss: Callable[[Tensor, Tensor], Tensor] = task_loss, **options: Any) -> Step:
-    ds = DeepSupervision(model, 3, example_input=batch()[0], **options)
+    ds = DeepSupervision(model, batch()[0], **options)
 
     def step(image: Tensor, label: Tensor) -> Tensor:
         model(image)
@@ -39,8 +39,8 @@ def heads(model: UNet, loss: Callable[[Tensor, Tensor], Tensor] = task_loss, **o
 
 
 def unlabelled(model: UNet, deep: bool = False) -> Step:
-    ds = DeepSupervision(model, 3, example_input=batch()[0], ignore_index=IGNORED) if deep else None
-    mixed = CutMixConsistency(model, deep=ds, ramp_calls=None, ignore_index=IGNORED, perturb=None)
+    ds = DeepSupervision(model, batch()[0], ignore_index=IGNORED) if deep else None
+    mixed = CutMixConsistency(model, deep=ds, rampup_steps=None, ignore_index=IGNORED, perturb=None)
     return lambda image, label: mixed.loss(image, ignoring)
 
 
@@ -96,7 +96,7 @@ def test_a_teacher_and_heads_whose_weights_are_not_finite_are_named():
     model(batch()[0])
     with pytest.raises(ReSegError, match="the teacher's features hold NaN"):
         reseg.alignment_loss(batch()[1])
-    ds = DeepSupervision(model, 3, example_input=batch()[0])
+    ds = DeepSupervision(model, batch()[0])
     next(ds.parameters()).data.fill_(float("nan"))
     model(batch()[0])
     with pytest.raises(ReSegError, match="the head decoder_1 is not finite"):
@@ -133,7 +133,7 @@ def test_empty_batches_of_unlabelled_images_and_examples_are_named():
         unlabelled(UNet())(image[:0], image)
     for build in (
         lambda: ReSegWrapper(UNet(), example_input=image[:0]),
-        lambda: DeepSupervision(UNet(), 3, None, image[:0]),
+        lambda: DeepSupervision(UNet(), image[:0]),
     ):
         with pytest.raises(ReSegError, match="the example is empty"):
             build()
@@ -146,7 +146,7 @@ def test_an_example_of_another_dtype_is_told_apart_from_a_model_that_fails(dtype
     with pytest.raises(ReSegError, match=message):
         ReSegWrapper(UNet(), example_input=image.to(dtype))
     with pytest.raises(ReSegError, match=message):
-        DeepSupervision(UNet(), 3, example_input=image.to(dtype))
+        DeepSupervision(UNet(), image.to(dtype))
     with pytest.raises(ReSegError, match=rf"{dtype}"):
         unlabelled(UNet())(image.to(dtype), image)
 
@@ -187,7 +187,7 @@ def test_what_is_no_task_loss_is_named_by_both_at_any_call(loss, message):
     with pytest.raises(ReSegError, match=message):
         heads(UNet(), loss)(image, label)
     for good in (0, 1):
-        mixed = CutMixConsistency(UNet(), ramp_calls=None, ignore_index=IGNORED)
+        mixed = CutMixConsistency(UNet(), rampup_steps=None, ignore_index=IGNORED)
         for _ in range(good):
             mixed.loss(image, ignoring)
         with pytest.raises(ReSegError, match=message):
@@ -206,7 +206,7 @@ def test_losses_without_gradients_are_refused(context):
 
 def test_a_perturbation_that_is_not_finite_is_named_and_a_weight_that_is_no_number():
     image, _ = batch()
-    mixed = CutMixConsistency(UNet(), ramp_calls=None, ignore_index=IGNORED, perturb=lambda x: x / 0)
+    mixed = CutMixConsistency(UNet(), rampup_steps=None, ignore_index=IGNORED, perturb=lambda x: x / 0)
     with pytest.raises(ReSegError, match="perturb= gave NaN or infinite values"):
         mixed.loss(image, ignoring)
     for weight in (float("nan"), -1.0, "1"):
@@ -218,7 +218,7 @@ def test_a_loss_that_cannot_leave_a_value_out_is_told_that_another_may_be_given(
     def dice(logits: Tensor, label: Tensor) -> Tensor:
         return 1 - (logits.softmax(1) * F.one_hot(label.clamp_max(2), 3).movedim(-1, 1)).mean()
 
-    mixed = CutMixConsistency(UNet(), ramp_calls=None, ignore_index=IGNORED)
+    mixed = CutMixConsistency(UNet(), rampup_steps=None, ignore_index=IGNORED)
     with pytest.raises(ReSegError, match="give another here: it need not be the same"):
         mixed.loss(batch()[0], dice)
 

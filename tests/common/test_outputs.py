@@ -59,7 +59,7 @@ def test_deep_supervision_refuses_a_loss_of_probabilities(activation):
     model, name = EndsIn(activation, 3), activation.replace("_", "-")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ReSegError, match=f"ends in a {name}, and your task loss takes probabilities"):
-        DeepSupervision(model, 3, example_input=image)
+        DeepSupervision(model, image)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
 
@@ -72,7 +72,7 @@ def test_an_activation_in_evaluation_alone_does_not_matter():
 
     image, label = batch()
     model = Late()
-    ds = DeepSupervision(model, 3, example_input=image)
+    ds = DeepSupervision(model, image)
     task_loss(model(image), label)
     assert ds.loss(label, task_loss) > 0
 
@@ -80,17 +80,17 @@ def test_an_activation_in_evaluation_alone_does_not_matter():
 def test_a_model_that_returns_logits_too_is_served():
     image, label = batch()
     model = Both(classes=3)
-    ds = DeepSupervision(model, 3, example_input=image)
+    ds = DeepSupervision(model, image)
     task_loss(model(image)["logits"], label)
     assert ds.loss(label, task_loss) > 0
 
 
 def test_pseudo_labels_of_probabilities_are_refused_and_output_names_the_logits():
     image, _ = batch()
-    mixed = CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=IGNORED)
+    mixed = CutMixConsistency(Both(classes=3), rampup_steps=None, ignore_index=IGNORED)
     with pytest.raises(ReSegError, match=r"ends in a softmax, and pseudo-labels are taken from logits \(output="):
         mixed.loss(image, ignoring)
-    mixed = CutMixConsistency(Both(classes=3), ramp_calls=None, ignore_index=IGNORED, output="logits")
+    mixed = CutMixConsistency(Both(classes=3), rampup_steps=None, ignore_index=IGNORED, output="logits")
     mixed.loss(image, ignoring)
 
 
@@ -120,7 +120,7 @@ class Holding(UNet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ds = DeepSupervision(self, 3, example_input=batch()[0])
+        self.ds = DeepSupervision(self, batch()[0])
         self.reseg = ReSegWrapper(self, example_input=batch()[0])
 
 
@@ -130,7 +130,7 @@ def test_a_model_that_holds_its_own_losses_trains_and_is_copied(copied):
     image, label = batch()
     model = Holding()
     model.reseg.fit_recon([(image, label)], steps=1, progress=False)
-    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=IGNORED)
+    mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
     other = copied(model)
     assert torch.equal(other.eval()(image), model.eval()(image))
     assert torch.equal(mixed.average.eval()(image), model(image))
@@ -160,10 +160,10 @@ def test_the_recipe_for_a_model_that_ends_in_an_activation_works(kind):
     model = Ends()
     keys = list(model.state_dict())
     with pytest.raises(ReSegError, match=r"return logits while self\.training") as error:
-        DeepSupervision(model, 3, example_input=batch()[0])
+        DeepSupervision(model, batch()[0])
     recipe = "model.set_submodule('end.0', nn.Identity())"
     assert (recipe in str(error.value)) == (kind == "module")
     if kind == "module":
         eval(recipe)
-        DeepSupervision(model, 3, example_input=batch()[0])
+        DeepSupervision(model, batch()[0])
         assert list(model.state_dict()) == keys

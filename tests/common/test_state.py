@@ -23,11 +23,11 @@ def wrapper(model: UNet | None = None) -> ReSegWrapper:
 
 
 def supervision(model: UNet | None = None) -> DeepSupervision:
-    return DeepSupervision(model or UNet(), 3, example_input=batch()[0], ignore_index=IGNORED)
+    return DeepSupervision(model or UNet(), batch()[0], ignore_index=IGNORED)
 
 
 def consistency(model: UNet | None = None) -> CutMixConsistency:
-    return CutMixConsistency(model or UNet(), ramp_calls=7, ignore_index=IGNORED, output=(0, "logits"))
+    return CutMixConsistency(model or UNet(), rampup_steps=7, ignore_index=IGNORED, output=(0, "logits"))
 
 
 MAKERS: list[Callable[..., Any]] = [wrapper, supervision, consistency]
@@ -179,8 +179,8 @@ def test_a_task_loss_is_asked_again_under_the_ignore_index_of_a_state():
         return torch.nn.functional.cross_entropy(logits, label, ignore_index=IGNORED)
 
     model = UNet()
-    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=IGNORED)
+    mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
     mixed.loss(batch()[0], leaves_255_out)
-    mixed.load_state_dict(saved(CutMixConsistency(UNet(), ramp_calls=None, ignore_index=-1)))
+    mixed.load_state_dict(saved(CutMixConsistency(UNet(), rampup_steps=None, ignore_index=-1)))
     with pytest.raises(ReSegError, match="it must leave the label value -1 out"):
         mixed.loss(batch()[0], leaves_255_out)

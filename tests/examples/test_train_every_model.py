@@ -24,10 +24,10 @@ def train_a_step(model: nn.Module, shape: tuple[int, ...]) -> None:
     reseg = ReSegWrapper(model, preset="standardized", weight=1.0)
     reseg.fit_recon([(image, label)], steps=1, progress=False)
     logits = select_output(model(image), shape[0], shape[2:])
-    terms = reseg.alignment_loss(label, components=True)
+    terms = reseg.alignment_terms(label)
     assert len(terms) == 2 * len(reseg.extractor.plan.selected) + 1
     assert all(term.isfinite() and term > 0 for term in terms.values())
-    (logits.square().mean() + reseg.loss.combine(terms)).backward()
+    (logits.square().mean() + reseg.criterion.combine(terms)).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(gradients) > 0.8 * len(list(model.parameters()))  # heads of deep supervision may be left out
     assert all(g.isfinite().all() for g in gradients)

@@ -46,7 +46,7 @@ class Segmenter(Bare):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.reseg = ReSegWrapper(self.net, **{"weight": 1.0, **kwargs})
-        self.ds = DeepSupervision(self.net, 3, example_input=batch()[0])
+        self.ds = DeepSupervision(self.net, batch()[0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         label = batch[1]
@@ -209,7 +209,7 @@ class Unlabelled(Bare):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mixed = CutMixConsistency(self.net, ramp_calls=6, ignore_index=IGNORED, threshold=0.4)
+        self.mixed = CutMixConsistency(self.net, rampup_steps=6, ignore_index=IGNORED, threshold=0.4)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         torch.manual_seed(self.mixed.calls)
@@ -263,7 +263,7 @@ def test_wrong_uses_say_what_to_do(tmp_path):
     fit(module, tmp_path, [ReSegCallback(steps=2)], epochs=1)
     module = segmenter()
     del module.ds
-    module.heads = DeepSupervision(module.net, 3, example_input=batch()[0])
+    module.heads = DeepSupervision(module.net, batch()[0])
     with pytest.raises(ReSegError, match=r"self\.ds, the module has \['reseg', 'heads'\]"):
         fit(module, tmp_path, [ReSegCallback(steps=2)], resume=str(tmp_path / "last.ckpt"))
 

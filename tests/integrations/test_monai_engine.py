@@ -47,7 +47,7 @@ class Parts:
         image, _ = batch(dims=dims)
         self.net = MonaiUNet(dims, 1, 3, (4, 8, 16, 32), (2, 2, 2), act="relu").to(DEVICE)
         self.reseg = ReSegWrapper(self.net, **{"weight": 1.0, **kwargs})
-        self.ds = DeepSupervision(self.net, 3, example_input=image.to(DEVICE))
+        self.ds = DeepSupervision(self.net, image.to(DEVICE))
         self.optimizer = torch.optim.SGD([*self.net.parameters(), *self.ds.parameters()], 0.05, momentum=0.9)
         self.losses: list[Tensor] = []
         image, label = batch(n=6, dims=dims)

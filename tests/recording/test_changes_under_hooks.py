@@ -135,7 +135,7 @@ RIGHT: dict[str, Callable[[UNet], Any]] = {
 @pytest.mark.parametrize("how", RIGHT)
 def test_what_is_changed_later_is_recorded_right(how):
     model = UNet()
-    extractor = FeatureExtractor(model, UNet.taps, batch()[0]).attach()
+    extractor = FeatureExtractor(model, batch()[0], taps=UNet.taps).attach()
     model(batch()[0])
     extractor.forget()
     handle = RIGHT[how](model)
@@ -149,8 +149,8 @@ def test_what_is_changed_later_is_recorded_right(how):
 def test_hooks_keep_the_order_the_user_gave_them():
     image, _ = batch()
     model = UNet()
-    extractor = FeatureExtractor(model, UNet.taps, image).attach()
-    second = FeatureExtractor(model, UNet.taps, image).attach()
+    extractor = FeatureExtractor(model, image, taps=UNet.taps).attach()
+    second = FeatureExtractor(model, image, taps=UNet.taps).attach()
     model.encoder[1].register_forward_hook(lambda m, a, output: output + 1)
     model.encoder[1].register_forward_hook(double)
     plain = copy.deepcopy(model)
@@ -164,7 +164,7 @@ def test_an_input_is_recorded_as_a_later_pre_hook_leaves_it():
     image, _ = batch()
     model = UNet()
     taps = {**UNet.taps, "bottleneck": "in:up.0"}
-    extractor = FeatureExtractor(model, taps, image).attach()
+    extractor = FeatureExtractor(model, image, taps=taps).attach()
     seen: list[Tensor] = []
     model.up[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
     model.up[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -228,7 +228,7 @@ WRONG: dict[str, Callable[[UNet], Any]] = {
 def test_a_layer_that_is_wrapped_replaced_or_moved_is_refused(how, compiled):
     image, _ = batch()
     model = UNet()
-    extractor = FeatureExtractor(model, UNet.taps, image).attach()
+    extractor = FeatureExtractor(model, image, taps=UNet.taps).attach()
     run = torch.compile(model, backend="eager") if compiled else model
     run(image)
     extractor.pop()
@@ -246,8 +246,8 @@ def test_every_loss_refuses_it():
     model = UNet()
     reseg = ReSegWrapper(model, example_input=image)
     reseg.freeze_teacher()
-    ds = DeepSupervision(model, 3, example_input=image, ignore_index=IGNORED)
-    mixed = CutMixConsistency(model, deep=ds, ramp_calls=None, ignore_index=IGNORED, threshold=0.0)
+    ds = DeepSupervision(model, image, ignore_index=IGNORED)
+    mixed = CutMixConsistency(model, deep=ds, rampup_steps=None, ignore_index=IGNORED, threshold=0.0)
     model(image)
     assert reseg.alignment_loss(label) > 0
     assert ds.loss(label, ignoring) > 0
@@ -265,7 +265,7 @@ def test_every_loss_refuses_it():
 def test_losses_that_are_built_after_the_change_see_it():
     image, label = batch()
     model = UNet()
-    first = FeatureExtractor(model, UNet.taps, image)  # its hooks are set later
+    first = FeatureExtractor(model, image, taps=UNet.taps)  # its hooks are set later
     model.encoder[1] = Wrapped(model.encoder[1])
     check_features(model, first.attach())
     reseg = ReSegWrapper(model, example_input=image)
@@ -286,7 +286,9 @@ def test_a_module_under_two_names_is_refused_once_one_of_them_is_another():
 
     image, _ = batch()
     model = Twice()
-    extractor = FeatureExtractor(model, {**UNet.taps, "encoder": ["encoder.0.2@1", *UNet.taps["encoder"][1:]]}, image)
+    extractor = FeatureExtractor(
+        model, image, taps={**UNet.taps, "encoder": ["encoder.0.2@1", *UNet.taps["encoder"][1:]]}
+    )
     extractor.attach()
     model(image)
     extractor.pop()
@@ -300,7 +302,7 @@ def test_a_module_under_two_names_is_refused_once_one_of_them_is_another():
 def test_a_hook_that_is_set_later_on_a_compiled_model_is_refused(first_call):
     image, _ = batch()
     model = UNet()
-    extractor = FeatureExtractor(model, UNet.taps, image).attach()
+    extractor = FeatureExtractor(model, image, taps=UNet.taps).attach()
     run = torch.compile(model, backend="eager", fullgraph=True)
     if first_call == "before":
         run(image)
@@ -313,7 +315,7 @@ def test_a_hook_that_is_set_later_on_a_compiled_model_is_refused(first_call):
     model(image)  # not compiled
     extractor.pop()
     torch._dynamo.reset()
-    again = FeatureExtractor(model, UNet.taps, image).attach()
+    again = FeatureExtractor(model, image, taps=UNet.taps).attach()
     extractor.remove()
     check_features(model, again)
 
@@ -368,7 +370,7 @@ def test_backward_hooks_of_other_modules_and_of_inputs_that_are_tapped_are_none_
     image, _ = batch()
     model = UNet()
     taps = {**UNet.taps, "decoder": ["in:head", "in:up.2", "in:up.1"]}
-    extractor = FeatureExtractor(model, taps, image).attach()
+    extractor = FeatureExtractor(model, image, taps=taps).attach()
     seen: list[Tensor] = []
     model.decoder[1].register_full_backward_hook(lambda module, grads, output: seen.append(output[0]))
     model(image)

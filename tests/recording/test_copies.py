@@ -77,7 +77,7 @@ def test_what_modules_hold_of_a_training_forward_is_copied_without_its_graph(nor
     NORMS[norm](model.encoder[1][0])
     model(image).sum().backward()
     reseg = ReSegWrapper(model, example_input=image, teacher_init=init)
-    mixed = CutMixConsistency(model, ramp_calls=None, ignore_index=255)
+    mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=255)
     assert model.heads[0].requires_grad
     assert torch.equal(reseg.teacher.body.heads[0], model.heads[0])
     assert not reseg.teacher.body.heads[0].requires_grad

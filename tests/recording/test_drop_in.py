@@ -407,10 +407,13 @@ def test_remove_and_context_manager_leave_the_hooks_that_were_there_before():
     assert hooks(model) > count
     reseg.remove()
     assert hooks(model) == count
-    with pytest.raises(ReSegError, match="no training forward"), FeatureExtractor(model, SEEN, image) as extractor:
+    with (
+        pytest.raises(ReSegError, match="no training forward"),
+        FeatureExtractor(model, image, taps=SEEN) as extractor,
+    ):
         extractor.pop()
     assert hooks(model) == count
-    with FeatureExtractor(model, SEEN, image) as extractor:
+    with FeatureExtractor(model, image, taps=SEEN) as extractor:
         model(image)
         assert len(extractor.pop().encoder) == 2
     assert hooks(model) == count
@@ -668,11 +671,11 @@ def test_a_tap_that_did_not_fire_is_named_and_never_a_loss_of_0():
 def test_an_unknown_tap_has_close_matches():
     for taps in ({"bottleneck": "botleneck"}, {**SEEN, "bottleneck": "botleneck"}):
         with pytest.raises(TapError, match="Did you mean 'bottleneck'"):
-            ReSegWrapper(UNet(), taps=taps, example_input=batch()[0])
+            ReSegWrapper(UNet(), batch()[0], taps=taps)
     with pytest.raises(TapError, match=r"no module 'decoder\.7'"):
-        FeatureExtractor(UNet(), {**SEEN, "decoder": ["decoder.1", "decoder.7"]}, batch()[0])
+        FeatureExtractor(UNet(), batch()[0], taps={**SEEN, "decoder": ["decoder.1", "decoder.7"]})
     with pytest.raises(ReSegError, match="pass example_input="):
-        FeatureExtractor(UNet(), SEEN)
+        FeatureExtractor(UNet(), taps=SEEN)
 
 
 def test_prefixes_of_wrappers_in_the_names_of_taps_are_accepted():
@@ -682,7 +685,9 @@ def test_prefixes_of_wrappers_in_the_names_of_taps_are_accepted():
         "decoder": ["module._orig_mod.decoder.1", "_orig_mod.module.decoder.0"],
         "bottleneck": "_orig_mod.bottleneck",
     }
-    assert str(FeatureExtractor(UNet(), prefixed, image).plan) == str(FeatureExtractor(UNet(), SEEN, image).plan)
+    assert str(FeatureExtractor(UNet(), image, taps=prefixed).plan) == str(
+        FeatureExtractor(UNet(), image, taps=SEEN).plan
+    )
 
 
 def test_no_and_several_forwards_raise_and_name_record():
@@ -1000,7 +1005,7 @@ def test_a_tap_that_a_relu_overwrites_keeps_the_values_before_it():
     plain = UNet()
     both = []
     for model in (plain, inplace(copy.deepcopy(plain))):
-        extractor = FeatureExtractor(model, NORMS, image).attach()
+        extractor = FeatureExtractor(model, image, taps=NORMS).attach()
         for _ in range(2):
             model.zero_grad()
             model(image)
@@ -1015,7 +1020,7 @@ def test_a_tap_that_a_relu_overwrites_keeps_the_values_before_it():
 def test_only_overwritten_taps_are_cloned():
     image, _ = batch()
     for taps, flag in ((NORMS, True), (NORMS, False), (SEEN, True)):
-        extractor = FeatureExtractor(inplace(UNet(), flag), taps, image).attach()
+        extractor = FeatureExtractor(inplace(UNet(), flag), image, taps=taps).attach()
         extractor._model(image)
         cloned = [entry[0] is not entry[1] for entry in extractor._recording.done["seen"].values()]
         assert cloned == [taps is NORMS and flag] * 5
@@ -1024,7 +1029,7 @@ def test_only_overwritten_taps_are_cloned():
 def test_an_activation_made_in_place_after_the_taps_were_found_is_refused():
     image, _ = batch()
     model = UNet()
-    extractor = FeatureExtractor(model, NORMS, image).attach()
+    extractor = FeatureExtractor(model, image, taps=NORMS).attach()
     inplace(model)(image)
     with pytest.raises(TapError, match="overwritten in place"):
         extractor.pop()

@@ -1255,7 +1255,7 @@ def test_tokens_as_many_as_channels_and_pixels_of_a_side_are_no_image() -> None:
 
 
 def features_of(model: nn.Module, taps: dict[str, Any], image: Tensor) -> tuple[TapPlan, Features]:
-    with FeatureExtractor(model, taps, image) as extractor:
+    with FeatureExtractor(model, image, taps=taps) as extractor:
         model(image)
         features = extractor.pop()
         return extractor.plan, features

@@ -29,7 +29,7 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         recon_epochs: length of stage 1 in epochs of `num_iterations_per_epoch` steps.
     """
 
-    reseg_settings: ClassVar[dict[str, Any]] = {"preset": "standardized"}
+    reseg_settings: ClassVar[dict[str, Any]] = {"preset": "paper"}
     recon_epochs = 50
     reseg: ReSegWrapper | None = None
 

@@ -1,0 +1,237 @@
+"""What the alignment is made of: taps, teacher, criterion and hooks, made from an example or restored from a state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.dryrun import image_of, preserved_rng
+from ..common.labels import LabelEncoding
+from ..common.outputs import activation_of, dry_output, select_output
+from ..common.state import load_states, plain_state
+from ..errors import ReSegError, TapError
+from ..recording.extractor import FeatureExtractor
+from ..taps import TapPlan, find_taps
+from ..taps.named import module_of, parse_taps
+from ..taps.plain import PLAN, plan_from_dict, plan_to_dict, refuse_other_channels, same_taps
+from .image_range import ImageMap
+from .losses import CrossAlignmentLoss
+from .settings import Settings
+from .targets import Targets
+from .teacher import Teacher, copy_for_teacher, input_channels, refuse_sharded
+
+ENTRIES = {  # of the state of `Parts`
+    "taps": PLAN,
+    "teacher_taps": PLAN,
+    "own_teacher": bool,
+    "image_channels": int,
+    "in_channels": int,
+    "out_channels": int,
+    "num_classes": int,
+    "dims": int,
+    "image_map": ({"mean": [float], "std": [float]}, None),
+    "teacher": dict,
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the parts are made from, as the user gave it: see `ReSegWrapper`.
+
+    Raises:
+        TapError: a named tap is no tap, or its module does not exist.
+        ReSegError: the teacher shares parameters with the model.
+    """
+
+    model: nn.Module
+    taps: Mapping[str, Any] | None
+    teacher: nn.Module | None
+    teacher_taps: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        for module, named in ((self.model, self.taps), (self.teacher or self.model, self.teacher_taps)):
+            for entries in parse_taps(named).values():
+                for tap in entries:
+                    module_of(module, tap)
+        if self.teacher is not None and (self.teacher is self.model or _share_parameters(self.teacher, self.model)):
+            raise ReSegError(
+                "teacher= is the model or shares parameters with it, which stage 1 would train and then freeze; leave "
+                "teacher= out for a copy"
+            )
+
+    @property
+    def named(self) -> dict[str, list[str]]:
+        """The taps that were named, as strings; the same in a run that goes on, before the others are found."""
+        return {kind: [str(tap) for tap in taps] for kind, taps in parse_taps(self.taps).items()}
+
+
+@dataclass
+class Parts:
+    """What there is once the taps are known."""
+
+    student: FeatureExtractor
+    teacher: Teacher
+    targets: Targets
+    criterion: CrossAlignmentLoss
+
+    def remove(self) -> None:
+        """Take the hooks off student and teacher."""
+        self.student.remove()
+        self.targets.remove()
+
+    def state(self, own_teacher: bool) -> dict[str, Any]:
+        """Tensors and plain values, as `ENTRIES` says."""
+        teacher = self.teacher
+        return {
+            "taps": plan_to_dict(self.student.plan),
+            "teacher_taps": plan_to_dict(self.targets.extractor.plan),
+            "own_teacher": own_teacher,
+            "image_channels": teacher.image_channels,
+            "in_channels": teacher.in_channels,
+            "out_channels": teacher.out_channels,
+            "num_classes": teacher.encoding.num_classes,
+            "dims": teacher.encoding.dims,
+            "image_map": None if teacher.image_map is None else asdict(teacher.image_map),
+            "teacher": plain_state(dict(teacher.state_dict())),
+        }
+
+
+def build(origin: Origin, example_input: Any, settings: Settings) -> Parts:
+    """Find taps and make the teacher from an example, in dry forwards that leave no trace. No hooks are set yet.
+
+    Raises:
+        TapError: there are no taps, or those of student and teacher have other sizes.
+        ReSegError: the example is no image, or the model cannot be served.
+    """
+    model, own = origin.model, origin.teacher
+    image = image_of(example_input)
+    shape, spatial = image.shape, tuple(image.shape[2:])
+    if own is None:
+        refuse_sharded(model)
+        _refuse_more_than_the_image(example_input)
+    plan = find_taps(model, example_input, taps=origin.taps, levels=settings.levels, encoder=settings.encoder)
+    output = select_output(dry_output(model, example_input), shape[0], spatial, settings.output_path)
+    classes, bounded = output.shape[1], activation_of(output) is not None
+    encoding = LabelEncoding(settings.label_input, classes, len(spatial), settings.ignore_index)
+    if own is None:
+        teacher = _teacher(origin, settings, encoding, shape[1], classes, shape[1], bounded)
+        return _assemble(origin, plan, teacher, plan, settings)
+    channels = input_channels(own, default=encoding.channels)
+    label = torch.zeros(shape[0], channels, *spatial, device=image.device, dtype=image.dtype)
+    out_channels = select_output(dry_output(own, label), shape[0], spatial).shape[1]
+    theirs = find_taps(own, label, taps=origin.teacher_taps, encoder=settings.encoder)
+    if not origin.teacher_taps:
+        theirs = theirs.select([level.stride for level in plan.selected])
+    teacher = _teacher(origin, settings, encoding, channels, out_channels, shape[1])
+    return _assemble(origin, plan, teacher, theirs, settings)
+
+
+def restore(origin: Origin, state: Mapping[str, Any], settings: Settings, known: Parts | None, keep: bool) -> Parts:
+    """The parts of a state: those that are `known`, if `keep` and if they fit, else new ones; with its weights.
+
+    Raises:
+        ReSegError: the state is of another model, or of a teacher that is not here. What is known is as it was.
+        TapError: the model has not the taps of the state.
+    """
+    if state["own_teacher"] != (origin.teacher is not None):
+        raise ReSegError("a state with a teacher of your own needs the same module, teacher=, and no other does")
+    plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
+    if known is not None:
+        refuse_other_channels(known.student.plan, plan)
+    parts = known if keep else None
+    # made anew only where it differs: compiled models hold their hooks
+    if parts is None or not (
+        same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
+    ):
+        encoding = LabelEncoding(settings.label_input, state["num_classes"], state["dims"], settings.ignore_index)
+        channels = state["in_channels"], state["out_channels"], state["image_channels"]
+        bounded = "after.weight" in state["teacher"]  # else its channels alone tell
+        teacher = _teacher(origin, settings, encoding, *channels, bounded)
+        parts = _assemble(origin, plan, teacher, teacher_plan, settings)
+    try:
+        load_states((parts.teacher, state["teacher"]))
+    except ReSegError:
+        if parts is not known:
+            parts.remove()
+        raise
+    image_map = state["image_map"]
+    parts.teacher.image_map = image_map and ImageMap(tuple(image_map["mean"]), tuple(image_map["std"]))
+    return parts
+
+
+def criterion_of(settings: Settings) -> CrossAlignmentLoss:
+    """L_align by the settings."""
+    return CrossAlignmentLoss(
+        settings.encoder_to_decoder,
+        settings.decoder_to_encoder,
+        settings.bottleneck,
+        divisor=settings.divisor,
+        normalize=settings.normalize,
+        seed=settings.seed,
+    )
+
+
+def _refuse_more_than_the_image(example_input: Any) -> None:
+    arguments = [example_input]
+    if isinstance(example_input, Mapping):
+        arguments = [*example_input.values()]
+    elif isinstance(example_input, (tuple, list)):
+        arguments = [*example_input]
+    if len(arguments) > 1 or arguments[0] is not image_of(example_input):
+        raise ReSegError(
+            "the example holds more than the image, or the image within something. If it is a loader's (image, "
+            "label), pass the image alone; if the model takes more, its copy would need that beside the label: "
+            "pass a teacher= that takes the label alone"
+        )
+
+
+def _teacher(
+    origin: Origin,
+    settings: Settings,
+    encoding: LabelEncoding,
+    in_channels: int,
+    out_channels: int,
+    image_channels: int,
+    bounded: bool = False,
+) -> Teacher:
+    """A teacher around a copy of the model, or around the user's module."""
+    own = origin.teacher
+    with preserved_rng():
+        return Teacher(
+            copy_for_teacher(origin.model, settings.teacher_init) if own is None else own,
+            encoding,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            image_channels=image_channels,
+            output=settings.output_path if own is None else None,
+            bounded=bounded,
+        )
+
+
+def _assemble(origin: Origin, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> Parts:
+    _check_sizes(plan, teacher_plan)
+    criterion = criterion_of(settings)
+    return Parts(FeatureExtractor(origin.model, taps=plan), teacher, Targets(teacher, teacher_plan), criterion)
+
+
+def _share_parameters(a: nn.Module, b: nn.Module) -> bool:
+    of_a = {id(parameter) for parameter in a.parameters()}
+    return any(id(parameter) in of_a for parameter in b.parameters())
+
+
+def _check_sizes(student: TapPlan, teacher: TapPlan) -> None:
+    """Raise a TapError if the two have taps of different sizes."""
+    mine, theirs = student.selected, teacher.selected
+    if [level.spatial for level in mine] != [level.spatial for level in theirs] or (
+        student.bottleneck.spatial != teacher.bottleneck.spatial
+    ):
+        raise TapError(
+            "student and teacher have taps of different sizes, and features are never resized.\n"
+            + student.draw("student")
+            + "\n"
+            + teacher.draw("teacher")
+        )

@@ -1,0 +1,165 @@
+"""What every training-time loss shares: a weight, counters, the one forward that counts, statistics, a state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .common.inputs import check_weight, refuse_evaluation
+from .common.state import check_state
+from .errors import ReSegError
+from .recording.copying import unwrap
+from .recording.extractor import FeatureExtractor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Regularizer:
+    """A loss beside a model that is trained by someone else's loop. It is no nn.Module, on purpose.
+
+    The model's parameters and state_dict keys stay as they are, whether it is an attribute of the module that holds
+    the model or not. Frameworks ask for this class: moving, saving, logging and taking off are the same for each loss.
+
+    Args:
+        model: the model, or its DistributedDataParallel or torch.compile wrapper.
+        weight: a factor of the loss.
+
+    Raises:
+        ReSegError: the model is wrapped in something that cannot be served, or the weight is negative or not finite.
+    """
+
+    FORMAT: ClassVar[int] = 1  # of the state_dict
+    ENTRIES: ClassVar[Mapping[str, Any]] = {}  # of the state_dict, as `check_state` takes them
+
+    def __init__(self, model: nn.Module, weight: float) -> None:
+        self._model = unwrap(model)
+        self._calls, self._removed = 0, False
+        self._last: dict[str, Tensor | float] = {}
+        self._weight = check_weight("weight", weight)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, without its wrappers."""
+        return self._model
+
+    @property
+    def weight(self) -> float:
+        """A factor of the loss; it may change between steps. At 0 nothing runs and nothing is recorded."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = check_weight("weight", value)
+        self._arm()
+
+    @property
+    def calls(self) -> int:
+        """How often the loss has returned at a weight other than 0."""
+        return self._calls
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What your optimizer must train beside the model."""
+        return iter(())
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move what is beside the model, as `nn.Module.to`. Returns self."""
+        for module in self._modules():
+            module.to(*args, **kwargs)
+        return self
+
+    def record(self) -> AbstractContextManager[None]:
+        """Mark the forward that the next loss is for, in loops with several forwards a step."""
+        extractor = self._recorder()
+        return nullcontext() if extractor is None else extractor.record()
+
+    def remove(self) -> None:
+        """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
+        extractor = self._recorder()
+        if extractor is not None:
+            extractor.remove()
+        self._removed = True
+
+    def stats(self) -> dict[str, float]:
+        """The last call's values for a log, and "weight". Reading them waits for the device."""
+        return {"weight": self._weight, **{name: float(value) for name, value in self._last.items()}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on: tensors and plain Python values only."""
+        return {
+            "kind": type(self)._kind(),
+            "format": self.FORMAT,
+            "weight": self._weight,
+            "calls": self._calls,
+            **self._state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, settings included; needs no example.
+
+        Raises:
+            ReSegError: the state is of another kind, format or model, or not whole. All is then as it was.
+            TapError: the model has not the taps of the state. All is then as it was, too.
+        """
+        self._check_state(state)
+        weight = check_weight("weight", state["weight"])
+        self._load(state)
+        self._weight, self._calls = weight, state["calls"]
+        self._arm()
+
+    def __repr__(self) -> str:
+        told = {"weight": self._weight, "calls": self._calls, **self._told()}
+        shown = ", ".join(f"{name}={value!r}" for name, value in told.items())
+        return f"{type(self).__name__}({type(self._model).__name__}, {shown})"
+
+    # --- what each says of itself
+
+    @classmethod
+    def _kind(cls) -> str:
+        """The name of the class whose states fit: of a user's subclass, ours."""
+        return next(c.__name__ for c in cls.__mro__ if c.__module__.partition(".")[0] == __name__.partition(".")[0])
+
+    def _modules(self) -> list[nn.Module]:
+        """What `to` moves."""
+        return []
+
+    def _recorder(self) -> FeatureExtractor | None:
+        """What records the model's forward, once there is one."""
+        return None
+
+    def _arm(self) -> None:
+        """Switch recording on or off: the weight or the counter has changed."""
+
+    def _state(self) -> dict[str, Any]:
+        """Entries of the state beside kind, format, weight and calls."""
+        return {}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `_state` gave, or raise and change nothing."""
+
+    def _told(self) -> dict[str, Any]:
+        """What `repr` says beside weight and calls."""
+        return {}
+
+    # --- guards
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise a ReSegError unless a state is whole, and of this kind."""
+        check_state(state, type(self)._kind(), self.FORMAT, {"weight": float, "calls": int, **self.ENTRIES})
+
+    def _refuse_misuse(self) -> None:
+        """Raise a ReSegError if this step is none that the loss can serve."""
+        if self._removed:
+            raise ReSegError(f"the hooks were removed; build a new {type(self).__name__}")
+        refuse_evaluation(self._model)
+        if not torch.is_grad_enabled():
+            raise ReSegError("gradients are off (torch.no_grad or inference mode); this loss is for training steps")
+
+
+def nothing(device: torch.device) -> Tensor:
+    """The loss of a call that computes nothing: a zero on which backward works."""
+    return torch.zeros((), device=device, requires_grad=True)
