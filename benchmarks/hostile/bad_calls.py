@@ -1,5 +1,8 @@
 """The equations with bad tensors, the small methods in bad situations, and the frameworks' glue."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalCall=false
+# wrong types are what is tried
+
 from __future__ import annotations
 
 import copy

@@ -1,5 +1,8 @@
 """Stage 1 and everything that is saved: bad loaders, files, states, and their order."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalCall=false
+# wrong types are what is tried
+
 from __future__ import annotations
 
 import copy
