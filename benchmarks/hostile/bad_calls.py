@@ -1,8 +1,12 @@
 """The equations with bad tensors, the small methods in bad situations, and the frameworks' glue."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalCall=false
+# wrong types are what is tried
+
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -567,8 +571,8 @@ def teacher() -> Iterator[Attempt]:
             yield Attempt(name, f"label {title}", run, (lambda y: len(y) == 0) if title == "empty" else None)
     yield Attempt("ReSegWrapper.reconstruct", "right", _reconstructed, true, NEVER)
     yield Attempt("ReSegWrapper.reconstruct", "before an example", lambda: ReSegWrapper(net()).reconstruct(batch()[1]))
-    more = ("check_finite",) if hasattr(Teacher, "check_finite") else ()
-    for member in ("freeze", "train", "to_channels_last", "tensors", "decode", "run", "reference", *more):
+    members = [name for name in vars(Teacher) if not name.startswith("_") and name != "forward"]
+    for member in members:
         for title, prepare in _SITUATIONS_OF_A_TEACHER.items():
             yield Attempt(f"Teacher.{member}", title, lambda n=member, p=prepare: _use_teacher(n, p), true)
     for title in ("body", "encoding", "in_channels", "out_channels", "image_channels"):
@@ -600,16 +604,24 @@ def _reconstructed() -> None:
         raise WrongError("a reconstruction trains, or leaves the teacher in evaluation")
 
 
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The arguments that a call must give."""
+    parameters = inspect.signature(function).parameters.values()
+    return [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+
+
 def _use_teacher(name: str, prepare: Callable[[Any], Any]) -> None:
     model, reseg = aligned(ready=False)
     prepare(reseg.teacher)
     encoded = torch.zeros(2, 1, 32, 32)
     value = getattr(reseg.teacher, name)
-    _ = list(value()) if name == "tensors" else value(encoded) if name in ("decode", "run") else None
-    if name in ("freeze", "train", "to_channels_last"):
-        value()
-    elif name == "check_finite":
-        value("at all")
+    if name in ("decode", "run"):
+        value(encoded)
+    elif callable(value) and not _required(value):
+        made = value()
+        _ = list(made) if isinstance(made, Iterator) else made
     reseg.freeze_teacher()
     check_alignment(model, reseg)
 

@@ -1,5 +1,8 @@
 """Bad labels, images and orders of calls in the losses, and odd ones that are right."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalCall=false
+# wrong types are what is tried
+
 from __future__ import annotations
 
 import copy
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import oracle
 from .api import CutMixConsistency, DeepSupervision, ReSegWrapper, teacher_parts
@@ -303,7 +307,7 @@ _BAD_STEPS: dict[str, Callable[[Any, ReSegWrapper], Any]] = {
     "another batch's label": lambda m, r: (forward(m), r.alignment_loss(batch(3)[1])),
     "a copy's forward": _stepwise(lambda m, r: forward(copy.deepcopy(m))),
     "reentrant checkpointing of all": _stepwise(
-        lambda m, r: torch.utils.checkpoint.checkpoint(m, batch()[0].requires_grad_(), use_reentrant=True)
+        lambda m, r: checkpoint(m, batch()[0].requires_grad_(), use_reentrant=True)
     ),
     "a forward within backward": lambda m, r: _within_backward(m, r),
 }
@@ -407,7 +411,7 @@ def supervision() -> Iterator[Attempt]:
     for title, loss in losses.items():
         yield Attempt(target, f"task_loss {title}", lambda v=loss: _supervision_with(v))
     yield Attempt(target, "task_loss raising", lambda: _supervision_with(raising), own=(OwnError,))
-    bad: dict[str, list[Any]] = {
+    settings: dict[str, list[Any]] = {
         "num_classes": [0, -1, None, "3", 1.5, NAN, [3], True],
         "levels": [2, [], [3], "2", [None]],
         "sides": ["encoder", None, 1, [], True],
@@ -417,7 +421,7 @@ def supervision() -> Iterator[Attempt]:
         "taps": ["e.1", {"decoders": []}, 3],
         "example_input": ["image", 3, torch.zeros(2, SIZE, SIZE)],
     }
-    for name, values in bad.items():
+    for name, values in settings.items():
         for value in values:
             yield Attempt("DeepSupervision", f"{name}={_word(value)}", lambda n=name, v=value: _built_heads(n, v))
 

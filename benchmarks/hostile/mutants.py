@@ -143,7 +143,13 @@ MUTANTS = (
     _one(
         "the first of two forwards counts", "Recording.finish", "if self.several or self.done is not None:", "if False:"
     ),
-    _one("a forgotten no_grad", "evaluating", "preserved_modes(module), torch.no_grad()", "preserved_modes(module)"),
+    _one(
+        "a forgotten no_grad",
+        "evaluating",
+        "preserved_modes(module), torch.no_grad()",
+        "preserved_modes(module)",
+        ("evaluating", "torch.no_grad(), ", ""),
+    ),
     _one("the teacher is not frozen", "Teacher.freeze", "self.requires_grad_(False)", "pass"),
     _one("the frozen teacher's statistics drift", "Teacher.freeze", "return self.eval()", "return self"),
     _one("tokens transposed", "to_channels_first", 'if layout != "NCL":', 'if layout == "NCL":'),
@@ -210,13 +216,11 @@ MUTANTS = (
     ),
     _one("the counter is not saved", "ReSegWrapper.load_state_dict", 'self._calls = state["calls"]', "self._calls = 0"),
     _one("the heads are not loaded", "DeepSupervision.load_state_dict", 'state["heads"]', "heads.heads.state_dict()"),
-    _one("NaN losses pass", "_finite", "if not math.isfinite(mean):", "if False:"),
     _one(
         "NaN weights are saved and frozen",
         "Teacher.check_finite",
         "if lost:",
         "if False:",
-        ("ReSegWrapper.freeze_teacher", "self.teacher.freeze()", "self.teacher.freeze()  "),
     ),
     _one("random states are not put back", "ReSegWrapper.fit_recon", "with preserved_rng():", "if True:"),
 )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,9 @@ from .verdict import NEVER, Attempt, WrongError
 TESTS = Path(__file__).parents[2] / "tests"
 
 
-class Case(Protocol):
-    """What tests/random_nets.py builds."""
-
-    model: nn.Module
-    image: Tensor
-    encoder: tuple[str, ...]
-    decoder: tuple[str, ...]
-    bottleneck: str
-    refused: bool
-    collides: bool
-    layouts: dict[str, str]
-    sizes: dict[str, tuple[int, ...]]
-
-
 @dataclass(frozen=True)
-class _Own:
-    """A net of this trial as such a case."""
+class Case:
+    """A net and where its features are, as tests/random_nets.py builds them, too."""
 
     model: nn.Module
     image: Tensor
@@ -48,7 +34,6 @@ class _Own:
     layouts: dict[str, str]
     sizes: dict[str, tuple[int, ...]]
     refused: bool = False
-    collides: bool = False
 
 
 def attempts(seed: int, nets: int) -> Iterator[Attempt]:
@@ -185,7 +170,7 @@ def _first(output: Any) -> Tensor:
 OWN = 5
 
 
-def own(seed: int) -> _Own:
+def own(seed: int) -> Case:
     """The trial's own nets, where there are no others."""
     dims, tokens = (3 if seed % OWN == 2 else 2), seed % OWN > 2
     model = (
@@ -198,7 +183,7 @@ def own(seed: int) -> _Own:
     sizes = {name: (32 >> i,) * dims for names in (encoder, decoder) for i, name in enumerate(names)}
     as_read = "last" if seed % OWN == 4 else "tokens"
     layouts = {name: as_read if name.startswith("norms") else "first" for name in (*sizes, "b")}
-    return _Own(model, batch(seed=seed, dims=dims)[0], encoder, decoder, "b", layouts, {**sizes, "b": (2,) * dims})
+    return Case(model, batch(seed=seed, dims=dims)[0], encoder, decoder, "b", layouts, {**sizes, "b": (2,) * dims})
 
 
 def attempts_on_own() -> Iterator[Attempt]:

@@ -102,7 +102,7 @@ def ignoring(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits, label.long(), ignore_index=IGNORED)
 
 
-def aligned(model: nn.Module | None = None, ready: bool = True, **options: Any) -> tuple[Any, ReSegWrapper]:
+def aligned(model: Any = None, ready: bool = True, **options: Any) -> tuple[Any, ReSegWrapper]:
     """A net and a wrapper with an untrained teacher, which is frozen if `ready`."""
     model = net() if model is None else model
     dims = getattr(model, "dims", 2)
@@ -114,13 +114,13 @@ def aligned(model: nn.Module | None = None, ready: bool = True, **options: Any) 
     return model, reseg
 
 
-def supervised(model: nn.Module | None = None, **options: Any) -> tuple[Any, DeepSupervision]:
+def supervised(model: Any = None, **options: Any) -> tuple[Any, DeepSupervision]:
     model = net() if model is None else model
     torch.manual_seed(2)
     return model, DeepSupervision(model, num_classes=CLASSES, **{"example_input": batch()[0], **options})
 
 
-def mixing(model: nn.Module | None = None, **options: Any) -> tuple[Any, CutMixConsistency]:
+def mixing(model: Any = None, **options: Any) -> tuple[Any, CutMixConsistency]:
     model = net() if model is None else model
     settings = {"rampup_steps": None, "ignore_index": IGNORED, "threshold": 0.4, "perturb": None, **options}
     return model, CutMixConsistency(model, **settings)
@@ -212,9 +212,9 @@ def check_mixing(
 ) -> Tensor:
     """`average`: the mean teacher as it must be; None is the model, as before the first `update`."""
     images = batch(4, seed=9)[0] if images is None else images
-    average = copy.deepcopy(model if average is None else average).train(model.training)
+    teacher: Any = copy.deepcopy(model if average is None else average).train(model.training)
     with torch.no_grad():
-        p = average(images).double().softmax(1)
+        p = teacher(images).double().softmax(1)
     confidence, pseudo = p.max(1)
     pseudo = torch.where(confidence >= threshold, pseudo, torch.full_like(pseudo, ignored))
     seen: dict[str, Tensor] = {}

@@ -85,7 +85,7 @@ def loop(folder: Path, seed: int) -> None:
     start(seed)
     model = net(seed, norm="batch", dropout=0.2)
     example = batch(seed=seed)[0]
-    with_projection = {"projection": "linear"} if seed % 2 else {"every": 2, "subset": 0.5}
+    with_projection: dict[str, Any] = {"projection": "linear"} if seed % 2 else {"every": 2, "subset": 0.5}
     reseg = ReSegWrapper(model, example_input=example, weight=0.5, **with_projection)
     deep = DeepSupervision(
         model, num_classes=CLASSES, example_input=example, ignore_index=IGNORED, decay_calls=4 * STEPS
@@ -118,14 +118,14 @@ def loop(folder: Path, seed: int) -> None:
         loss.backward()
         optimizer.step()
         mixed.update()
-        at = np.random.get_state()
+        at: Any = np.random.get_state()
         save(
             {
                 **{name: holder.state_dict() for name, holder in holders.items()},
                 "step": step + 1,
                 "torch": torch.get_rng_state(),
                 "random": random.getstate(),
-                "numpy": at[1].tolist(),  # pyright: ignore
+                "numpy": at[1].tolist(),
                 "numpy_at": [*at[2:]],
             },
             folder / STATE,
