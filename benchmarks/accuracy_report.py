@@ -4,8 +4,8 @@
 
 Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired,
 over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds. Where a plan has
-published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored; so
-does one for plans of the field's protocol, with the worst seed or draw, too.
+published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored. For
+a plan of the field's protocol the second table also has the worst seed or draw, and what was published follows it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from .field import zoomed
@@ -90,7 +90,7 @@ def _of_volume(truth: Tensor | Sequence[Tensor], slices: Tensor) -> Tensor:
 def hausdorff95(a: Tensor, b: Tensor, spacing: Spacing = (1.0, 1.0, 1.0)) -> float:
     """The larger of the two 95th percentiles of the distances between surfaces of masks (D, H, W)."""
     surfaces = [surface(mask).nonzero().numpy() * np.asarray(spacing) for mask in (a, b)]
-    there, back = (cKDTree(other).query(points)[0] for points, other in (surfaces, surfaces[::-1]))
+    there, back = (KDTree(other).query(points)[0] for points, other in (surfaces, surfaces[::-1]))
     return float(max(np.quantile(there, 0.95), np.quantile(back, 0.95)))
 
 

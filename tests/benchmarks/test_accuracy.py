@@ -1269,6 +1269,9 @@ def test_published_scores_stand_beside_ours_with_a_bootstrap_over_patients():
     ours = f"{per_patient.mean():+.2f} ({low:+.2f} to {high:+.2f}, 20 patients)"
     assert f"| ds x2 | 53.50 | 70.00 | 2 | +3.50 | +15.0 ± 63.5 (2) | {ours} |" in text
     assert "published" not in report(select(replace(plan, published={}), lines, "test"))
+    text = report(select(replace(plan, published_hd95={"ds x2": 4.25}), lines, "test"))
+    assert f"| {ours} | 4.25 | 7.00 |" in text
+    assert "| bare | 50.00 | 55.00 | 2 |  |  |  |  | 5.50 |" in text
 
 
 def test_the_fields_protocol_has_a_section_with_the_worst_draw_and_what_was_published(tmp_path):
