@@ -461,7 +461,7 @@ class Lateral(Small):
         return x
 
 
-def test_projection_as_wide_as_the_decoder_is_preferred() -> None:
+def test_a_projection_is_what_the_skip_carries() -> None:
     assert names(found(Lateral())) == [(f"lateral.{i}", f"fuse.{i}") for i in range(3)]
 
 
