@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from published_nets import H2Former, MedFormer, ukan, unext_s
 from test_find_taps import check_hooks
-from torch import nn
+from torch import Tensor, nn
 
 from reseg_loss.taps import find_taps
 
@@ -52,6 +53,33 @@ def test_taps_of_a_published_net(name: str) -> None:
     assert {stride: found.get(stride) for stride in levels} == levels
     assert str(plan.bottleneck) == bottleneck
     check_hooks(model, plan, image)
+
+
+class NormedTokens(nn.Module):
+    """A U-Net whose decoder normalises its features as tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        block = lambda cin, cout: nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1), nn.ReLU())  # noqa: E731
+        self.e0, self.e1, self.e2 = block(3, width // 2), block(width // 2, width), block(width, 2 * width)
+        self.d1, self.d0 = block(3 * width, width), block(width + width // 2, width // 2)
+        self.norm, self.head = nn.LayerNorm(width), nn.Conv2d(width // 2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.e0(x)
+        b = self.e1(F.max_pool2d(a, 2))
+        d = self.d1(torch.cat([b, F.interpolate(self.e2(F.max_pool2d(b, 2)), scale_factor=2)], 1))
+        d = self.norm(d.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(d.shape)
+        return self.head(self.d0(torch.cat([a, F.interpolate(d, scale_factor=2)], 1)))
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 256])  # of which all but 48 are the cells of a grid of some size
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_widths_that_are_the_cells_of_a_grid_change_nothing(width: int, side: int) -> None:
+    plan = find_taps(NormedTokens(width), torch.randn(2, 3, side, side))
+    assert [(str(level.encoder), str(level.decoder)) for level in plan.levels] == [("e0", "d0"), ("e1", "norm")]
+    assert plan.levels[1].decoder.layout == "NLC"
+    assert str(plan.bottleneck) == "e2"
 
 
 @pytest.mark.slow

@@ -158,6 +158,7 @@ def _is_unknown(axis: Axis) -> bool:
 
 
 def _is_hidden(axis: Axis) -> bool:
+    """Whether an operator hid what an axis is, so that a shape may tell it."""
     return bool(axis) and all(piece.label == UNKNOWN for piece in axis)
 
 
@@ -222,6 +223,8 @@ def _guess(
 
 # ------------------------------------------------------------------ operators
 
+# Parts of names: of operators that take and give channels first, and of those of torch's own that hide what they do.
+# What is on neither list, nor has a rule below, keeps its axes: it broadcasts, reduces or resizes them.
 _SPATIAL = ("conv", "pool", "upsample", "pixel_shuffle", "pixel_unshuffle", "col2im", "grid_sampler")
 _OPAQUE = ("index", "gather", "scatter", "sort", "topk", "take", "masked_s", "as_strided", "embedding", "opaque")
 
@@ -449,7 +452,7 @@ def _slice(given: dict[str, Any], node: Node) -> Axes | None:
 
 def _split(given: dict[str, Any], node: Node) -> Axes | None:
     axes, dim = given["self"].axes, given["dim"]
-    sizes = given.get("split_size", given.get("split_sizes"))
+    sizes = given["split_size"] if "split_size" in given else given["split_sizes"]
     start = node.output * sizes if isinstance(sizes, int) else sum(sizes[: node.output])
     return axes and _part(axes, dim, start, node.shape[dim])
 

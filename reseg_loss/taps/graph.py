@@ -34,7 +34,7 @@ class Graph:
             for keys, node in call.inputs:
                 self.taken.setdefault(node, []).append((call, keys))
         axes, self.hidden = follow(trace)
-        self._grids = [each and grid_of(each, self.batch, self.image) for each in axes]
+        self._grids = [grid_of(each, self.batch, self.image) if each else None for each in axes]
 
     def grid(self, node: int) -> layouts.Grid | None:
         """How a node lies over the image; None for what is no feature map: attention, windows, pooled vectors."""

@@ -13,19 +13,17 @@ from .trunk import Trunk, find_trunk
 
 
 class Origin(IntEnum):
-    """How sure it is that a tensor belongs to the encoder, the surest first."""
+    """How a tensor stands to the encoder, that which is the skip first."""
 
-    ENCODER = 0  # the bottleneck was computed from it
-    ADAPTER = 1  # convolutions or the like made it of the encoder's, on the way of the skip
-    DESCENDING = 2  # it was never upsampled: a norm or an activation on the way of the skip
-    OTHER = 3  # merely not computed from the bottleneck
+    ADAPTER = 0  # convolutions or the like made it of the encoder's, on the way of the skip
+    ENCODER = 1  # the bottleneck was computed from it
+    OTHER = 2  # merely not computed from the bottleneck: norms on the way of the skip, UNETR's upsampled tokens
 
 
 class Candidate(NamedTuple):
     """A tensor that a skip may stand for."""
 
     origin: Origin
-    distance: int  # steps back from where the skip joins the trunk
     node: int
 
 
@@ -52,8 +50,7 @@ class Shape:
 
     def score(self) -> int:
         """How many levels a skip joins."""
-        graph = self.trunk.graph
-        return sum(any(graph.channels(c.node) > 1 for c in floor.skips) for floor in self.floors.values())
+        return sum(bool(floor.skips) for floor in self.floors.values())
 
 
 def find_shape(graph: Graph) -> Shape | None:
@@ -145,64 +142,46 @@ def _encoder_side(trunk: Trunk, operand: int, size: Size) -> list[Candidate]:
     """The tensors behind an operand, at its level, that the bottleneck has no part in (this undoes gates)."""
     graph, seen, todo = trunk.graph, {operand}, [operand]
     found: list[Candidate] = []
+    chain = True  # no other way led around what was found so far, as one does around a gate
     for node in todo:
         if node not in trunk.decoder:
-            pure = trunk.pure.get(node, False)
-            if node in trunk.encoder or (pure and _fuses(trunk, node) and tap_at(graph, node)):
-                adapters = [c for c in found if c.origin is Origin.DESCENDING and _adapts(trunk, c.node)]
-                found = [c._replace(origin=Origin.ADAPTER) if c in adapters else c for c in found]
-                return [*found, Candidate(Origin.ENCODER, len(found), node)]
-            found.append(Candidate(Origin.DESCENDING if pure else Origin.OTHER, len(found), node))
+            if node in trunk.encoder or (_fuses(trunk, node) and tap_at(graph, node)):
+                return [*found, Candidate(Origin.ENCODER, node)]
+            found.append(Candidate(Origin.ADAPTER if chain and _adapts(trunk, node) else Origin.OTHER, node))
         if node in trunk.pure:
             new = [s for s in trunk.folded.sources(node) if s not in seen and s not in graph.inputs]
             new = [s for s in new if graph.size(s) == size]
+            chain = chain and len(new) == 1
             seen.update(new)
             todo += new
-    return found
+    return [Candidate(Origin.OTHER, candidate.node) for candidate in found]
 
 
 def _fuses(trunk: Trunk, node: int) -> bool:
     """Whether a node is made of several of the encoder's features of its size: of two encoders, one is not enough."""
     graph, sources = trunk.graph, trunk.folded.sources(node)
-    return sum(source in trunk.encoder and graph.size(source) == graph.size(node) for source in sources) > 1
+    parts = [source for source in sources if source in trunk.encoder and graph.size(source) == graph.size(node)]
+    return trunk.pure.get(node, False) and len(parts) > 1
 
 
 def _adapts(trunk: Trunk, node: int) -> bool:
-    """Whether what made a node on the way of a skip is more than a norm or an activation."""
+    """Whether a node is more than a norm or an activation of the encoder's, and nothing upsampled, as in UNet++."""
     owner = trunk.folded.owner(node)
     call = None if owner is None else trunk.graph.calls[owner]
     made = trunk.graph.nodes[call.start : call.end] if call else [trunk.graph.nodes[node]]
-    return any(kind in each.operator for each in made for kind in ("conv", "mm", "attention"))
+    computes = any(kind in each.operator for each in made for kind in ("conv", "mm", "attention"))
+    return trunk.pure.get(node, False) and computes
 
 
 def is_one_of_several(trunk: Trunk, floor: Floor, skip: int) -> bool:
     """Whether no hook sees the skip that several features of the encoder make, of which `skip` is one."""
-    fused = [c.node for c in floor.skips if c.origin is not Origin.OTHER and _fuses(trunk, c.node)]
-    return any(skip in trunk.folded.sources(node) for node in fused)
+    return any(skip in trunk.folded.sources(c.node) and _fuses(trunk, c.node) for c in floor.skips)
 
 
 def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
-    """The skip of a level: of the encoder's own tensors, or those that project them, one as wide as the decoder."""
-    graph = trunk.graph
-    candidates = [c for c in floor.skips if tap_at(graph, c.node)]
-    if not candidates:
-        return None
-    widths = _module_widths(trunk, floor.merged()) or _module_widths(trunk, floor.trunk)
-
-    def order(candidate: Candidate) -> tuple[int, int, int]:
-        origin, distance, node = candidate
-        wide_as_decoder = graph.channels(node) in widths and origin < Origin.OTHER
-        later_first = -node if origin < Origin.OTHER else node
-        first = 0 if origin is Origin.ADAPTER else int(origin)
-        return (first if wide_as_decoder else 3 + int(origin)), distance, later_first
-
-    return min(candidates, key=order).node
-
-
-def _module_widths(trunk: Trunk, nodes: list[int]) -> set[int]:
-    graph = trunk.graph
-    returned = [node for node in nodes if tap_at(graph, node, inputs=False, views=False)]
-    return {graph.channels(node) for node in returned if not is_raw_join(trunk, node)}
+    """The skip of a level: what carries the encoder's feature there, as near to where it joins as there is."""
+    candidates = [c for c in floor.skips if tap_at(trunk.graph, c.node)]
+    return min(candidates, key=lambda candidate: candidate.origin).node if candidates else None
 
 
 def is_raw_join(trunk: Trunk, node: int) -> bool:

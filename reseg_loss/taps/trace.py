@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..common.dryrun import call, dry_run, image_of, private_copy, tensors
 from ..errors import ReSegError
@@ -119,6 +118,15 @@ def trace_forward(model: nn.Module, example_input: Any) -> Trace:
     return Trace(tuple(image.shape), tracer.nodes, tracer.calls, tracer.writes)
 
 
+def _nodes(value: Any) -> Iterator[int | None]:
+    """The nodes of the tensors among plain arguments."""
+    if isinstance(value, Ref):
+        yield value.node
+    elif isinstance(value, list):
+        for item in value:
+            yield from _nodes(item)
+
+
 class _Tracer(TorchDispatchMode):
     """Names tensors by storage (weakly), offset, shape, stride and type, so views and in-place writes are followed."""
 
@@ -182,12 +190,12 @@ class _Tracer(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        sources = [self._find(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         named = {
             argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
             for i, argument in enumerate(func._schema.arguments)
         }
         arguments = {name: self._plain(value) for name, value in named.items()}
+        sources = list(_nodes(list(arguments.values())))
         result = func(*args, **kwargs)
         written = set()
         for argument in func._schema.arguments:

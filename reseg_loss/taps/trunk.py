@@ -53,8 +53,9 @@ class Trunk:
 def find_trunk(folded: Folded) -> Trunk | None:
     """The best path from an output backward, never to a finer level, to the first pure node.
 
-    Best is: most levels, then the operand that was upsampled where several could be followed, then the deeper
-    bottleneck, then the longer path. None if no output has such a path.
+    Best is: most levels, then the deeper bottleneck (the last layer of UNETR, whose skips leave earlier layers of one
+    size), then the longer path (that through the pyramid, in smp's FPN with resnet50). None if no output has such a
+    path.
     """
     graph = folded.graph
     pure: dict[int, bool] = {}
@@ -73,13 +74,11 @@ def find_trunk(folded: Folded) -> Trunk | None:
             below = graph.size(source)
             if source not in rank or below is None or (size is not None and not covers(size, below)):
                 continue
-            climbs = int(size is not None and below != size)
             levels, depth, length = rank[source]
-            candidate = (levels + climbs, climbs, depth, length + 1)
+            candidate = (levels + int(size is not None and below != size), depth, length + 1)
             if best is None or candidate > best:
-                best, following[node] = candidate, source
-        if best:
-            rank[node] = (best[0], best[2], best[3])
+                best = rank[node] = candidate
+                following[node] = source
     ends = [output for output in graph.outputs if output in rank]
     if not ends:
         return None

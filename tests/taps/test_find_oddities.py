@@ -357,6 +357,22 @@ def test_what_a_skip_carries_is_tapped_behind_its_adapter_and_the_stage_before()
     assert names(find_taps(Adapted(), torch.randn(2, 3, 32, 32), encoder="block")) == NAMES
 
 
+class SelfGated(Small):
+    """Each skip is multiplied by a map that a module makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.ModuleList([nn.Sequential(nn.Conv2d(c, 1, 1), nn.Sigmoid()) for c in (4, 8, 16)])
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = super().encode(x)
+        return [*[gate(f) * f for gate, f in zip(self.gate, features)], features[3]]
+
+
+def test_a_gate_is_no_adapter() -> None:
+    assert names(found(SelfGated())) == NAMES
+
+
 class Reduced(Small):
     """A bare 1x1 convolution narrows each feature before it is interpolated, as wide as the next level."""
 
@@ -445,7 +461,7 @@ class Lateral(Small):
         return x
 
 
-def test_projection_as_wide_as_the_decoder_is_preferred() -> None:
+def test_a_projection_is_what_the_skip_carries() -> None:
     assert names(found(Lateral())) == [(f"lateral.{i}", f"fuse.{i}") for i in range(3)]
 
 
