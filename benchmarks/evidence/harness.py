@@ -406,9 +406,9 @@ class Stage2:
                 self.taught = FeatureExtractor(self.reseg.teacher.body, taps=plan, when="always").attach()
         if variant.deep is not None:
             ignored = IGNORED if variant.unlabelled_deep else None
-            self.deep = DeepSupervision(
-                self.model, num_classes=classes, example_input=example, ignore_index=ignored, **variant.deep
-            )
+            # "weights" is the name in the keys of results, which stay
+            given = {"level_weights" if name == "weights" else name: value for name, value in variant.deep.items()}
+            self.deep = DeepSupervision(self.model, example, num_classes=classes, ignore_index=ignored, **given)
             parameters += self.deep.parameters()
         self.student = machine.network(self.model)
         self.mean_teacher = machine.network(self.average) if self.average is not None else None

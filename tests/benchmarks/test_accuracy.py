@@ -50,6 +50,8 @@ from benchmarks.evidence.variants import CATALOGUE, REMOVED, from_plan
 from benchmarks.released_code import task_loss as released_loss
 from examples.backbones.unet import UNet
 from examples.common.metrics import score_volume, summarize
+from reseg_loss.alignment import wrapper
+from reseg_loss.common import inputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -913,7 +915,14 @@ def test_the_watch_sees_what_it_is_for():
             wait(torch.ones(2))
 
 
-def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native):
+@pytest.fixture
+def unread(monkeypatch):
+    """The losses look at values on a CPU in every step, elsewhere not: here the CPU stands for a GPU."""
+    for module in (inputs, wrapper):
+        monkeypatch.setattr(module, "readable", lambda device, first=False: False)
+
+
+def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native, unread):
     semi = replace(CATALOGUE["ds equal + deep cutmix"], mixing={"sides": [0.3, 0.7], "perturb": "blur and contrast"})
     plan = plan_of(data="acdc_native", patients=3, variants=(semi,), settings=FIELD)
     session = accuracy.Session(plan, folder, Machine.make(), {})
@@ -931,7 +940,7 @@ def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native):
     ("name", "data", "settings"),
     [*((name, "acdc", SETTINGS) for name in CATALOGUE), ("ds x2 + deep cutmix", "hippocampus", IN_3D)],
 )
-def test_no_step_waits_for_the_device(name, data, settings, request):
+def test_no_step_waits_for_the_device(name, data, settings, request, unread):
     feed = feed_of(request.getfixturevalue(data), augmentation=settings.augmentation)
     step = Stage2(CATALOGUE[name].step, settings, 4, feed, Machine.make())
     with Watch():

@@ -1164,7 +1164,7 @@ def test_not_a_feature_map() -> None:
 def test_wrong_level_and_wrong_kind() -> None:
     with pytest.raises(TapError, match="no level has stride 3"):
         find_taps(Small(), torch.randn(IMAGE), levels=[3])
-    with pytest.raises(TapError, match="'skip' or 'stage'"):
+    with pytest.raises(TapError, match="'skip' or 'block'"):
         find_taps(Small(), torch.randn(IMAGE), encoder="both")  # pyright: ignore
 
 
