@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reseg_loss import ReSegWrapper
+from reseg_loss.recording.hooks import Recorder, Recording
 
 
 def block(
@@ -98,6 +99,27 @@ def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
     reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
     reseg.freeze_teacher()
     return model, reseg
+
+
+def recording_of(model: nn.Module) -> Recording:
+    """What the hooks of the model's first extractor write to."""
+    hooks = model._forward_pre_hooks.values()
+    return next(hook.recording for hook in hooks if isinstance(hook, Recorder) and hook.recording is not None)
+
+
+def tensors_in(holder: Any) -> list[Tensor]:
+    """What it holds at any depth, but for the tensors of modules."""
+    if isinstance(holder, Tensor):
+        return [holder]
+    if isinstance(holder, Mapping):
+        parts: Iterable[Any] = holder.values()
+    elif isinstance(holder, (list, tuple)):
+        parts = holder
+    elif isinstance(holder, (nn.Module, type)) or not hasattr(holder, "__dict__"):
+        parts = ()
+    else:
+        parts = vars(holder).values()
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def through_file(value: Any, weights_only: bool = True) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +16,16 @@ import torch.nn.functional as F
 from models import UNet, batch, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import CrossAlignmentLoss, CutMixConsistency, DeepSupervision, Features, ReSegError, ReSegWrapper
-from reseg_loss.alignment import terms
+from reseg_loss import (
+    CrossAlignmentLoss,
+    CutMixConsistency,
+    DeepSupervision,
+    FeatureExtractor,
+    Features,
+    ReSegError,
+    ReSegWrapper,
+)
+from reseg_loss.alignment import capture, terms
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
@@ -60,6 +69,14 @@ def on_device(seed: int = 0, dtype: torch.dtype = torch.float32, ignored: bool =
     if ignored:
         label[:, :5, 3:9] = 255
     return image.to(DEVICE, dtype), label.to(DEVICE)
+
+
+def forget_statistics(reseg: ReSegWrapper) -> None:
+    """Those of the last call, which take memory."""
+    weight, reseg.weight = reseg.weight, 0
+    reseg.alignment_loss(torch.zeros(1, 1, 1, dtype=torch.int64))
+    reseg.weight = weight
+    assert len(reseg.stats()) == 1
 
 
 def loss_of(logits: Tensor, label: Tensor) -> Tensor:
@@ -288,7 +305,7 @@ def test_features_are_freed_after_the_step_and_after_a_failed_forward():
     image, label = on_device()
     for _ in range(2):
         (task_loss(model(image), label) + reseg.alignment_loss(label)).backward()
-    reseg._last.clear()
+    forget_statistics(reseg)
     before = torch.cuda.memory_allocated()
 
     def fail(module: nn.Module, args: Any) -> None:
@@ -425,9 +442,11 @@ def test_channels_last_stays_and_gives_the_same_loss(dims):
     model.to(memory_format=layout)
     seen: list[tuple[int, ...]] = []
     handle = model.bottleneck.register_forward_hook(lambda module, args, output: seen.append(output.stride()))
-    output = model(image.to(memory_format=layout))
+    with FeatureExtractor(model, taps=reseg.extractor.plan) as features:
+        output = model(image.to(memory_format=layout))
+        kept = features.pop().bottleneck
     handle.remove()
-    assert reseg.extractor._recording.done["seen"]["bottleneck"][0].stride() == seen[0]
+    assert kept.stride() == seen[0]
     bare = copy.deepcopy(model)
     assert output.stride() == bare(image.to(memory_format=layout)).stride()
     loss = reseg.alignment_loss(label)
@@ -508,8 +527,26 @@ def aligned(model: nn.Module, reseg: ReSegWrapper, image: Tensor, label: Tensor,
     return reseg.alignment_loss(label)
 
 
-def graphs_of(reseg: ReSegWrapper) -> dict[Any, Any]:
-    return reseg._parts.targets._captured._replays
+class Graphs:
+    """Weak references to the graphs that were recorded."""
+
+    def __init__(self, record: Callable[..., Any]) -> None:
+        self.record, self.replays = record, list[weakref.ref[Any]]()
+
+    def __call__(self, *args: Any) -> Any:
+        replay = self.record(*args)
+        self.replays.append(weakref.ref(replay))
+        return replay
+
+    def alive(self) -> int:
+        return sum(replay() is not None for replay in self.replays)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    graphs = Graphs(capture.recorded)
+    monkeypatch.setattr(capture, "recorded", graphs)
+    return graphs
 
 
 @pytest.fixture
@@ -525,7 +562,7 @@ CAPTURED = [*SETTINGS, {"every": 2}]
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 @pytest.mark.parametrize("kwargs", CAPTURED)
-def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deterministic):
+def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deterministic, graphs):
     results = []
     for on in (False, True):
         model, reseg = ready(capture_teacher=on, **kwargs)
@@ -540,11 +577,11 @@ def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deter
             found += [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         results.append(vector(found))
     assert torch.equal(*results)
-    assert len(graphs_of(reseg)) == 2
+    assert graphs.alive() == 2
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_captured_teacher_follows_a_loaded_state_and_a_move(amp, deterministic):
+def test_a_captured_teacher_follows_a_loaded_state_and_a_move(amp, deterministic, graphs):
     results = []
     image, label = on_device()
     for on in (False, True):
@@ -559,7 +596,7 @@ def test_a_captured_teacher_follows_a_loaded_state_and_a_move(amp, deterministic
         results.append(vector(losses))
     assert torch.equal(*results)
     assert results[0][2] != results[0][3]
-    assert len(graphs_of(reseg)) == 1
+    assert graphs.alive() == 1
 
 
 def test_a_captured_teachers_features_serve_until_the_next_loss():
@@ -591,7 +628,7 @@ def test_no_step_after_the_first_waits_for_the_device_with_a_captured_teacher():
             aligned(model, reseg, image, label, None).backward()
 
 
-def test_a_step_in_a_cuda_graph_contains_a_captured_teachers_forward():
+def test_a_step_in_a_cuda_graph_contains_a_captured_teachers_forward(graphs):
     data = [on_device(seed, torch.float64) for seed in range(4)]
     results = []
     for graphed in (False, True):
@@ -599,8 +636,9 @@ def test_a_step_in_a_cuda_graph_contains_a_captured_teachers_forward():
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         image, label = (x.clone() for x in data[0])
         run = warmed_up(partial(aligned_step, model, reseg, optimizer, image, label), optimizer, graphed)
-        assert len(graphs_of(reseg)) == graphed  # of the steps before
-        reseg._parts.targets._captured.drop()  # the step's graph needs none of it
+        assert graphs.alive() == graphed  # of the steps before
+        if graphed:
+            reseg.remove()  # and the teacher's graphs: the step's needs none of them
         losses = []
         for new_image, new_label in data[1:]:
             image.copy_(new_image)
@@ -656,7 +694,7 @@ def test_removing_the_wrapper_frees_a_captured_teachers_graphs():
         before = torch.cuda.memory_allocated()
         aligned(model, reseg, image, label, None).backward()
         model.zero_grad()
-        reseg._last.clear()
+        forget_statistics(reseg)
         with_graph = torch.cuda.memory_allocated()
         reseg.remove()
         after = torch.cuda.memory_allocated()
@@ -664,7 +702,7 @@ def test_removing_the_wrapper_frees_a_captured_teachers_graphs():
 
 
 @pytest.mark.filterwarnings("ignore")  # of workers and pinning, by version
-def test_a_loader_that_pins_memory_runs_beside_a_captured_teacher():
+def test_a_loader_that_pins_memory_runs_beside_a_captured_teacher(graphs):
     image, label = batch(64)
     data = torch.utils.data.TensorDataset(image, label)
     loader = torch.utils.data.DataLoader(data, batch_size=2, pin_memory=True, num_workers=2)
@@ -673,15 +711,15 @@ def test_a_loader_that_pins_memory_runs_beside_a_captured_teacher():
     for _ in range(3):
         for x, y in loader:
             if seen % 8 == 0:
-                reseg._parts.targets._captured.drop()  # a capture while the loader works
+                reseg.teacher.body.register_forward_hook(lambda *_: None)  # a new capture, while the loader works
             aligned(model, reseg, x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True), None).backward()
             seen += 1
     assert seen == 96
-    assert len(graphs_of(reseg)) == 1
+    assert graphs.alive() == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_teacher_can_be_captured():
+def test_a_compiled_teacher_can_be_captured(graphs):
     pytest.importorskip("triton")
     torch._dynamo.reset()
     losses = []
@@ -689,7 +727,7 @@ def test_a_compiled_teacher_can_be_captured():
         model, reseg = ready(dtype=torch.float64, compile_teacher=on, capture_teacher=on)
         losses += [aligned(model, reseg, *on_device(seed, torch.float64), None).detach() for seed in range(3)]
     assert torch.allclose(torch.stack(losses[:3]), torch.stack(losses[3:]), rtol=1e-8)
-    assert len(graphs_of(reseg)) == 1
+    assert graphs.alive() == 1
 
 
 # --- random states and determinism

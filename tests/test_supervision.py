@@ -14,7 +14,7 @@ from models import PadsInside, UNet, batch, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import DeepSupervision, FeatureExtractor, ReSegError, ReSegWrapper
-from reseg_loss.supervision import _nearest
+from reseg_loss.supervision import nearest
 
 
 def ready(model: nn.Module | None = None, **kwargs) -> tuple[nn.Module, DeepSupervision]:
@@ -89,7 +89,7 @@ def test_nearest_labels_are_those_of_interpolate_in_any_form_and_dtype(h, w, dty
     label = torch.randint(0, 2, (2, 9, 9)).to(dtype)
     expected = F.interpolate(label[:, None].float(), (h, w), mode="nearest")
     for form, values in ((label, expected[:, 0]), (label[:, None], expected)):
-        small = _nearest(form, (h, w))
+        small = nearest(form, (h, w))
         assert small.dtype == dtype
         assert torch.equal(small.float(), values)
 

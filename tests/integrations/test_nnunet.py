@@ -200,7 +200,7 @@ def test_ignore_labels_and_regions_reach_the_teacher(folders, kind, monkeypatch,
         None if "ignore" not in kind else 255 if regions else 3,
     )
     target = batches[0]["target"][0]
-    encoded, valid = encoding.encode(made._label(target))
+    encoded, valid = encoding.encode(made.label_of(target))
     expected, counts = naive(target.numpy(), regions, "ignore" in kind)
     assert np.array_equal(encoded.numpy(), expected)
     assert (valid is None) == (counts is None)
@@ -244,7 +244,7 @@ def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: compiler(network, backend="eager"))
     made = tiny.make("nnUNetTrainerReSeg", "3d_fullres")
-    made._do_i_compile = lambda: True
+    made._do_i_compile = lambda: True  # noqa: SLF001 - nnU-Net's own switch, and it has no other
     tiny.train(made)
     assert type(made.network).__name__ == "OptimizedModule"
     assert made.reseg.calls == 9
@@ -303,7 +303,7 @@ def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
     about = torch.load(Path(made.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert about["trainer_name"] == "nnUNetTrainer_250epochs"
     made = tiny.make("nnUNetTrainerReSeg", "2d")
-    assert made._trainer_to_predict_with() == "nnUNetTrainer"
+    assert made.trainer_to_predict_with() == "nnUNetTrainer"
     own = type("WithANetworkOfItsOwn", (type(made),), {"build_network_architecture": staticmethod(lambda: None)})
     made.__class__ = own
-    assert made._trainer_to_predict_with() == "WithANetworkOfItsOwn"
+    assert made.trainer_to_predict_with() == "WithANetworkOfItsOwn"
