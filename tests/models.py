@@ -91,12 +91,12 @@ def loader(batches: int = 4, **kwargs: Any) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(image, label), batch_size=2, shuffle=True)
 
 
-def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
-    """A model and a wrapper with an untrained, frozen teacher, always the same."""
+def ready(model: Any = UNet, image: Tensor | None = None, **kwargs: Any) -> tuple[Any, ReSegWrapper]:
+    """A model in training (or what makes one) and a wrapper with an untrained, frozen teacher, always the same."""
     torch.manual_seed(0)
-    model = UNet()
+    model = model if isinstance(model, nn.Module) else model()
     torch.manual_seed(1)
-    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
+    reseg = ReSegWrapper(model, batch()[0] if image is None else image, **{"weight": 1.0, **kwargs})
     reseg.freeze_teacher()
     return model, reseg
 

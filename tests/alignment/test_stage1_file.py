@@ -468,7 +468,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     script = """
         import os, signal, sys
         import torch
-        from reseg_loss import files
+        from reseg_loss.common import files
         files.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
         files.write_atomically({"a": torch.zeros(10)}, sys.argv[1])
     """

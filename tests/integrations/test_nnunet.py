@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.pool
 import os
 import re
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks_page import section
+from launch import two_processes
 
 from reseg_loss.integrations.nnunet import __main__ as printer
 
@@ -251,33 +251,7 @@ def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
 
 
 def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes_on(folders, tmp_path):
-    paths = [
-        str(Path(__file__).parents[2]),
-        str(Path(__file__).parents[1]),
-        str(Path(__file__).parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {
-        **os.environ,
-        "nnUNet_results": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    logs = [open(tmp_path / f"{rank}.log", "wb") for rank in range(2)]  # noqa: SIM115
-    processes = [
-        subprocess.Popen(
-            [sys.executable, tiny.__file__, str(rank), str(tmp_path)], env=environment, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process, log in zip(processes, logs):
-            process.kill()
-            log.close()
-    assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    two_processes(tiny.__file__, tmp_path, nnUNet_results=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for run, calls in (("whole", 9), ("resumed", 3)):
         assert zero[run]["wrapped"] == "DistributedDataParallel"

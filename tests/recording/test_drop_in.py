@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, inplace, loader, recording_of, task_loss, tensors_in, through_file
+from models import UNet, batch, inplace, loader, ready, recording_of, task_loss, tensors_in, through_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,15 +25,6 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, TapError
 
 SEEN = {"encoder": ["encoder.1", "encoder.2"], "decoder": ["decoder.1", "decoder.0"], "bottleneck": "bottleneck"}
-
-
-def ready(model: Any = UNet, image: Tensor | None = None, **kwargs: Any) -> tuple[Any, ReSegWrapper]:
-    """A model in training (or what makes one) and a wrapper with an untrained, frozen teacher, always the same."""
-    torch.manual_seed(0)
-    model = model if isinstance(model, nn.Module) else model()
-    reseg = ReSegWrapper(model, example_input=batch()[0] if image is None else image, **kwargs)
-    reseg.freeze_teacher()
-    return model, reseg
 
 
 def group_norm(channels: int) -> nn.Module:
