@@ -431,7 +431,7 @@ class Stage2:
         self.loop = Loop(machine, parameters, *recipe, feed.steps, self._modules())
         self.aligned, self.ramp = (torch.zeros(feed.steps, device=device) for _ in range(2))
         self.model.train()
-        self.loop.capture(self._losses, self._follow)
+        self.loop.capture(self.losses, self._follow)
         self.forget()
 
     def _modules(self) -> list[nn.Module]:
@@ -446,7 +446,7 @@ class Stage2:
 
     # --- the step
 
-    def _losses(self) -> tuple[Tensor, Tensor]:
+    def losses(self) -> tuple[Tensor, Tensor]:
         variant, clock = self.variant, self.loop.clock
         image, label, _ = self.feed.batch_of(self.feed.labelled, clock)
         with self._recording(), self.machine.autocast():

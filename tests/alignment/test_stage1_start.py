@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, loader, saved
+from models import UNet, batch, loader, recording_of, saved
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -214,9 +214,9 @@ def test_reentrant_checkpointing_is_known_at_the_first_step():
     assert steps == []
     reseg = fit(loader(), Checkpointed(reentrant=False), optimizer=adam)
     assert len(steps) == 4
-    assert not reseg._parts.targets.extractor.enabled
+    assert not recording_of(reseg.teacher.body).enabled
     image, label = batch()
-    reseg._model(image)
+    reseg.model(image)
     assert reseg.alignment_loss(label) > 0
 
 
