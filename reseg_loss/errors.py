@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
 
 
 class ReSegError(ValueError):
@@ -16,6 +19,19 @@ class TapError(ReSegError):
     """A tap is unknown, did not fire, or the model's levels could not be found."""
 
     __module__ = "reseg_loss"
+
+
+def outline(value: Any) -> str:
+    """What a value is, for a message: dtype, shape and device of a tensor, the keys or the types in a container."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.layout}, on {value.device}".replace(
+            ", torch.strided", ""
+        )
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {list(value)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}: " + ", ".join(type(v).__name__ for v in value)
+    return f"a {type(value).__name__}"
 
 
 def did_you_mean(name: str, known: Iterable[str], n: int = 4) -> str:

@@ -116,7 +116,14 @@ def refuse_probabilities(activation: str | None, what: str, model: nn.Module) ->
 
 
 def as_path(output: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
-    """A path into what a model returns, from one key or several; None stays."""
+    """A path into what a model returns, from one key or several; None stays.
+
+    Raises:
+        ReSegError: it is something else.
+    """
     if output is None:
         return None
-    return (output,) if isinstance(output, (int, str)) else tuple(output)
+    path = tuple(output) if isinstance(output, (list, tuple)) else (output,)
+    if not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in path):
+        raise ReSegError(f"output={output!r}; it is an index, a key, or a tuple of them")
+    return path

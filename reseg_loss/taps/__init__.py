@@ -49,7 +49,7 @@ def find_taps(
 
     Raises:
         TapError: the model has no such shape, or a named tap does not exist or does not fit.
-        ReSegError: there is no image in `example_input`, or the model has lazy parameters.
+        ReSegError: there is no image in `example_input`, or the model fails on it, is lazy or no module.
     """
     if encoder not in ("skip", "block"):
         raise TapError(f"encoder={encoder!r}: it is 'skip' or 'block'")

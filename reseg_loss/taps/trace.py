@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..common.dryrun import call, dry_run, image_of, private_copy, tensors
-from ..errors import ReSegError
+from ..common.dryrun import call, check_module, dry_run, image_of, private_copy, tensors
 
 Keys = tuple[int | str, ...]
 
@@ -95,10 +94,10 @@ def trace_forward(model: nn.Module, example_input: Any) -> Trace:
     """Run `model` once, leaving no mark on it, and write down what it did.
 
     Raises:
-        ReSegError: no image among the inputs, or the model is scripted or has lazy parameters.
+        ReSegError: no image among the inputs, the model fails on them, or it is no module that takes hooks, or has lazy
+            parameters.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ReSegError("a scripted model takes no hooks; pass the Python module it was made from")
+    check_module(model)
     image = image_of(example_input)
     names: dict[int, tuple[str, nn.Module]] = {}
     for name, module in named_modules(model).items():

@@ -946,7 +946,7 @@ def test_the_dry_forward_leaves_no_trace(fails: bool) -> None:
     rng = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
 
     if fails:
-        with pytest.raises(RuntimeError, match="a bug of the model"):
+        with pytest.raises(ReSegError, match=r"fails on the example.*a bug of the model"):
             find_taps(model, image)
     else:
         assert [level.stride for level in find_taps(model, image).levels] == [(1, 1), (2, 2), (4, 4)]
@@ -1164,7 +1164,7 @@ def test_not_a_feature_map() -> None:
 def test_wrong_level_and_wrong_kind() -> None:
     with pytest.raises(TapError, match="no level has stride 3"):
         find_taps(Small(), torch.randn(IMAGE), levels=[3])
-    with pytest.raises(TapError, match="'skip' or 'stage'"):
+    with pytest.raises(TapError, match="'skip' or 'block'"):
         find_taps(Small(), torch.randn(IMAGE), encoder="both")  # pyright: ignore
 
 
