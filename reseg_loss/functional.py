@@ -34,7 +34,7 @@ def recon_loss(
         A scalar in at least fp32; 0 (with a graph) where nothing is valid.
 
     Raises:
-        ReSegError: shapes or devices differ, or one is no dense floating point tensor.
+        ReSegError: shapes differ, or one is no dense floating point tensor.
     """
     with _full_precision(prediction=prediction, image=image) as (prediction, image):
         difference = _counting(prediction - image, valid)
@@ -56,7 +56,7 @@ def alignment_term(
         A scalar in at least fp32; 0 (with a graph) where nothing is valid.
 
     Raises:
-        ReSegError: shapes or devices differ, one is no dense floating point tensor, or `normalize` is something else.
+        ReSegError: shapes differ, one is no dense floating point tensor, or `normalize` is something else.
     """
     if normalize not in (None, "batch"):
         raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
@@ -79,10 +79,9 @@ def standardize(x: Tensor, valid: Tensor | None = None, eps: float = EPS) -> Ten
         The same shape, in at least fp32.
 
     Raises:
-        ReSegError: `x` or `valid` is no such tensor, or `eps` no finite number >= 0.
+        ReSegError: `x` or `valid` is no such tensor, or `eps` no finite number > 0.
     """
-    if not isinstance(eps, Real) or not 0 <= eps < math.inf:
-        raise ReSegError(f"eps={eps!r}; it is a finite number >= 0")
+    check_positive("eps", eps)
     with _full_precision(x=x) as (x,):
         axes = [0, *range(2, x.ndim)]
         if valid is None:
@@ -147,10 +146,10 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
         The projected feature, bf16 or at least fp32, in the memory order of `x`.
 
     Raises:
-        ReSegError: one is no dense floating point tensor, their devices differ, or the matrix is not (D, C).
+        ReSegError: one is no dense floating point tensor, or the matrix is not (D, C).
     """
     check_feature("x", x)
-    check_feature("matrix", matrix, x)
+    check_feature("matrix", matrix)
     if matrix.ndim != 2 or matrix.shape[1] != x.shape[1]:
         raise ReSegError(
             f"matrix has shape {tuple(matrix.shape)}; for a feature of {x.shape[1]} channels it is (D, {x.shape[1]})"
@@ -164,18 +163,23 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x.movedim(1, -1), matrix).movedim(-1, 1)
 
 
-def check_feature(name: str, x: Any, beside: Tensor | None = None) -> None:
-    """Raise a ReSegError unless `x` is a dense floating point tensor (B, C, ...), on the device of `beside`."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided or x.ndim < 2:
+def check_feature(name: str, x: Any) -> None:
+    """Raise a ReSegError unless `x` is a dense floating point tensor (B, C, ...) that has values."""
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+    if not dense or not x.is_floating_point() or x.ndim < 2:
         raise ReSegError(f"{name} is {outline(x)}; it must be a dense floating point tensor (B, C, ...)")
-    if beside is not None and x.device != beside.device:
-        raise ReSegError(f"{name} is on {x.device}, and what it goes with on {beside.device}; both must be on one")
 
 
 def check_scalar(name: str, value: Any) -> None:
     """Raise a ReSegError unless a value is a tensor without axes."""
     if not isinstance(value, Tensor) or value.ndim:
         raise ReSegError(f"{name} is {outline(value)}; it must be a scalar tensor")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ReSegError unless a value is a finite number > 0."""
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ReSegError(f"{name}={value!r}; it is a finite number > 0")
 
 
 def check_whole(name: str, value: Any, least: int = 0) -> None:
@@ -190,7 +194,7 @@ def _full_precision(least: torch.dtype = torch.float32, **named: Tensor) -> Iter
     tensors = tuple(named.values())
     first = tensors[0]
     for name, tensor in named.items():
-        check_feature(name, tensor, first if tensor is not first else None)
+        check_feature(name, tensor)
         if tensor.shape != first.shape:
             raise ReSegError(
                 f"the two sides have different shapes, {tuple(first.shape)} and {tuple(tensor.shape)}; "
@@ -218,7 +222,7 @@ def _counting(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _weights(valid: Tensor, x: Tensor) -> Tensor:
-    check_feature("valid", valid, x)
+    check_feature("valid", valid)
     if valid.shape != (x.shape[0], 1, *x.shape[2:]):
         raise ReSegError(
             f"valid has shape {tuple(valid.shape)}; for a tensor of shape {tuple(x.shape)} "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -50,8 +48,11 @@ def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, 
         ReSegError: a side is no `Features`, or the two have different numbers of levels.
     """
     for side, features in (("student", student), ("teacher", teacher)):
-        if not isinstance(features, Features):
-            raise ReSegError(f"{side} is {outline(features)}; it is Features(encoder, decoder, bottleneck)")
+        if not isinstance(features, Features) or not {*map(type, features[:2])} <= {tuple, list}:
+            raise ReSegError(
+                f"{side} is {outline(features)}; it must be Features(encoder, decoder, bottleneck), the first "
+                "two tuples of tensors"
+            )
     counts = {len(student.encoder), len(student.decoder), len(teacher.encoder), len(teacher.decoder)}
     if len(counts) != 1:
         raise ReSegError(
@@ -100,8 +101,7 @@ class CrossAlignmentLoss(nn.Module):
         self.bottleneck = check_weight("bottleneck", bottleneck)
         if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
             raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
-        if not isinstance(divisor, Real) or not 0 < divisor < math.inf:
-            raise ReSegError(f"divisor={divisor!r}; it must be a positive number")
+        RF.check_positive("divisor", divisor)
         RF.check_whole("seed", seed)
         self.divisor, self.normalize, self.seed = float(divisor), normalize, int(seed)
         self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
@@ -141,7 +141,7 @@ class CrossAlignmentLoss(nn.Module):
         pairs = {name: pair for name, pair in pair_terms(student, teacher).items() if self.term_weight(name)}
         for name, (s, t) in pairs.items():
             RF.check_feature(f"{name}: the student's feature", s)
-            RF.check_feature(f"{name}: the teacher's feature", t, s)
+            RF.check_feature(f"{name}: the teacher's feature", t)
             if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
                 raise ReSegError(
                     f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "

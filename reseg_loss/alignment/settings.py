@@ -12,7 +12,7 @@ from ..common.inputs import check_weight
 from ..common.outputs import as_path
 from ..common.state import plain
 from ..errors import ReSegError, did_you_mean
-from ..functional import check_whole
+from ..functional import check_positive, check_whole
 from ..taps.tap import check_strides
 
 
@@ -70,6 +70,7 @@ class Settings:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
         for name in ("weight", "encoder_to_decoder", "decoder_to_encoder", "bottleneck", "alpha", "beta"):
             check_weight(name, getattr(self, name))
+        check_positive("divisor", self.divisor)
         check_whole("seed", self.seed)
         check_whole("every", self.every, 1)
         if self.ignore_index is not None:

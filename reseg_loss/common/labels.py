@@ -32,7 +32,7 @@ def plain_label(label: Any, what: str = "a label") -> Tensor:
     dense = isinstance(label, Tensor) and label.layout == torch.strided and label.device.type != "meta"
     if not dense or label.is_complex():
         raise ReSegError(
-            f"{what} is a dense tensor of real numbers, or a list whose element 0 is one, got {outline(label)}"
+            f"{what} is a tensor, dense and of real numbers, or a list whose element 0 is one, got {outline(label)}"
         )
     return label
 
