@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -24,9 +25,8 @@ class TapError(ReSegError):
 def outline(value: Any) -> str:
     """What a value is, for a message: dtype, shape and device of a tensor, the keys or the types in a container."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.layout}, on {value.device}".replace(
-            ", torch.strided", ""
-        )
+        dense = "" if value.layout == torch.strided else f"{value.layout}, "
+        return f"a tensor of shape {tuple(value.shape)}, {dense}{value.dtype}, on {value.device}"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with keys {list(value)}"
     if isinstance(value, (list, tuple)):

@@ -20,9 +20,7 @@ class ReconLoss(nn.Module):
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            check_weight(name, value)
-        self.alpha, self.beta = float(alpha), float(beta)
+        self.alpha, self.beta = check_weight("alpha", alpha), check_weight("beta", beta)
 
     def forward(self, prediction: Tensor, image: Tensor, valid: Tensor | None = None) -> Tensor:
         """See `functional.recon_loss`."""

@@ -93,7 +93,7 @@ def trained_activation(model: nn.Module, example_input: Any) -> str | None:
         return None
     try:
         return common_activation(dry_output(model, example_input, training=True), spatial)
-    except (RuntimeError, ValueError):  # an example of one sample may be too small for the statistics of training
+    except ReSegError:  # an example of one sample may be too small for the statistics of training
         return None
 
 

@@ -64,14 +64,6 @@ class Trace:
     calls: list[Call]
     writes: dict[int, list[int]]  # storage -> nodes written into it in place
 
-    def users(self) -> dict[int, list[int]]:
-        """For every node that is used, those computed from it."""
-        users: dict[int, list[int]] = {}
-        for node in self.nodes:
-            for source in node.sources:
-                users.setdefault(source, []).append(node.index)
-        return users
-
     def mutated(self, node: int, call: Call) -> bool:
         """Whether the storage of `node` is written to after `call` has returned it."""
         return any(write > node and write >= call.end for write in self.writes.get(self.nodes[node].storage, ()))
