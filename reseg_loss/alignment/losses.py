@@ -116,8 +116,7 @@ class CrossAlignmentLoss(nn.Module):
         if name == "bottleneck":
             return self.bottleneck
         raise ReSegError(
-            f"there is no term {name!r}; the terms are encoder_to_decoder_1, decoder_to_encoder_1 (and _2, ... for "
-            "coarser levels) and bottleneck"
+            f"there is no term {name!r}; known are encoder_to_decoder_1, decoder_to_encoder_1, ..., bottleneck"
         )
 
     def forward(self, student: Features, teacher: Features, valid: Tensor | None = None) -> Tensor:

@@ -70,13 +70,12 @@ class Tap:
 
 def check_strides(levels: Any) -> None:
     """Raise a TapError unless it is a list of strides, each a whole number or one per axis."""
-    numbers = [
-        number
-        for stride in (levels if isinstance(levels, Sequence) else [levels])
-        for number in (stride if isinstance(stride, (list, tuple)) else [stride])
-    ]
-    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
-    if not whole or not isinstance(levels, Sequence):
+    strides = (
+        [each if isinstance(each, (list, tuple)) else [each] for each in levels]
+        if isinstance(levels, Sequence)
+        else [[None]]
+    )
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for stride in strides for n in stride):
         raise TapError(f"levels={levels!r}: it is a list of strides, whole numbers or one per axis, as levels=[2, 4]")
 
 
