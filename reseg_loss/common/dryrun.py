@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import ReSegError
+from ..errors import ReSegError, outline
 
 
 def rng_state() -> dict[str, Any]:
@@ -120,6 +120,14 @@ def preserved_globals(devices: Iterable[str]) -> Iterator[None]:
             setattr(cudnn, name, value)
 
 
+def check_module(model: Any) -> None:
+    """Raise a ReSegError unless it is a module that takes hooks."""
+    if not isinstance(model, nn.Module):
+        raise ReSegError(f"expected an nn.Module, got {outline(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReSegError("a scripted module takes no hooks; pass the Python module it was made from")
+
+
 def refuse_lazy(model: nn.Module) -> None:
     """Raise a ReSegError if the model has lazy parameters or buffers."""
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
@@ -178,7 +186,7 @@ def call(model: nn.Module, example_input: Any) -> Any:
     """`model` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
-        ReSegError: the example is empty, or the model fails on one of another dtype or device than its parameters.
+        ReSegError: the example is empty, or the model fails on it.
     """
     image = image_of(example_input)
     if image.shape[0] == 0:
@@ -187,14 +195,19 @@ def call(model: nn.Module, example_input: Any) -> Any:
         if isinstance(example_input, Mapping):
             return model(**example_input)
         return model(*example_input) if isinstance(example_input, (tuple, list)) else model(example_input)
-    except RuntimeError as error:
+    except (torch.OutOfMemoryError, ReSegError):
+        raise
+    except Exception as error:
         like = next((p for p in model.parameters() if p.is_floating_point()), image)
-        if (image.dtype, image.device) == (like.dtype, like.device):
-            raise
+        remedy = "give what its forward takes in training"
+        if (image.dtype, image.device) != (like.dtype, like.device):
+            remedy = (
+                f"its parameters are {like.dtype} on {like.device}: give images as the training will, "
+                f"image.to({like.device.type!r}, {like.dtype})"
+            )
         raise ReSegError(
-            f"the model fails on an example that is {image.dtype} on {image.device}, while its parameters are "
-            f"{like.dtype} on {like.device}: give images as the training will, image.to({like.device.type!r}, "
-            f"{like.dtype}) ({error})"
+            f"the model fails on the example, of which the image is {outline(image)}; {remedy} "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 

@@ -778,6 +778,14 @@ def test_data_parallel_is_refused_before_and_after():
         replica(image)
 
 
+@pytest.mark.parametrize(
+    "choice", [{"when": "nonsense"}, {"when": None}, {"when": []}, {"decoder_only": "yes"}, {"decoder_only": 1}]
+)
+def test_other_ways_of_recording_are_refused(choice):
+    with pytest.raises(ReSegError, match=f"{next(iter(choice))}="):
+        FeatureExtractor(UNet(), batch()[0], **choice)
+
+
 def test_a_scripted_module_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
