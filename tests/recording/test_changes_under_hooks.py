@@ -420,7 +420,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict
 def test_a_layer_of_the_teacher_that_is_replaced_later_counts_however_the_teacher_runs(way):
     def soften(reseg: ReSegWrapper) -> None:
         for block in (*reseg.teacher.body.encoder, *reseg.teacher.body.decoder):
-            block[2] = nn.Softplus()
+            block[2] = nn.Softplus(beta=0.2)
 
     model, reseg = ready(**way)
     before = loss_of(model, reseg)
@@ -429,7 +429,7 @@ def test_a_layer_of_the_teacher_that_is_replaced_later_counts_however_the_teache
     model, reseg = ready(**way)
     soften(reseg)
     expected = loss_of(model, reseg)
-    assert not torch.allclose(before, expected, rtol=1e-3)
+    assert not torch.allclose(before, expected, rtol=0.01)
     assert torch.allclose(after, expected, rtol=1e-6)
 
 
