@@ -74,12 +74,12 @@ class Regularizer:
 
     def record(self) -> AbstractContextManager[None]:
         """Mark the forward that the next loss is for, in loops with several forwards a step."""
-        extractor = self._recorder()
+        extractor = self._extractor_if_any()
         return nullcontext() if extractor is None else extractor.record()
 
     def remove(self) -> None:
         """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
-        extractor = self._recorder()
+        extractor = self._extractor_if_any()
         if extractor is not None:
             extractor.remove()
         self._removed = True
@@ -127,7 +127,7 @@ class Regularizer:
         """What `to` moves."""
         return []
 
-    def _recorder(self) -> FeatureExtractor | None:
+    def _extractor_if_any(self) -> FeatureExtractor | None:
         """What records the model's forward, once there is one."""
         return None
 

@@ -206,7 +206,7 @@ class DeepSupervision(Regularizer):
     def _beside(self) -> list[nn.Module]:
         return [self.heads]
 
-    def _recorder(self) -> FeatureExtractor | None:
+    def _extractor_if_any(self) -> FeatureExtractor | None:
         return self._extractor
 
     def _make(self, plan: TapPlan, classes: int, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
