@@ -158,7 +158,9 @@ class DeepSupervision(Regularizer):
         `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading them waits for
         the device.
         """
-        return super().stats()
+        found = super().stats()
+        parts = {name: self.weight_of(name) * value for name, value in found.items() if name.startswith("decoder_")}
+        return {**found, **{f"weighted/{name}": found["weight"] * part for name, part in parts.items()}}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -255,7 +257,7 @@ class DeepSupervision(Regularizer):
         for name, x in logits.items():
             target, counts = nearest(label, x.shape[2:]), None
             if self.ignore_index is not None:
-                counts = (~has_value(target, self.ignore_index)).any()
+                counts = has_value(target, self.ignore_index).all().logical_not()
                 target = torch.where(counts, target, torch.zeros_like(target))
             value = value_of(task_loss, x, target, f"the head {name}")
             values[name] = value if counts is None else value * counts
@@ -265,10 +267,7 @@ class DeepSupervision(Regularizer):
         for name, value in values.items():
             total = total + self.weight_of(name) * value
         self._last = {name: value.detach() for name, value in values.items()}
-        self._last |= {
-            f"weighted/{name}": self._weight * self.weight_of(name) * value for name, value in self._last.items()
-        }
-        self._last["loss"] = total.detach()
+        self._last |= {"loss": total.detach(), "weight": self._weight}
         self._calls, self._checked = self._calls + 1, True
         return self._weight * total
 
