@@ -201,7 +201,6 @@ def _step(model: Any, reseg: Any) -> Tensor:
 COMPILED: dict[str, Callable[[str], Any]] = {
     "standardized": _alignment,
     "paper": lambda backend: _alignment(backend, preset="paper"),
-    "with a trained projection": lambda backend: _alignment(backend, projection="linear"),
     "against the oracle": _against_the_oracle,
     "deep supervision": _supervision,
     "unlabelled images": _mixing,
@@ -217,7 +216,7 @@ COMPILED: dict[str, Callable[[str], Any]] = {
 # the last two take long
 BACKENDS = {
     "eager": list(COMPILED),
-    "aot_eager": ["standardized", "with a trained projection", "deep supervision", "unlabelled images"],
+    "aot_eager": ["standardized", "deep supervision", "unlabelled images"],
     "inductor": ["standardized", "deep supervision"] if shutil.which("g++") else [],
 }
 

@@ -19,16 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import oracle
 from .api import ReSegError, ReSegWrapper
-from .subjects import (
-    TRUTH,
-    aligned,
-    batch,
-    ignoring,
-    mixing,
-    net,
-    supervised,
-    task_loss,
-)
+from .subjects import TRUTH, aligned, batch, ignoring, mixing, net, supervised, task_loss
 
 SECONDS = 60  # that one may wait for the other; longer is a hang
 RANKS = 2
@@ -132,11 +123,10 @@ def _joined(kind: str) -> Callable[[int, Path], None]:
     def run(rank: int, folder: Path) -> None:
         model = net()
         ddp = DistributedDataParallel(model)
-        options = {"projection": "linear"} if kind == "a projection" else {}
-        reseg = aligned(ddp, **options)[1] if kind in ("the alignment", "a projection") else None  # pyright: ignore
+        reseg = aligned(ddp)[1] if kind == "the alignment" else None  # pyright: ignore
         ds = supervised(ddp)[1] if kind == "deep supervision" else None  # pyright: ignore
         mixed = mixing(model)[1] if kind == "unlabelled images" else None
-        own = [*(reseg.parameters() if reseg else ()), *(ds.parameters() if ds else ())]
+        own = [*(ds.parameters() if ds else ())]
         optimizer = torch.optim.SGD([*model.parameters(), *own], 0.1)
         with Join([ddp]):
             for step in range(2 + rank):
@@ -263,7 +253,6 @@ TOGETHER: dict[str, Callable[[int, Path], None]] = {
     "unlabelled images, uneven batches": lambda r, f: _mixed_step(r, (2, 4)),
     "gradients accumulated": _no_sync,
     "the alignment under join()": _joined("the alignment"),
-    "a projection under join()": _joined("a projection"),
     "deep supervision under join()": _joined("deep supervision"),
     "unlabelled images under join()": _joined("unlabelled images"),
     "stage 1, even": _stage_1((2, 2), epochs=2),
