@@ -36,7 +36,7 @@ from .subjects import (
     supervised,
     task_loss,
 )
-from .verdict import ANYTHING, NEVER, Attempt, WrongError
+from .verdict import ANYTHING, NEVER, OF_PYTHON, Attempt, WrongError
 
 
 def _label_forms() -> dict[str, tuple[Callable[[Tensor], Any], dict[str, Any], float | None]]:
@@ -97,7 +97,6 @@ BAD_LABELS: dict[str, Callable[[Tensor], Any]] = {
     "NaN": lambda x: torch.full_like(x, NAN, dtype=torch.float32),
     "inf": lambda x: torch.where(x == 0, INF, x.float()),
     "complex": lambda x: x.to(torch.complex64),
-    "on meta": lambda x: x.to("meta"),
     "several classes a pixel": lambda x: torch.ones(2, CLASSES, SIZE, SIZE),
     "no class a pixel": lambda x: torch.zeros(2, CLASSES, SIZE, SIZE),
     "soft": lambda x: torch.full((2, CLASSES, SIZE, SIZE), 1 / 3),
@@ -448,7 +447,6 @@ _BAD_SUPERVISION: dict[str, Callable[[Any, DeepSupervision], Any]] = {
     "a failed forward": _heads_step(failing),
     "another batch's label": lambda m, d: (forward(m), d.loss(batch(3)[1], task_loss)),
     "an empty batch": lambda m, d: (m(batch(0)[0]), d.loss(batch(0)[1], task_loss)),
-    "heads on meta": lambda m, d: (d.to("meta"), forward(m), d.loss(batch()[1], task_loss)),
     "before an example": lambda m, d: DeepSupervision(m, num_classes=CLASSES).loss(batch()[1], task_loss),
 }
 
@@ -481,7 +479,6 @@ def unlabelled() -> Iterator[Attempt]:
         "other channels": images.expand(-1, 3, -1, -1),
         "float64": images.double(),
         "fp16": images.half(),
-        "on meta": images.to("meta"),
         "a NaN pixel": images.clone().index_fill_(3, torch.tensor([3]), NAN),
         "an inf pixel": images.clone().index_fill_(3, torch.tensor([3]), INF),
         "too small": images[..., :2, :2],
@@ -490,7 +487,7 @@ def unlabelled() -> Iterator[Attempt]:
     for title, value in bad.items():
         yield Attempt(target, f"images {title}", *_mixing_then_right(value), **_blamed(title))
     for title, use in _BAD_MIXING.items():
-        own = (OwnError,) if "raising" in title else ()
+        own = (OwnError,) if "raising" in title else OF_PYTHON if title == "forward no function" else ()
         yield Attempt(target, title, lambda u=use: u(*mixing()), own=own)
     settings: dict[str, list[Any]] = {
         "rampup_steps": [0, -1, "10", NAN, [10]],
@@ -498,13 +495,16 @@ def unlabelled() -> Iterator[Attempt]:
         "weight": [NAN, -1, "1", None, INF],
         "threshold": [-0.1, 1.1, NAN, "0.9", None, [0.9]],
         "ema_decay": [1.0, -0.1, NAN, "0.9", None, [0.9], 2],
-        "perturb": ["no", 1, [], nn.Conv2d(1, 2, 1), lambda x: None, lambda x: x[:1], lambda x: x.double()],
+        "perturb": ["no", 1, [], nn.Conv2d(1, 2, 1), lambda x: None, lambda x: x[:1]],
         "output": ["nothing", 1.5, object(), ("a",)],
         "deep": ["deep", 1, [], net()],
     }
     for name, values in settings.items():
         for value in values:
-            yield Attempt("CutMixConsistency", f"{name}={_word(value)}", lambda n=name, v=value: _built_mixing(n, v))
+            own = OF_PYTHON if name == "perturb" else ()
+            yield Attempt(
+                "CutMixConsistency", f"{name}={_word(value)}", lambda n=name, v=value: _built_mixing(n, v), own=own
+            )
     yield Attempt("CutMixConsistency", "deep of another model", lambda: _built_mixing("deep", supervised()[1]))
     yield Attempt("CutMixConsistency", "half weights", lambda: mixing(net().half()))
     for name in ("None", "a class", "a string", "DataParallel", "lazy", "a list"):

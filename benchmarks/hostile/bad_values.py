@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import api, oracle
 from .api import FeatureExtractor, Features, ReSegWrapper, Settings, Tap, find_taps
 from .subjects import CLASSES, SIZE, TRUTH, Net, aligned, batch, net
-from .verdict import ANYTHING, NEVER, Attempt, WrongError
+from .verdict import ANYTHING, NEVER, OF_PYTHON, Attempt, WrongError
 
 NAN, INF = math.nan, math.inf
 
@@ -164,7 +164,7 @@ def finding() -> Iterator[Attempt]:
             "FeatureExtractor", f"taps {title}", lambda t=taps: _pop_of(FeatureExtractor(net(), image, taps=t), image)
         )
     for title, make in BAD_MODELS.items():
-        own = (OwnError,) if title == "raising" else ()
+        own = (OwnError,) if title == "raising" else () if isinstance(make(), nn.Module) else OF_PYTHON
         right = (lambda plan: same_taps(plan) is None) if title == "DataParallel" else None
         yield Attempt("find_taps", f"model {title}", lambda m=make: find_taps(m(), image), right, own=own)
         yield Attempt(

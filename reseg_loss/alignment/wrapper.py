@@ -230,7 +230,7 @@ class ReSegWrapper(Regularizer):
                 read back from it. Passes are of different lengths under torch.distributed, with `epochs`.
             TapError: a tapped module of a copy of the model runs without gradients (reentrant checkpointing).
         """
-        stage1.check_choices(epochs, steps, scheduler, amp, batch)
+        stage1.check_choices(loader, epochs, steps, optimizer, scheduler, amp, batch)
         if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
         file = Stage1File(checkpoint) if checkpoint is not None else None
@@ -320,9 +320,8 @@ class ReSegWrapper(Regularizer):
                 off, the teacher is not frozen yet, or the label does not fit.
             TapError: a tap did not fire.
         """
-        label = plain_label(label)
         _, total = self._step(label)
-        return nothing(label.device) if total is None else self._weight * self._settings.every * total
+        return nothing(plain_label(label).device) if total is None else self._weight * self._settings.every * total
 
     def alignment_terms(self, label: Any) -> dict[str, Tensor]:
         """As `alignment_loss`, but the terms of eqs. 4-6 by name, unweighted: `criterion.combine` sums them (eq. 7).
@@ -330,7 +329,7 @@ class ReSegWrapper(Regularizer):
         For a loss of your own making, and for logs (`functional.gradient_norms`). There are none at weight 0, and at
         calls that `every` skips; at the others multiply by `every` yourself.
         """
-        return self._step(plain_label(label))[0]
+        return self._step(label)[0]
 
     def record(self) -> AbstractContextManager[None]:
         """Mark the forward that the next `alignment_loss` is for, in loops with several forwards a step."""
@@ -368,10 +367,10 @@ class ReSegWrapper(Regularizer):
 
     # --- inside
 
-    def _step(self, label: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _step(self, label: Any) -> tuple[dict[str, Tensor], Tensor | None]:
         """The terms and their sum by eq. 7; none at weight 0, and at calls that `every` skips."""
         try:
-            return self._aligned(label)
+            return self._aligned(plain_label(label))
         except BaseException:
             if self._parts is not None:
                 self._parts.student.forget()

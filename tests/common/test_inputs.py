@@ -210,7 +210,7 @@ def test_a_perturbation_that_is_not_finite_is_named_and_a_weight_that_is_no_numb
     with pytest.raises(ReSegError, match="perturb= gave NaN or infinite values"):
         mixed.loss(image, ignoring)
     for weight in (float("nan"), -1.0, "1"):
-        with pytest.raises(ReSegError, match="weights are finite numbers"):
+        with pytest.raises(ReSegError, match="it is a finite number"):
             mixed.loss(image, ignoring, weight=weight)  # pyright: ignore[reportArgumentType]
 
 
