@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .common.distributed import UnmovedWarning, distributed, refuse_join, undistributed
-from .common.dryrun import image_of, preserved_rng
+from .common.dryrun import preserved_rng
 from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
 from .common.labels import LabelEncoding, has_value, plain_label
-from .common.outputs import dry_output, refuse_probabilities, select_output, trained_activation
+from .common.outputs import refuse_probabilities, select_output, trained_activation
 from .common.state import load_states
 from .errors import ReSegError
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer, nothing
-from .taps import TapPlan, find_taps
+from .taps import TapPlan, Trace, look
 from .taps.named import parse_taps
 from .taps.plain import PLAN, plan_from_dict, plan_to_dict, refuse_other_channels, same_taps
 
@@ -89,12 +89,12 @@ class DeepSupervision(Regularizer):
         self._checked = False
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
-            plan = find_taps(self._model, example_input, taps=taps, levels=levels)
-            activation = trained_activation(self._model, example_input)
+            plan, trace = look(self._model, example_input, taps=taps, levels=levels)
+            activation = trained_activation(self._model, example_input, trace.common_activation())
             what = "your task loss takes probabilities, while the heads give logits"
             refuse_probabilities(activation, what, self._model)
             if self._num_classes is None:
-                self._num_classes = _channels(self._model, example_input)
+                self._num_classes = _channels(trace)
             self._extractor, self._heads = self._make(plan, self._num_classes, self.level_weights)
 
     @property
@@ -277,10 +277,9 @@ class DeepSupervision(Regularizer):
         return self._weight * total
 
 
-def _channels(model: nn.Module, example_input: Any) -> int:
-    image, output = image_of(example_input), dry_output(model, example_input)
+def _channels(trace: Trace) -> int:
     try:
-        return select_output(output, len(image), tuple(image.shape[2:])).shape[1]
+        return select_output(trace.output, trace.image[0], trace.image[2:]).shape[1]
     except ReSegError as error:
         raise ReSegError("the model's output does not tell the number of classes; pass num_classes=") from error
 

@@ -416,7 +416,7 @@ class Stage2:
             deep = self.deep if variant.unlabelled_deep else None
             # the ramp is a table here, for a captured step would keep the first call's
             kind, options = mixing_of(variant.mixing)
-            options = {"threshold": SURE, "decay": EMA, **options}
+            options = {"threshold": SURE, "ema_decay": EMA, **options}
             self.mixed = (kind if variant.unlabelled == "cutmix" else CopyPaste)(
                 self.student, deep=deep, rampup_steps=None, ignore_index=IGNORED, **options
             )

@@ -11,11 +11,11 @@ from torch import nn
 
 from ..common.dryrun import image_of, preserved_rng
 from ..common.labels import LabelEncoding
-from ..common.outputs import activation_of, dry_output, select_output
+from ..common.outputs import select_output
 from ..common.state import load_states, plain_state
 from ..errors import ReSegError, TapError
 from ..recording.extractor import FeatureExtractor
-from ..taps import TapPlan, find_taps
+from ..taps import TapPlan, look
 from ..taps.named import module_of, parse_taps
 from ..taps.plain import PLAN, plan_from_dict, plan_to_dict, refuse_other_channels, same_taps
 from .image_range import ImageMap
@@ -113,17 +113,17 @@ def build(origin: Origin, example_input: Any, settings: Settings) -> Parts:
     if own is None:
         refuse_sharded(model)
         _refuse_more_than_the_image(example_input)
-    plan = find_taps(model, example_input, taps=origin.taps, levels=settings.levels, encoder=settings.encoder)
-    output = select_output(dry_output(model, example_input), shape[0], spatial, settings.output_path)
-    classes, bounded = output.shape[1], activation_of(output) is not None
+    plan, trace = look(model, example_input, taps=origin.taps, levels=settings.levels, encoder=settings.encoder)
+    output = select_output(trace.output, shape[0], spatial, settings.output_path)
+    classes, bounded = output.shape[1], trace.activation(output) is not None
     encoding = LabelEncoding(settings.label_input, classes, len(spatial), settings.ignore_index)
     if own is None:
         teacher = _teacher(origin, settings, encoding, shape[1], classes, shape[1], bounded)
         return _assemble(origin, plan, teacher, plan, settings)
     channels = input_channels(own, default=encoding.channels)
     label = torch.zeros(shape[0], channels, *spatial, device=image.device, dtype=image.dtype)
-    out_channels = select_output(dry_output(own, label), shape[0], spatial).shape[1]
-    theirs = find_taps(own, label, taps=origin.teacher_taps, encoder=settings.encoder)
+    theirs, trace = look(own, label, taps=origin.teacher_taps, encoder=settings.encoder)
+    out_channels = select_output(trace.output, shape[0], spatial).shape[1]
     if not origin.teacher_taps:
         theirs = theirs.select([level.stride for level in plan.selected])
     teacher = _teacher(origin, settings, encoding, channels, out_channels, shape[1])

@@ -63,15 +63,6 @@ def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
     return value.shape[0] == batch and tuple(value.shape[2:]) == spatial
 
 
-def dry_output(model: nn.Module, example_input: Any, training: bool = False) -> Any:
-    """What a model returns, in evaluation by default, with its history; the forward leaves no trace on it."""
-    with dry_run(model), torch.enable_grad():
-        if training:  # else `dry_run` has set it
-            for module in model.modules():
-                module.training = True
-        return call(model, private_copy(example_input))
-
-
 def activation_of(output: Tensor) -> str | None:
     """The activation to probabilities that an output ends in; None without one, or without a history that tells."""
     made_by = output.grad_fn
@@ -86,13 +77,16 @@ def common_activation(output: Any, spatial: tuple[int, ...]) -> str | None:
     return found[0] if found and None not in found else None
 
 
-def trained_activation(model: nn.Module, example_input: Any) -> str | None:
-    """`common_activation` of a model in training; None for one that has it in evaluation alone."""
-    spatial = tuple(image_of(example_input).shape[2:])
-    if common_activation(dry_output(model, example_input), spatial) is None:
+def trained_activation(model: nn.Module, example_input: Any, evaluated: str | None) -> str | None:
+    """`common_activation` of a model in training; None for one that has it (`evaluated`) in evaluation alone."""
+    if evaluated is None:
         return None
     try:
-        return common_activation(dry_output(model, example_input, training=True), spatial)
+        with dry_run(model), torch.enable_grad():  # the history tells
+            for module in model.modules():
+                module.training = True
+            output = call(model, private_copy(example_input))
+        return common_activation(output, tuple(image_of(example_input).shape[2:]))
     except (RuntimeError, ValueError):  # an example of one sample may be too small for the statistics of training
         return None
 

@@ -20,9 +20,9 @@ from .graph import Graph
 from .named import KINDS, pair_up, parse_taps, replaced, resolve, told_by_shape
 from .skips import find_shape
 from .tap import Level, Tap, TapPlan
-from .trace import named_modules, trace_forward
+from .trace import Trace, named_modules, trace_forward
 
-__all__ = ["Level", "Tap", "TapPlan", "find_taps", "named_modules"]
+__all__ = ["Level", "Tap", "TapPlan", "Trace", "find_taps", "look", "named_modules"]
 
 
 def find_taps(
@@ -51,15 +51,28 @@ def find_taps(
         TapError: the model has no such shape, or a named tap does not exist or does not fit.
         ReSegError: there is no image in `example_input`, or the model has lazy parameters.
     """
+    return look(model, example_input, taps=taps, levels=levels, encoder=encoder)[0]
+
+
+def look(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    taps: Mapping[str, Any] | None = None,
+    levels: Sequence[int | Sequence[int]] | None = None,
+    encoder: Literal["skip", "block"] = "skip",
+) -> tuple[TapPlan, Trace]:
+    """What `find_taps` finds, and the forward that it was found in: what the model returned, and by which operators."""
     if encoder not in ("skip", "block"):
         raise TapError(f"encoder={encoder!r}: it is 'skip' or 'block'")
     named = parse_taps(taps)
-    graph = Graph(trace_forward(model, example_input))
+    trace = trace_forward(model, example_input)
+    graph = Graph(trace)
     plan = _plan(graph, model, named, encoder)
     given = [tap for entries in named.values() for tap in entries]
     plan = replace(plan, notes=(*plan.notes, *told_by_shape(graph, model, plan, given)))
     # levels that the user named are all selected, unless `levels` says otherwise
-    return plan if levels is None and {"encoder", "decoder"} <= named.keys() else plan.select(levels)
+    return (plan if levels is None and {"encoder", "decoder"} <= named.keys() else plan.select(levels)), trace
 
 
 def _plan(graph: Graph, model: nn.Module, named: Mapping[str, list[Tap]], encoder: Literal["skip", "block"]) -> TapPlan:

@@ -17,6 +17,16 @@ from ..errors import ReSegError
 
 Keys = tuple[int | str, ...]
 
+# operators by name, of evaluation, in which they are not fused with a loss
+ACTIVATIONS = {
+    "sigmoid": "sigmoid",
+    "log_sigmoid_forward": "log-sigmoid",
+    "_softmax": "softmax",
+    "_log_softmax": "log-softmax",
+}
+# what may stand between an activation and the output and leaves its values as they are
+PASSING = ("_to_copy", "clone", "slice", "select", "view", "_unsafe_view", "alias", "unsqueeze", "detach")
+
 
 class Ref(NamedTuple):
     """A tensor among an operator's arguments; its node is None if it does not depend on the model's input."""
@@ -64,6 +74,7 @@ class Trace:
     nodes: list[Node]
     calls: list[Call]
     writes: dict[int, list[int]]  # storage -> nodes written into it in place
+    output: Any  # what the model returned
 
     def users(self) -> dict[int, list[int]]:
         """For every node that is used, those computed from it."""
@@ -72,6 +83,21 @@ class Trace:
             for source in node.sources:
                 users.setdefault(source, []).append(node.index)
         return users
+
+    def activation(self, output: Tensor) -> str | None:
+        """The activation to probabilities that an output (or a view of one) ends in; None without one."""
+        held = output.untyped_storage().data_ptr()
+        returned = dict(self.calls[0].outputs)
+        node = next(returned[k] for k, t in tensors(self.output) if t.untyped_storage().data_ptr() == held)
+        while (operator := self.nodes[node].operator.removeprefix("aten::")) in PASSING and self.nodes[node].sources:
+            node = self.nodes[node].sources[0]
+        return ACTIVATIONS.get(operator.rstrip("_"))
+
+    def common_activation(self) -> str | None:
+        """The `activation` of what the model returned in the image's size; None where any of it ends in none."""
+        size = self.image[2:]
+        found = [self.activation(t) for _, t in tensors(self.output) if tuple(t.shape[2:]) == size]
+        return found[0] if found and None not in found else None
 
     def mutated(self, node: int, call: Call) -> bool:
         """Whether the storage of `node` is written to after `call` has returned it."""
@@ -114,8 +140,8 @@ def trace_forward(model: nn.Module, example_input: Any) -> Trace:
         for _, tensor in tensors(inputs):
             tracer.add_input(tensor)
         with tracer:
-            call(model, inputs)
-    return Trace(tuple(image.shape), tracer.nodes, tracer.calls, tracer.writes)
+            output = call(model, inputs)
+    return Trace(tuple(image.shape), tracer.nodes, tracer.calls, tracer.writes, output)
 
 
 def _nodes(value: Any) -> Iterator[int | None]:
