@@ -384,7 +384,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_first_batch(tmp_path,
 def test_a_finished_stage_1_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
     path = tmp_path / "stage1.pt"
     fit(path)
-    monkeypatch.setattr("reseg_loss.alignment.stage1_file._try_writing", lambda path: pytest.fail("it was tried"))
+    monkeypatch.setattr("reseg_loss.alignment.stage1_file.try_writing", lambda path: pytest.fail("it was tried"))
     assert fit(path).ready
 
 
@@ -468,7 +468,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     script = """
         import os, signal, sys
         import torch
-        from reseg_loss import files
+        from reseg_loss.common import files
         files.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
         files.write_atomically({"a": torch.zeros(10)}, sys.argv[1])
     """
