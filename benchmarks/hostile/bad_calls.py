@@ -273,7 +273,7 @@ def alignment_loss_module() -> Iterator[Attempt]:
         "",
         "nothing",
         "encoder",
-        "encoder_to_decoder_9",
+        "encoder_to_decoder_-1",
         "encoder_to_decoder_0",
         "decoder_to_encoder_x",
         None,
@@ -292,7 +292,7 @@ def alignment_loss_module() -> Iterator[Attempt]:
         "a vector": {"bottleneck": torch.ones(2)},
         "None inside": {"bottleneck": None},
         "a string inside": {"bottleneck": "1"},
-        "a level too high": {"encoder_to_decoder_9": one},
+        "a level 0": {"encoder_to_decoder_0": one},
         "a tensor": one,
     }
     for title, value in terms.items():

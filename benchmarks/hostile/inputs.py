@@ -44,7 +44,9 @@ def public_methods() -> list[str]:
 
 
 def _is_ours(name: str, value: Any) -> bool:
-    return inspect.isfunction(value) and not name.startswith("_") and value.__module__ == functional.__name__
+    return (
+        inspect.isfunction(value) and not name.startswith(("_", "check_")) and value.__module__ == functional.__name__
+    )
 
 
 def _is_method(name: str, value: Any) -> bool:
