@@ -74,33 +74,19 @@ def _label_forms() -> dict[str, tuple[Callable[[Tensor], Any], dict[str, Any], f
 
 
 BAD_LABELS: dict[str, Callable[[Tensor], Any]] = {
-    "None": lambda x: None,
-    "a number": lambda x: 1,
-    "a string": lambda x: "label",
-    "a list of numbers": lambda x: [1, 2],
-    "an empty list": lambda x: [],
-    "a dict": lambda x: {"label": x},
-    "a NumPy array": lambda x: x.numpy(),
-    "another batch": lambda x: x[:1],
-    "a larger batch": lambda x: torch.cat([x, x]),
-    "empty": lambda x: x[:0],
-    "another size": lambda x: x[:, ::2, ::2],
-    "transposed size": lambda x: x[:, :16],
-    "no batch": lambda x: x[0],
-    "five axes": lambda x: x[:, None, None],
-    "other classes": lambda x: F.one_hot(x, 5).movedim(-1, 1),
-    "channels last": lambda x: F.one_hot(x, CLASSES),
-    "too high": lambda x: x + 1,
-    "negative": lambda x: x - 1,
-    "255": lambda x: torch.where(x == 0, 255, x),
-    "fractions": lambda x: x * 0.5,
-    "NaN": lambda x: torch.full_like(x, NAN, dtype=torch.float32),
-    "inf": lambda x: torch.where(x == 0, INF, x.float()),
-    "complex": lambda x: x.to(torch.complex64),
+    "None": lambda x: None, "a number": lambda x: 1, "a string": lambda x: "label",
+    "a list of numbers": lambda x: [1, 2], "an empty list": lambda x: [], "a dict": lambda x: {"label": x},
+    "a NumPy array": lambda x: x.numpy(), "another batch": lambda x: x[:1],
+    "a larger batch": lambda x: torch.cat([x, x]), "empty": lambda x: x[:0], "another size": lambda x: x[:, ::2, ::2],
+    "transposed size": lambda x: x[:, :16], "no batch": lambda x: x[0], "five axes": lambda x: x[:, None, None],
+    "other classes": lambda x: F.one_hot(x, 5).movedim(-1, 1), "channels last": lambda x: F.one_hot(x, CLASSES),
+    "too high": lambda x: x + 1, "negative": lambda x: x - 1, "255": lambda x: torch.where(x == 0, 255, x),
+    "fractions": lambda x: x * 0.5, "NaN": lambda x: torch.full_like(x, NAN, dtype=torch.float32),
+    "inf": lambda x: torch.where(x == 0, INF, x.float()), "complex": lambda x: x.to(torch.complex64),
     "several classes a pixel": lambda x: torch.ones(2, CLASSES, SIZE, SIZE),
     "no class a pixel": lambda x: torch.zeros(2, CLASSES, SIZE, SIZE),
     "soft": lambda x: torch.full((2, CLASSES, SIZE, SIZE), 1 / 3),
-}
+}  # fmt: skip
 
 
 def alignment() -> Iterator[Attempt]:
@@ -338,13 +324,9 @@ def _refused_step(use: Callable[[Any, ReSegWrapper], Any]) -> Any:
 def supervision() -> Iterator[Attempt]:
     target = "DeepSupervision.loss"
     forms = {
-        "int64": lambda x: x,
-        "int32": lambda x: x.int(),
-        "uint8": lambda x: x.byte(),
-        "int16": lambda x: x.short(),
-        "of a list": lambda x: [x, x],
-        "not contiguous": lambda x: x.mT.contiguous().mT,
-    }
+        "int64": lambda x: x, "int32": lambda x: x.int(), "uint8": lambda x: x.byte(), "int16": lambda x: x.short(),
+        "of a list": lambda x: [x, x], "not contiguous": lambda x: x.mT.contiguous().mT,
+    }  # fmt: skip
     for title, form in forms.items():
         yield Attempt(target, f"label {title}", lambda f=form: check_supervision(*supervised(), form=f), true, NEVER)
     yield Attempt(
@@ -372,23 +354,18 @@ def supervision() -> Iterator[Attempt]:
     for title, use in _BAD_SUPERVISION.items():
         yield Attempt(target, title, lambda u=use: u(*supervised()))
     losses: dict[str, Any] = {
-        "None": None,
-        "a string": "ce",
-        "a vector": lambda x, y: F.cross_entropy(x, y, reduction="none"),
-        "a number": lambda x, y: 1.0,
-        "nothing": lambda x, y: None,
-    }
+        "None": None, "a string": "ce", "a vector": lambda x, y: F.cross_entropy(x, y, reduction="none"),
+        "a number": lambda x, y: 1.0, "nothing": lambda x, y: None,
+    }  # fmt: skip
     for title, loss in losses.items():
         yield Attempt(target, f"task_loss {title}", lambda v=loss: _supervision_with(v))
     yield Attempt(target, "task_loss raising", lambda: _supervision_with(raising), own=(OwnError,))
     settings: dict[str, list[Any]] = {
-        "num_classes": [0, -1, "3", 1.5, NAN, [3], True],
-        "levels": [2, [], [3], "2"],
+        "num_classes": [0, -1, "3", 1.5, NAN, [3], True], "levels": [2, [], [3], "2"],
         "level_weights": [[1.0], [1.0, -1.0, 1.0], [NAN, 1.0, 1.0], "abc", 1.0, ["1", "1", "1"], []],
-        "ignore_index": ["255", NAN, 1.5, [255], object()],
-        "taps": ["e.1", {"decoders": []}, 3],
+        "ignore_index": ["255", NAN, 1.5, [255], object()], "taps": ["e.1", {"decoders": []}, 3],
         "example_input": ["image", 3, torch.zeros(2, SIZE, SIZE)],
-    }
+    }  # fmt: skip
     for name, values in settings.items():
         for value in values:
             yield Attempt("DeepSupervision", f"{name}={_word(value)}", lambda n=name, v=value: _built_heads(n, v))
@@ -438,17 +415,15 @@ def _heads_step(prepare: Callable[[Any, DeepSupervision], Any]) -> Callable[[Any
 
 
 _BAD_SUPERVISION: dict[str, Callable[[Any, DeepSupervision], Any]] = {
-    "no forward": _heads_step(lambda m, d: None),
-    "two forwards": _heads_step(lambda m, d: forward(m, 2)),
+    "no forward": _heads_step(lambda m, d: None), "two forwards": _heads_step(lambda m, d: forward(m, 2)),
     "in evaluation": _heads_step(lambda m, d: (m.eval(), forward(m))),
     "without gradients": _heads_step(lambda m, d: no_grad(lambda: forward(m))),
     "in inference mode": _heads_step(lambda m, d: inference(lambda: forward(m))),
-    "after remove": _heads_step(lambda m, d: (d.remove(), forward(m))),
-    "a failed forward": _heads_step(failing),
+    "after remove": _heads_step(lambda m, d: (d.remove(), forward(m))), "a failed forward": _heads_step(failing),
     "another batch's label": lambda m, d: (forward(m), d.loss(batch(3)[1], task_loss)),
     "an empty batch": lambda m, d: (m(batch(0)[0]), d.loss(batch(0)[1], task_loss)),
     "before an example": lambda m, d: DeepSupervision(m, num_classes=CLASSES).loss(batch()[1], task_loss),
-}
+}  # fmt: skip
 
 
 # --- unlabelled images
@@ -465,40 +440,26 @@ def unlabelled() -> Iterator[Attempt]:
     yield Attempt(target, "batch statistics", lambda: check_mixing(*mixing(net(norm="batch"))), true, NEVER)
     images = batch(4)[0]
     bad: dict[str, Any] = {
-        "None": None,
-        "a string": "images",
-        "a number": 1.0,
-        "an empty list": [],
-        "a dict": {"image": images},
-        "a NumPy array": images.numpy(),
-        "integers": images.long(),
-        "complex": images.to(torch.complex64),
-        "one image": images[:1],
-        "no image": images[:0],
-        "no channel": images[:, 0],
-        "other channels": images.expand(-1, 3, -1, -1),
-        "float64": images.double(),
-        "fp16": images.half(),
+        "None": None, "a string": "images", "a number": 1.0, "an empty list": [], "a dict": {"image": images},
+        "a NumPy array": images.numpy(), "integers": images.long(), "complex": images.to(torch.complex64),
+        "one image": images[:1], "no image": images[:0], "no channel": images[:, 0],
+        "other channels": images.expand(-1, 3, -1, -1), "float64": images.double(), "fp16": images.half(),
         "a NaN pixel": images.clone().index_fill_(3, torch.tensor([3]), NAN),
-        "an inf pixel": images.clone().index_fill_(3, torch.tensor([3]), INF),
-        "too small": images[..., :2, :2],
+        "an inf pixel": images.clone().index_fill_(3, torch.tensor([3]), INF), "too small": images[..., :2, :2],
         "3D": batch(2, dims=3)[0],
-    }
+    }  # fmt: skip
     for title, value in bad.items():
         yield Attempt(target, f"images {title}", *_mixing_then_right(value), **_blamed(title))
     for title, use in _BAD_MIXING.items():
         own = (OwnError,) if "raising" in title else OF_PYTHON if title == "forward no function" else ()
         yield Attempt(target, title, lambda u=use: u(*mixing()), own=own)
     settings: dict[str, list[Any]] = {
-        "rampup_steps": [0, -1, "10", NAN, [10]],
-        "ignore_index": ["255", 1.5, None, NAN, [255], 0, 2],
-        "weight": [NAN, -1, "1", None, INF],
-        "threshold": [-0.1, 1.1, NAN, "0.9", None, [0.9]],
+        "rampup_steps": [0, -1, "10", NAN, [10]], "ignore_index": ["255", 1.5, None, NAN, [255], 0, 2],
+        "weight": [NAN, -1, "1", None, INF], "threshold": [-0.1, 1.1, NAN, "0.9", None, [0.9]],
         "ema_decay": [1.0, -0.1, NAN, "0.9", None, [0.9], 2],
         "perturb": ["no", 1, [], nn.Conv2d(1, 2, 1), lambda x: None, lambda x: x[:1]],
-        "output": ["nothing", 1.5, object(), ("a",)],
-        "deep": ["deep", 1, [], net()],
-    }
+        "output": ["nothing", 1.5, object(), ("a",)], "deep": ["deep", 1, [], net()],
+    }  # fmt: skip
     for name, values in settings.items():
         for value in values:
             own = OF_PYTHON if name == "perturb" else ()

@@ -250,36 +250,22 @@ TOGETHER: dict[str, Callable[[int, Path], None]] = {
     "alignment, uneven batches": lambda r, f: _step(r, (1, 3), "paper"),
     "deep supervision, even batches": lambda r, f: _supervised_step(r, (2, 2)),
     "deep supervision, uneven batches": lambda r, f: _supervised_step(r, (1, 3)),
-    "unlabelled images, uneven batches": lambda r, f: _mixed_step(r, (2, 4)),
-    "gradients accumulated": _no_sync,
+    "unlabelled images, uneven batches": lambda r, f: _mixed_step(r, (2, 4)), "gradients accumulated": _no_sync,
     "the alignment under join()": _joined("the alignment"),
     "deep supervision under join()": _joined("deep supervision"),
-    "unlabelled images under join()": _joined("unlabelled images"),
-    "stage 1, even": _stage_1((2, 2), epochs=2),
-    "stage 1, uneven, by epochs": _stage_1((2, 3), epochs=2),
-    "stage 1, uneven, by steps": _stage_1((2, 3), steps=5),
-    "stage 1, one rank without a batch": _stage_1((0, 2), epochs=1),
-    "stage 1 resumed": _resumed,
+    "unlabelled images under join()": _joined("unlabelled images"), "stage 1, even": _stage_1((2, 2), epochs=2),
+    "stage 1, uneven, by epochs": _stage_1((2, 3), epochs=2), "stage 1, uneven, by steps": _stage_1((2, 3), steps=5),
+    "stage 1, one rank without a batch": _stage_1((0, 2), epochs=1), "stage 1 resumed": _resumed,
     "stage 1, a bad label on one rank": _bad_label("stage 1"),
-    "alignment, a bad label on one rank": _bad_label("stage 2"),
-    "stage 1, a foreign file": _damaged_file,
-    "stage 1, an unwritable file": _unwritable,
-    "nn.DataParallel": _data_parallel,
-}
+    "alignment, a bad label on one rank": _bad_label("stage 2"), "stage 1, a foreign file": _damaged_file,
+    "stage 1, an unwritable file": _unwritable, "nn.DataParallel": _data_parallel,
+}  # fmt: skip
 APART: dict[str, Callable[[int, Path], None]] = {"two runs with one file name": _one_name}
 MUST_REFUSE = (
-    "stage 1, a bad label on one rank",
-    "stage 1, a foreign file",
-    "stage 1, an unwritable file",
-    "nn.DataParallel",
-)
+    "stage 1, a bad label on one rank", "stage 1, a foreign file", "stage 1, an unwritable file", "nn.DataParallel",
+)  # fmt: skip
 # in the others, uneven ranks above all, both must end right, or both say that it cannot be
 MUST_SERVE = (
-    "alignment, even batches",
-    "alignment, uneven batches",
-    "deep supervision, even batches",
-    "gradients accumulated",
-    "stage 1, even",
-    "stage 1 resumed",
-    "two runs with one file name",
-)
+    "alignment, even batches", "alignment, uneven batches", "deep supervision, even batches", "gradients accumulated",
+    "stage 1, even", "stage 1 resumed", "two runs with one file name",
+)  # fmt: skip
