@@ -151,7 +151,7 @@ def _refused(attempt: Attempt, error: Exception) -> tuple[str, str]:
         return ("clear" if isinstance(error, OF_PYTHON) else "right", "") if attempt.after is None else _after(attempt)
     if not isinstance(error, ReSegError):
         return ("clear", "") if _of_the_signature(error) else ("unclear", _place(error))
-    if attempt.refusal is NEVER:
+    if attempt.refusal is None:
         return "unclear", f"refused what is right: {error}"
     if not _is_sentence(str(error)) or not re.search(attempt.refusal, str(error), re.I | re.S):
         return "unclear", f"the message does not say {attempt.refusal!r}: {error}"

@@ -107,8 +107,9 @@ def check_number(
     whole: bool = False,
 ) -> Any:
     """`value`, NumPy's too, as a float, or as an int if `whole`; a ReSegError unless it is one, finite and in range."""
-    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not number or not (least <= value <= most and -math.inf < value < below):  # so, since NaN is no number
+    kind: Any = Integral if whole else Real
+    number = isinstance(value, kind) and not isinstance(value, bool)
+    if not number or not (least <= value <= most and -math.inf < value < below):  # so, since NaN is in no range
         ends = {">=": least, "<=": most, "<": below}
         told = " and ".join(f"{sign} {end:g}" for sign, end in ends.items() if math.isfinite(end))
         raise ReSegError(f"{name}={value!r}; it is a {'whole' if whole else 'finite'} number {told}".rstrip())
