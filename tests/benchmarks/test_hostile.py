@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.hostile import caught, changes, inputs, nets, processes
+from benchmarks.hostile import caught, changes, inputs, nets
 from benchmarks.hostile.__main__ import main
 from benchmarks.hostile.verdict import Tally, tally
 
@@ -33,12 +33,6 @@ def test_some_nets_and_models_changed_under_the_hooks() -> None:
     tally("nets", [*list(nets.attempts_on_own())[::2], *nets.attempts(0, 2)], found, HOW)
     tally("compile", [a for a in changes.attempts() if not a.target.startswith("compile")][::20], found, HOW)
     clean(found, 8)
-
-
-def test_two_processes() -> None:
-    found = Tally()
-    processes.run(found, ["deep supervision, uneven batches"])
-    clean(found, 1)
 
 
 def test_some_mutants_are_caught() -> None:
