@@ -271,7 +271,7 @@ class CutMixConsistency(Regularizer):
     def _told(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("rampup_steps", "threshold", "ema_decay", "ignore_index")}
 
-    def _modules(self) -> list[nn.Module]:
+    def _beside(self) -> list[nn.Module]:
         return [self._average]
 
     def _predict(self, images: Tensor) -> Tensor:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class ReSegError(ValueError):
@@ -16,6 +20,18 @@ class TapError(ReSegError):
     """A tap is unknown, did not fire, or the model's levels could not be found."""
 
     __module__ = "reseg_loss"
+
+
+def outline(value: Any) -> str:
+    """What a value is, for a message: dtype, shape and device of a tensor, the keys or the types in a container."""
+    if isinstance(value, Tensor):
+        dense = "" if value.layout == torch.strided else f"{value.layout}, "
+        return f"a tensor of shape {tuple(value.shape)}, {dense}{value.dtype}, on {value.device}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with keys {list(value)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}: " + ", ".join(type(v).__name__ for v in value)
+    return f"a {type(value).__name__}"
 
 
 def did_you_mean(name: str, known: Iterable[str], n: int = 4) -> str:

@@ -5,14 +5,17 @@ Every one computes in at least fp32 (fp64 stays fp64); only `project` can do wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ReSegError
+from .errors import ReSegError, outline
 
 EPS = 1e-5  # of `standardize`, as in method and measurements
 
@@ -31,9 +34,9 @@ def recon_loss(
         A scalar in at least fp32; 0 (with a graph) where nothing is valid.
 
     Raises:
-        ReSegError: shapes differ, or a tensor is not floating point.
+        ReSegError: shapes differ, or one is no dense floating point tensor.
     """
-    with _full_precision(prediction, image) as (prediction, image):
+    with _full_precision(prediction=prediction, image=image) as (prediction, image):
         difference = _counting(prediction - image, valid)
         return alpha * _mean(difference.square(), valid) + beta * _mean(difference.abs(), valid)
 
@@ -53,11 +56,11 @@ def alignment_term(
         A scalar in at least fp32; 0 (with a graph) where nothing is valid.
 
     Raises:
-        ReSegError: shapes differ, a tensor is not floating point, or `normalize` is something else.
+        ReSegError: shapes differ, one is no dense floating point tensor, or `normalize` is something else.
     """
     if normalize not in (None, "batch"):
         raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
-    with _full_precision(student, teacher) as (student, teacher):
+    with _full_precision(student=student, teacher=teacher) as (student, teacher):
         student, teacher = _counting(student, valid), _counting(teacher, valid)
         if normalize == "batch":
             student, teacher = standardize(student, valid), standardize(teacher, valid)
@@ -74,8 +77,12 @@ def standardize(x: Tensor, valid: Tensor | None = None, eps: float = EPS) -> Ten
 
     Returns:
         The same shape, in at least fp32.
+
+    Raises:
+        ReSegError: `x` or `valid` is no such tensor, or `eps` no finite number > 0.
     """
-    with _full_precision(x) as (x,):
+    check_positive("eps", eps)
+    with _full_precision(x=x) as (x,):
         axes = [0, *range(2, x.ndim)]
         if valid is None:
             variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
@@ -96,7 +103,15 @@ def valid_fraction(valid: Tensor, spatial: Sequence[int]) -> Tensor:
 
     Returns:
         (B, 1, *spatial).
+
+    Raises:
+        ReSegError: `valid` is no dense floating point tensor, or `spatial` no size of as many axes.
     """
+    check_feature("valid", valid)
+    if not isinstance(spatial, Sequence) or len(spatial) != valid.ndim - 2:
+        raise ReSegError(f"spatial={spatial!r}; it is a size of {valid.ndim - 2} axes, as those of valid")
+    for n in spatial:
+        check_whole("a size in spatial", n, 1)
     return valid if tuple(valid.shape[2:]) == tuple(spatial) else F.interpolate(valid, list(spatial), mode="area")
 
 
@@ -104,7 +119,13 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
     """A fixed (out_channels, in_channels) matrix with orthonormal rows or columns, whichever are fewer; fp64, CPU.
 
     The same seed and shape give the same matrix; it is unique, for the signs of the decomposition are fixed.
+
+    Raises:
+        ReSegError: a number of channels is no whole number >= 1, or the seed none from 0 to 2**63 - 1.
     """
+    check_whole("out_channels", out_channels, 1)
+    check_whole("in_channels", in_channels, 1)
+    check_whole("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     shape = max(out_channels, in_channels), min(out_channels, in_channels)
     tall = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")  # whatever the default device is
@@ -123,8 +144,17 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
 
     Returns:
         The projected feature, bf16 or at least fp32, in the memory order of `x`.
+
+    Raises:
+        ReSegError: one is no dense floating point tensor, or the matrix is not (D, C).
     """
-    with _full_precision(x, least=torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32) as (x,):
+    check_feature("x", x)
+    check_feature("matrix", matrix)
+    if matrix.ndim != 2 or matrix.shape[1] != x.shape[1]:
+        raise ReSegError(
+            f"matrix has shape {tuple(matrix.shape)}; for a feature of {x.shape[1]} channels it is (D, {x.shape[1]})"
+        )
+    with _full_precision(torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32, x=x) as (x,):
         matrix = matrix.to(x.dtype)
         # the result in the order of x, channels second or last, so that no later step has to copy it
         if x.ndim > 2 and x.is_contiguous():
@@ -133,13 +163,38 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x.movedim(1, -1), matrix).movedim(-1, 1)
 
 
+def check_feature(name: str, x: Any) -> None:
+    """Raise a ReSegError unless `x` is a dense floating point tensor (B, C, ...) that has values."""
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+    if not dense or not x.is_floating_point() or x.ndim < 2:
+        raise ReSegError(f"{name} is {outline(x)}; it must be a dense floating point tensor (B, C, ...)")
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise a ReSegError unless a value is a tensor without axes."""
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ReSegError(f"{name} is {outline(value)}; it must be a scalar tensor")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ReSegError unless a value is a finite number > 0."""
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ReSegError(f"{name}={value!r}; it is a finite number > 0")
+
+
+def check_whole(name: str, value: Any, least: int = 0) -> None:
+    """Raise a ReSegError unless a value is a whole number, at least `least`, that 64 bits hold."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value < 2**63:
+        raise ReSegError(f"{name}={value!r}; it is a whole number, at least {least}")
+
+
 @contextmanager
-def _full_precision(*tensors: Tensor, least: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, ...]]:
+def _full_precision(least: torch.dtype = torch.float32, **named: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors in one dtype of at least fp32 (or `least`), with autocast off; refuses what would broadcast."""
+    tensors = tuple(named.values())
     first = tensors[0]
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            raise ReSegError(f"expected a floating point tensor, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    for name, tensor in named.items():
+        check_feature(name, tensor)
         if tensor.shape != first.shape:
             raise ReSegError(
                 f"the two sides have different shapes, {tuple(first.shape)} and {tuple(tensor.shape)}; "
@@ -167,6 +222,7 @@ def _counting(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _weights(valid: Tensor, x: Tensor) -> Tensor:
+    check_feature("valid", valid)
     if valid.shape != (x.shape[0], 1, *x.shape[2:]):
         raise ReSegError(
             f"valid has shape {tuple(valid.shape)}; for a tensor of shape {tuple(x.shape)} "
@@ -184,14 +240,18 @@ def gradient_norms(parameters: Iterable[nn.Parameter], losses: Mapping[str, Tens
 
     Returns:
         {name: scalar}, in fp32; 0 for a loss that depends on none of the parameters.
+
+    Raises:
+        ReSegError: a loss is no scalar.
     """
     wanted = [p for p in parameters if p.requires_grad]
 
-    def norm(value: Tensor) -> Tensor:
+    def norm(name: str, value: Tensor) -> Tensor:
+        check_scalar(f"losses[{name!r}]", value)
         if not value.requires_grad:  # everything that it depends on is frozen
             return torch.zeros((), device=value.device)
         gradients = torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True)
         norms = [g.float().norm() for g in gradients if g is not None]
         return torch.stack(norms).norm() if norms else torch.zeros((), device=value.device)
 
-    return {name: norm(value) for name, value in losses.items()}
+    return {name: norm(name, value) for name, value in losses.items()}

@@ -73,7 +73,7 @@ class Regularizer:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move what is beside the model, as `nn.Module.to`. Returns self."""
-        for module in self._modules():
+        for module in self._beside():
             module.to(*args, **kwargs)
         return self
 
@@ -96,7 +96,7 @@ class Regularizer:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on: tensors and plain Python values only."""
         return {
-            "kind": type(self)._kind(),
+            "kind": self._kind(),
             "format": self.FORMAT,
             "weight": self._weight,
             "calls": self._calls,
@@ -128,7 +128,7 @@ class Regularizer:
         """The name of the class whose states fit: of a user's subclass, ours."""
         return next(c.__name__ for c in cls.__mro__ if c.__module__.partition(".")[0] == __name__.partition(".")[0])
 
-    def _modules(self) -> list[nn.Module]:
+    def _beside(self) -> list[nn.Module]:
         """What `to` moves."""
         return []
 
@@ -154,7 +154,7 @@ class Regularizer:
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         """Raise a ReSegError unless a state is whole, and of this kind."""
-        check_state(state, type(self)._kind(), self.FORMAT, {"weight": float, "calls": int, **self.ENTRIES})
+        check_state(state, self._kind(), self.FORMAT, {"weight": float, "calls": int, **self.ENTRIES})
 
     def _refuse_misuse(self) -> None:
         """Raise a ReSegError if this step is none that the loss can serve."""

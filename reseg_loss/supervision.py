@@ -205,7 +205,7 @@ class DeepSupervision(Regularizer):
         levels = None if self._extractor is None else [level.stride for level in self._extractor.plan.selected]
         return {"num_classes": self._num_classes, "levels": levels, "ignore_index": self.ignore_index}
 
-    def _modules(self) -> list[nn.Module]:
+    def _beside(self) -> list[nn.Module]:
         return [self.heads]
 
     def _recorder(self) -> FeatureExtractor | None:
@@ -257,7 +257,7 @@ class DeepSupervision(Regularizer):
             logits = self._heads(inputs)
         values: dict[str, Tensor] = {}
         for name, x in logits.items():
-            target, counts = _nearest(label, x.shape[2:]), None
+            target, counts = nearest(label, x.shape[2:]), None
             if self.ignore_index is not None:
                 counts = (~has_value(target, self.ignore_index)).any()
                 target = torch.where(counts, target, torch.zeros_like(target))
@@ -320,7 +320,7 @@ def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[in
         )
 
 
-def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:
+def nearest(label: Tensor, size: Sequence[int]) -> Tensor:
     """The label at a coarser size, by nearest neighbour as in F.interpolate, in the form and dtype it came in."""
     first = label.ndim - len(size)
     for axis, n in enumerate(size):

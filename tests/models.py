@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reseg_loss import ReSegWrapper
+from reseg_loss.recording.hooks import Recorder, Recording
 
 
 def block(
@@ -90,14 +91,35 @@ def loader(batches: int = 4, **kwargs: Any) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(image, label), batch_size=2, shuffle=True)
 
 
-def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
-    """A model and a wrapper with an untrained, frozen teacher, always the same."""
+def ready(model: Any = UNet, image: Tensor | None = None, **kwargs: Any) -> tuple[Any, ReSegWrapper]:
+    """A model in training (or what makes one) and a wrapper with an untrained, frozen teacher, always the same."""
     torch.manual_seed(0)
-    model = UNet()
+    model = model if isinstance(model, nn.Module) else model()
     torch.manual_seed(1)
-    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
+    reseg = ReSegWrapper(model, batch()[0] if image is None else image, **{"weight": 1.0, **kwargs})
     reseg.freeze_teacher()
     return model, reseg
+
+
+def recording_of(model: nn.Module) -> Recording:
+    """What the hooks of the model's first extractor write to."""
+    hooks = model._forward_pre_hooks.values()
+    return next(hook.recording for hook in hooks if isinstance(hook, Recorder) and hook.recording is not None)
+
+
+def tensors_in(holder: Any) -> list[Tensor]:
+    """What it holds at any depth, but for the tensors of modules."""
+    if isinstance(holder, Tensor):
+        return [holder]
+    if isinstance(holder, Mapping):
+        parts: Iterable[Any] = holder.values()
+    elif isinstance(holder, (list, tuple)):
+        parts = holder
+    elif isinstance(holder, (nn.Module, type)) or not hasattr(holder, "__dict__"):
+        parts = ()
+    else:
+        parts = vars(holder).values()
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def through_file(value: Any, weights_only: bool = True) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import UNet, batch, task_loss
+from models import UNet, batch, ready, task_loss
 from torch import Tensor, nn
 
-from reseg_loss import CrossAlignmentLoss, CutMixConsistency, DeepSupervision, Features, ReSegError, ReSegWrapper
-from reseg_loss.alignment import terms
+from reseg_loss import (
+    CrossAlignmentLoss,
+    CutMixConsistency,
+    DeepSupervision,
+    FeatureExtractor,
+    Features,
+    ReSegError,
+    ReSegWrapper,
+)
+from reseg_loss.alignment import capture, terms
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
@@ -43,13 +52,9 @@ class Wide(UNet):
         self.head = nn.Conv2d(7, 3, 1)
 
 
-def ready(made: Any = UNet, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Any, ReSegWrapper]:
-    """Model and wrapper with an untrained, frozen teacher on the GPU, always the same; they were made on the CPU."""
-    torch.manual_seed(0)
-    model = made().to(dtype)
-    torch.manual_seed(1)
-    reseg = ReSegWrapper(model, example_input=batch()[0].to(dtype), **{"preset": "paper", "weight": 1.0, **kwargs})
-    reseg.freeze_teacher()
+def moved(made: Any = UNet, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Any, ReSegWrapper]:
+    """What is `ready`, made on the CPU and moved to the GPU."""
+    model, reseg = ready(lambda: made().to(dtype), batch()[0].to(dtype), **kwargs)
     model.to(DEVICE)
     reseg.to(DEVICE)
     return model, reseg
@@ -60,6 +65,14 @@ def on_device(seed: int = 0, dtype: torch.dtype = torch.float32, ignored: bool =
     if ignored:
         label[:, :5, 3:9] = 255
     return image.to(DEVICE, dtype), label.to(DEVICE)
+
+
+def forget_statistics(reseg: ReSegWrapper) -> None:
+    """Those of the last call, which take memory."""
+    weight, reseg.weight = reseg.weight, 0
+    reseg.alignment_loss(torch.zeros(1, 1, 1, dtype=torch.int64))
+    reseg.weight = weight
+    assert len(reseg.stats()) == 1
 
 
 def loss_of(logits: Tensor, label: Tensor) -> Tensor:
@@ -149,7 +162,7 @@ def test_a_wrapper_without_an_example_is_built_where_the_model_is():
 @pytest.mark.parametrize("kwargs", [*SETTINGS, {"every": 2}])
 @pytest.mark.parametrize("made", [UNet, Wide])
 def test_no_step_after_the_first_waits_for_the_device(made, kwargs, amp):
-    model, reseg = ready(made, **kwargs)
+    model, reseg = moved(made, **kwargs)
     image, label = on_device(ignored="ignore_index" in kwargs)
     optimizer = torch.optim.SGD([*model.parameters(), *reseg.parameters()], 0.01)
 
@@ -211,7 +224,7 @@ def test_a_step_in_a_cuda_graph_replays_as_eager(kwargs):
     data = [on_device(seed, torch.float64, ignored) for seed in range(4)]
     results = []
     for graphed in (False, True):
-        model, reseg = ready(dtype=torch.float64, **kwargs)
+        model, reseg = moved(dtype=torch.float64, **kwargs)
         optimizer = torch.optim.SGD([*model.parameters(), *reseg.parameters()], 0.05, momentum=0.9)
         image, label = (x.clone() for x in data[0])
         run = warmed_up(partial(aligned_step, model, reseg, optimizer, image, label), optimizer, graphed)
@@ -265,7 +278,7 @@ def test_steps_with_unlabelled_images_do_not_wait_and_can_be_captured(graphed):
 
 
 def test_memory_is_flat():
-    model, reseg = ready()
+    model, reseg = moved()
     image, label = on_device()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     held, peaks = set(), set()
@@ -284,11 +297,11 @@ def test_memory_is_flat():
 
 
 def test_features_are_freed_after_the_step_and_after_a_failed_forward():
-    model, reseg = ready()
+    model, reseg = moved()
     image, label = on_device()
     for _ in range(2):
         (task_loss(model(image), label) + reseg.alignment_loss(label)).backward()
-    reseg._last.clear()
+    forget_statistics(reseg)
     before = torch.cuda.memory_allocated()
 
     def fail(module: nn.Module, args: Any) -> None:
@@ -312,7 +325,7 @@ def test_features_are_freed_after_the_step_and_after_a_failed_forward():
 
 @pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16])
 def test_the_teacher_runs_in_the_students_autocast_and_the_loss_in_fp32(lower):
-    model, reseg = ready()
+    model, reseg = moved()
     image, label = on_device()
     found: list[torch.dtype] = []
     reseg.teacher.body.bottleneck[0].register_forward_hook(lambda module, args, output: found.append(output.dtype))
@@ -324,7 +337,7 @@ def test_the_teacher_runs_in_the_students_autocast_and_the_loss_in_fp32(lower):
 
 
 def test_fp16_autocast_with_a_grad_scaler_trains():
-    model, reseg = ready(preset="standardized")
+    model, reseg = moved(preset="standardized")
     optimizer = torch.optim.Adam([*model.parameters(), *reseg.parameters()], 1e-2)
     scaler = torch.amp.GradScaler("cuda")
     image, label = on_device()
@@ -375,7 +388,7 @@ def by_hand(model: nn.Module, teacher: nn.Module, taps: Any, image: Tensor, labe
 
 @pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16])
 def test_the_error_of_low_precision_is_that_of_a_hand_written_loss(lower):
-    model, reseg = ready()
+    model, reseg = moved()
     image, label = on_device()
     taps = reseg.extractor.plan.selected
     exact_model, exact_teacher = (copy.deepcopy(m).double() for m in (model, reseg.teacher.body))
@@ -402,7 +415,7 @@ def test_the_error_of_low_precision_is_that_of_a_hand_written_loss(lower):
 
 @pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16])
 def test_a_model_in_low_precision_itself_has_a_teacher_in_it_and_a_loss_in_fp32(lower):
-    model, reseg = ready(dtype=lower)
+    model, reseg = moved(dtype=lower)
     image, label = on_device(dtype=lower)
     model(image)
     loss = reseg.alignment_loss(label)
@@ -425,9 +438,11 @@ def test_channels_last_stays_and_gives_the_same_loss(dims):
     model.to(memory_format=layout)
     seen: list[tuple[int, ...]] = []
     handle = model.bottleneck.register_forward_hook(lambda module, args, output: seen.append(output.stride()))
-    output = model(image.to(memory_format=layout))
+    with FeatureExtractor(model, taps=reseg.extractor.plan) as features:
+        output = model(image.to(memory_format=layout))
+        kept = features.pop().bottleneck
     handle.remove()
-    assert reseg.extractor._recording.done["seen"]["bottleneck"][0].stride() == seen[0]
+    assert kept.stride() == seen[0]
     bare = copy.deepcopy(model)
     assert output.stride() == bare(image.to(memory_format=layout)).stride()
     loss = reseg.alignment_loss(label)
@@ -443,7 +458,7 @@ def test_a_step_with_the_kernels_is_that_of_torch(preset, amp, layout, monkeypat
     results = []
     for backend in ("triton", "torch"):
         monkeypatch.setattr(terms, "BACKEND", backend)
-        model, reseg = ready(preset=preset)
+        model, reseg = moved(preset=preset)
         model.to(memory_format=layout)
         image, label = on_device()
         with torch.autocast("cuda", dtype=amp or torch.float16, enabled=amp is not None):
@@ -469,7 +484,7 @@ class Viewing(UNet):
 
 @pytest.mark.parametrize("made", [UNet, Viewing])
 def test_the_teacher_runs_with_channels_last_in_low_precision_where_it_can(made):
-    model, reseg = ready(made)
+    model, reseg = moved(made)
     image, label = on_device()
     last = {"memory_format": torch.channels_last}
     weight = reseg.teacher.body.encoder[1][0].weight
@@ -491,7 +506,7 @@ def test_a_compiled_teacher_gives_the_same_loss(preset):
     torch._dynamo.reset()
     losses = []
     for compile_teacher in (False, True):
-        model, reseg = ready(dtype=torch.float64, compile_teacher=compile_teacher, preset=preset)
+        model, reseg = moved(dtype=torch.float64, compile_teacher=compile_teacher, preset=preset)
         for seed in range(3):
             image, label = on_device(seed, torch.float64)
             model(image)
@@ -508,8 +523,26 @@ def aligned(model: nn.Module, reseg: ReSegWrapper, image: Tensor, label: Tensor,
     return reseg.alignment_loss(label)
 
 
-def graphs_of(reseg: ReSegWrapper) -> dict[Any, Any]:
-    return reseg._parts.targets._captured._replays
+class Graphs:
+    """Weak references to the graphs that were recorded."""
+
+    def __init__(self, record: Callable[..., Any]) -> None:
+        self.record, self.replays = record, list[weakref.ref[Any]]()
+
+    def __call__(self, *args: Any) -> Any:
+        replay = self.record(*args)
+        self.replays.append(weakref.ref(replay))
+        return replay
+
+    def alive(self) -> int:
+        return sum(replay() is not None for replay in self.replays)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    graphs = Graphs(capture.recorded)
+    monkeypatch.setattr(capture, "recorded", graphs)
+    return graphs
 
 
 @pytest.fixture
@@ -525,10 +558,10 @@ CAPTURED = [*SETTINGS, {"every": 2}]
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 @pytest.mark.parametrize("kwargs", CAPTURED)
-def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deterministic):
+def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deterministic, graphs):
     results = []
     for on in (False, True):
-        model, reseg = ready(capture_teacher=on, **kwargs)
+        model, reseg = moved(capture_teacher=on, **kwargs)
         found = []
         for seed, n in enumerate((4, 4, 4, 4, 2, 2, 2, 2, 4)):
             image, label = (x.to(DEVICE) for x in batch(n, seed=seed))
@@ -540,15 +573,15 @@ def test_a_captured_teacher_gives_the_same_loss_and_gradients(kwargs, amp, deter
             found += [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         results.append(vector(found))
     assert torch.equal(*results)
-    assert len(graphs_of(reseg)) == 2
+    assert graphs.alive() == 2
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_captured_teacher_follows_a_loaded_state_and_a_move(amp, deterministic):
+def test_a_captured_teacher_follows_a_loaded_state_and_a_move(amp, deterministic, graphs):
     results = []
     image, label = on_device()
     for on in (False, True):
-        model, reseg = ready(capture_teacher=on)
+        model, reseg = moved(capture_teacher=on)
         state = reseg.state_dict()
         doubled = {k: v * 2 if v.is_floating_point() else v for k, v in state["parts"]["teacher"].items()}
         losses = [aligned(model, reseg, image, label, amp) for _ in range(3)]
@@ -559,11 +592,11 @@ def test_a_captured_teacher_follows_a_loaded_state_and_a_move(amp, deterministic
         results.append(vector(losses))
     assert torch.equal(*results)
     assert results[0][2] != results[0][3]
-    assert len(graphs_of(reseg)) == 1
+    assert graphs.alive() == 1
 
 
 def test_a_captured_teachers_features_serve_until_the_next_loss():
-    model, reseg = ready(capture_teacher=True)
+    model, reseg = moved(capture_teacher=True)
     image, label = on_device()
     aligned(model, reseg, image, label, None).backward()
     first = aligned(model, reseg, image, label, None)
@@ -575,7 +608,7 @@ def test_a_captured_teachers_features_serve_until_the_next_loss():
 def test_gradients_accumulate_with_a_captured_teacher(deterministic):
     results = []
     for on in (False, True):
-        model, reseg = ready(capture_teacher=on)
+        model, reseg = moved(capture_teacher=on)
         for seed in range(4):
             aligned(model, reseg, *on_device(seed), None).backward()
         results.append(vector(p.grad for p in model.parameters() if p.grad is not None))
@@ -583,7 +616,7 @@ def test_gradients_accumulate_with_a_captured_teacher(deterministic):
 
 
 def test_no_step_after_the_first_waits_for_the_device_with_a_captured_teacher():
-    model, reseg = ready(capture_teacher=True)
+    model, reseg = moved(capture_teacher=True)
     image, label = on_device()
     aligned(model, reseg, image, label, None).backward()
     with no_synchronization():
@@ -591,16 +624,17 @@ def test_no_step_after_the_first_waits_for_the_device_with_a_captured_teacher():
             aligned(model, reseg, image, label, None).backward()
 
 
-def test_a_step_in_a_cuda_graph_contains_a_captured_teachers_forward():
+def test_a_step_in_a_cuda_graph_contains_a_captured_teachers_forward(graphs):
     data = [on_device(seed, torch.float64) for seed in range(4)]
     results = []
     for graphed in (False, True):
-        model, reseg = ready(dtype=torch.float64, capture_teacher=graphed)
+        model, reseg = moved(dtype=torch.float64, capture_teacher=graphed)
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         image, label = (x.clone() for x in data[0])
         run = warmed_up(partial(aligned_step, model, reseg, optimizer, image, label), optimizer, graphed)
-        assert len(graphs_of(reseg)) == graphed  # of the steps before
-        reseg._parts.targets._captured.drop()  # the step's graph needs none of it
+        assert graphs.alive() == graphed  # of the steps before
+        if graphed:
+            reseg.remove()  # and the teacher's graphs: the step's needs none of them
         losses = []
         for new_image, new_label in data[1:]:
             image.copy_(new_image)
@@ -634,7 +668,7 @@ class Hidden(Waiting):
 def test_a_teacher_that_waits_for_the_device_runs_as_it_is_with_one_warning(made, caplog, deterministic):
     results = []
     for on in (False, True):
-        model, reseg = ready(made, capture_teacher=on)
+        model, reseg = moved(made, capture_teacher=on)
         stream = torch.cuda.current_stream()
         torch.manual_seed(3)
         losses = []
@@ -652,11 +686,11 @@ def test_a_teacher_that_waits_for_the_device_runs_as_it_is_with_one_warning(made
 def test_removing_the_wrapper_frees_a_captured_teachers_graphs():
     image, label = on_device()
     for _ in range(2):  # the first makes what torch keeps, too
-        model, reseg = ready(capture_teacher=True)
+        model, reseg = moved(capture_teacher=True)
         before = torch.cuda.memory_allocated()
         aligned(model, reseg, image, label, None).backward()
         model.zero_grad()
-        reseg._last.clear()
+        forget_statistics(reseg)
         with_graph = torch.cuda.memory_allocated()
         reseg.remove()
         after = torch.cuda.memory_allocated()
@@ -664,32 +698,32 @@ def test_removing_the_wrapper_frees_a_captured_teachers_graphs():
 
 
 @pytest.mark.filterwarnings("ignore")  # of workers and pinning, by version
-def test_a_loader_that_pins_memory_runs_beside_a_captured_teacher():
+def test_a_loader_that_pins_memory_runs_beside_a_captured_teacher(graphs):
     image, label = batch(64)
     data = torch.utils.data.TensorDataset(image, label)
     loader = torch.utils.data.DataLoader(data, batch_size=2, pin_memory=True, num_workers=2)
-    model, reseg = ready(capture_teacher=True)
+    model, reseg = moved(capture_teacher=True)
     seen = 0
     for _ in range(3):
         for x, y in loader:
             if seen % 8 == 0:
-                reseg._parts.targets._captured.drop()  # a capture while the loader works
+                reseg.teacher.body.register_forward_hook(lambda *_: None)  # a new capture, while the loader works
             aligned(model, reseg, x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True), None).backward()
             seen += 1
     assert seen == 96
-    assert len(graphs_of(reseg)) == 1
+    assert graphs.alive() == 1
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_teacher_can_be_captured():
+def test_a_compiled_teacher_can_be_captured(graphs):
     pytest.importorskip("triton")
     torch._dynamo.reset()
     losses = []
     for on in (False, True):
-        model, reseg = ready(dtype=torch.float64, compile_teacher=on, capture_teacher=on)
+        model, reseg = moved(dtype=torch.float64, compile_teacher=on, capture_teacher=on)
         losses += [aligned(model, reseg, *on_device(seed, torch.float64), None).detach() for seed in range(3)]
     assert torch.allclose(torch.stack(losses[:3]), torch.stack(losses[3:]), rtol=1e-8)
-    assert len(graphs_of(reseg)) == 1
+    assert graphs.alive() == 1
 
 
 # --- random states and determinism
@@ -708,7 +742,7 @@ def test_stage_1_and_building_preserve_the_random_state_of_the_device():
 
 
 def test_alignment_draws_no_random_number_on_the_device():
-    model, reseg = ready(lambda: UNet(dropout=0.5))
+    model, reseg = moved(lambda: UNet(dropout=0.5))
     image, label = on_device()
     model(image)
     state = torch.cuda.get_rng_state()
@@ -751,7 +785,7 @@ def test_a_compiled_model_trains_as_the_plain_one(mode):
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        model, reseg = ready(dtype=torch.float64)
+        model, reseg = moved(dtype=torch.float64)
         run = torch.compile(model, mode=mode) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         losses = []

@@ -183,6 +183,79 @@ def test_shapes_never_broadcast():
         RF.recon_loss(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3))
 
 
+X = torch.ones(2, 4, 3, 3)
+NO_FEATURES = [
+    None,
+    1.0,
+    [1.0],
+    "x",
+    X.numpy(),
+    X.long(),
+    X > 0,
+    X.to(torch.complex64),
+    X.to_sparse(),
+    X.to("meta"),
+    torch.ones(3),
+]
+
+
+@pytest.mark.parametrize("bad", NO_FEATURES)
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("prediction", lambda bad: RF.recon_loss(bad, X)),
+        ("image", lambda bad: RF.recon_loss(X, bad)),
+        ("valid", lambda bad: RF.recon_loss(X, X, bad)),
+        ("student", lambda bad: RF.alignment_term(bad, X)),
+        ("teacher", lambda bad: RF.alignment_term(X, bad)),
+        ("valid", lambda bad: RF.alignment_term(X, X, bad)),
+        ("x", lambda bad: RF.standardize(bad)),
+        ("valid", lambda bad: RF.standardize(X, bad)),
+        ("valid", lambda bad: RF.valid_fraction(bad, (2, 2))),
+        ("x", lambda bad: RF.project(bad, torch.eye(4))),
+        ("matrix", lambda bad: RF.project(X, bad)),
+    ],
+)
+def test_what_is_no_feature_is_refused_by_name(name, function, bad):
+    if name == "valid" and bad is None:
+        return  # without a mask
+    with pytest.raises(ReSegError, match=rf"^{name} is a.* must be a dense floating point tensor"):
+        function(bad)
+
+
+@pytest.mark.parametrize("eps", [float("nan"), float("inf"), -1e-9, 0, 1j, None, "1", [1.0], torch.ones(2)])
+def test_an_eps_that_cannot_be_is_refused(eps):
+    with pytest.raises(ReSegError, match="eps="):
+        RF.standardize(X, eps=eps)
+
+
+@pytest.mark.parametrize("matrix", [torch.ones(4), torch.ones(1, 4, 4), torch.ones(3, 5)])
+def test_a_matrix_of_another_shape_is_refused(matrix):
+    with pytest.raises(ReSegError, match=r"^matrix "):
+        RF.project(X, matrix)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(0, 4), (4, 0), (-1, 4), ("4", 4), (4, None), (4.5, 4), (True, 4), (4, 4, "0"), (4, 4, None), (4, 4, -(2**70))],
+)
+def test_a_map_of_no_size_or_seed_is_refused(arguments):
+    with pytest.raises(ReSegError, match="it is a whole number, at least"):
+        RF.semi_orthogonal(*arguments)
+
+
+@pytest.mark.parametrize("spatial", [None, 3, "42", (-1, 2), (0, 2), (2,), (2, 2, 2), (2.5, 2), (float("nan"), 2)])
+def test_a_size_that_is_none_is_refused(spatial):
+    with pytest.raises(ReSegError, match="spatial"):
+        RF.valid_fraction(X[:, :1], spatial)
+
+
+@pytest.mark.parametrize("loss", [None, 1.0, torch.ones(2)])
+def test_gradient_norms_are_of_scalars(loss):
+    with pytest.raises(ReSegError, match=r"losses\['task'\] is .* must be a scalar"):
+        RF.gradient_norms([torch.nn.Parameter(torch.ones(2))], {"task": loss})
+
+
 @pytest.mark.parametrize(("out", "into"), [(3, 7), (7, 3), (5, 5)])
 def test_semi_orthogonal_maps_are_orthonormal_seeded_and_leave_the_random_state_alone(out, into):
     state = torch.get_rng_state()
@@ -246,10 +319,14 @@ def test_a_fixed_map_costs_one_product_forward_and_one_backward_and_no_copy(dtyp
     x = torch.randn(2, 3, 4, 5).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
     features, teacher = Features((x,), (x,), x), Features(*[(torch.zeros(2, 6, 4, 5),)] * 2, torch.zeros(2, 6, 4, 5))
-    loss = CrossAlignmentLoss()
-    loss(features, teacher)  # makes the map
+    loss, made = CrossAlignmentLoss(), "aten::linalg_qr"
+    for calls in range(2):  # the first makes the map
+        with Operations() as whole:
+            loss(features, teacher)
+        assert (made in whole.names, whole.names.count(product)) == (calls == 0, 3)
+    matrix = RF.semi_orthogonal(6, 3).to(dtype)
     with Operations() as forward:
-        y = loss._match_channels(x, 6)
+        y = RF.project(x, matrix)
     gradient = torch.ones_like(y)
     with Operations() as backward:
         (found,) = torch.autograd.grad(y, x, gradient)

@@ -42,7 +42,6 @@ def after_the_diff(diff: str) -> str:
 @pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss")
 def test_the_diff_of_a_training_loop_runs_and_saves_the_bare_models_keys(tmp_path, monkeypatch):
     diff = fences("diff")[0]
-    assert 10 <= len(diff.splitlines()) <= 14
     monkeypatch.chdir(tmp_path)
     model = UNet()
     keys = list(model.state_dict())

@@ -14,10 +14,10 @@ from models import PadsInside, UNet, batch, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import DeepSupervision, FeatureExtractor, ReSegError, ReSegWrapper
-from reseg_loss.supervision import _nearest
+from reseg_loss.supervision import nearest
 
 
-def ready(model: nn.Module | None = None, **kwargs) -> tuple[nn.Module, DeepSupervision]:
+def supervised(model: nn.Module | None = None, **kwargs) -> tuple[nn.Module, DeepSupervision]:
     model = model or UNet()
     return model, DeepSupervision(model, batch()[0], **kwargs)
 
@@ -42,7 +42,7 @@ class DeeplySupervised(UNet):
 
 def test_it_agrees_with_a_hand_written_deep_supervision_bit_for_bit():
     torch.manual_seed(0)
-    model, ds = ready()
+    model, ds = supervised()
     byhand = DeeplySupervised(model, ds.heads)
     ours = torch.optim.Adam([*model.parameters(), *ds.parameters()], 1e-2)
     theirs = torch.optim.Adam(byhand.parameters(), 1e-2)
@@ -68,7 +68,7 @@ def test_the_models_keys_and_outputs_stay_and_remove_leaves_it_bare():
     model = UNet()
     image, label = batch()
     keys, expected = list(model.state_dict()), model(image)
-    model, ds = ready(model)
+    model, ds = supervised(model)
     assert torch.equal(model(image), expected)
     ds.loss(label, task_loss)
     assert list(model.state_dict()) == keys
@@ -89,7 +89,7 @@ def test_nearest_labels_are_those_of_interpolate_in_any_form_and_dtype(h, w, dty
     label = torch.randint(0, 2, (2, 9, 9)).to(dtype)
     expected = F.interpolate(label[:, None].float(), (h, w), mode="nearest")
     for form, values in ((label, expected[:, 0]), (label[:, None], expected)):
-        small = _nearest(form, (h, w))
+        small = nearest(form, (h, w))
         assert small.dtype == dtype
         assert torch.equal(small.float(), values)
 
@@ -99,7 +99,7 @@ def test_task_loss_gets_the_label_in_the_form_it_came_in():
     label[:, :3] = 255
     one_hot = F.one_hot(label.clamp_max(2), 3).movedim(-1, 1)
     for form in (label, label[:, None], label[:, None].float(), label.byte(), one_hot, [label, None]):
-        model, ds = ready()
+        model, ds = supervised()
         got = []
 
         def remember(logits: Tensor, small: Tensor, got: list = got) -> Tensor:
@@ -115,7 +115,7 @@ def test_task_loss_gets_the_label_in_the_form_it_came_in():
 
 
 def test_weights():
-    model, ds = ready(level_weights=[1.0, 0.5])
+    model, ds = supervised(level_weights=[1.0, 0.5])
     assert list(ds.heads) == ["decoder_1", "decoder_2"]
     assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
     image, label = batch()
@@ -152,7 +152,7 @@ def test_weight_zero_equals_the_run_without():
 
 
 def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits():
-    model, ds = ready(level_weights=[1.0, 0.5])
+    model, ds = supervised(level_weights=[1.0, 0.5])
     image, label = batch()
     model(image)
     ds.loss(label, task_loss)
@@ -175,9 +175,9 @@ def test_a_state_resumes_without_an_example_and_keeps_parameters_where_it_fits()
 
 
 def test_a_state_holds_the_default_weights_so_that_a_change_of_them_leaves_it_as_it_was():
-    _, ds = ready()
+    _, ds = supervised()
     assert saved(ds)["level_weights"] == [1.0, 1.0]
-    _, other = ready(level_weights=[1.0, 0.5])
+    _, other = supervised(level_weights=[1.0, 0.5])
     ds.load_state_dict(saved(other))
     assert [ds.weight_of(name) for name in ds.heads] == [1.0, 0.5]
 
@@ -197,7 +197,7 @@ def test_it_works_beside_the_wrapper_in_3d_and_under_autocast():
 
 
 def test_the_rules_of_the_extractor_hold():
-    model, ds = ready()
+    model, ds = supervised()
     image, label = batch()
     with pytest.raises(ReSegError, match="no training forward"):
         ds.loss(label, task_loss)
@@ -225,7 +225,7 @@ def test_the_rules_of_the_extractor_hold():
 
 
 def test_heads_that_no_optimizer_knows_are_warned_about_once():
-    model, ds = ready(UNet(width=2))
+    model, ds = supervised(UNet(width=2))
     image, label = batch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -246,7 +246,7 @@ def test_heads_that_no_optimizer_knows_are_warned_about_once():
 )
 def test_bad_choices_are_refused(kwargs, message):
     with pytest.raises(ReSegError, match=message):
-        ready(**kwargs)
+        supervised(**kwargs)
     with pytest.raises(ReSegError, match="example_input="):
         DeepSupervision(UNet(), num_classes=3).parameters()
     with pytest.raises(ReSegError, match="example_input="):
@@ -262,7 +262,7 @@ def test_only_the_features_that_are_supervised_are_recorded():
             every, some = everything.pop(), decoder.pop()
     assert all(torch.equal(a, b) for a, b in zip(some.decoder, every.decoder, strict=True))
     assert (some.encoder, some.bottleneck.numel()) == ((), 0)
-    model, ds = ready()
+    model, ds = supervised()
     hooked = [name for name, module in model.named_modules() if name and module._forward_hooks]
     assert len(hooked) == len(ds.extractor.taps) == len(plan.selected)
 
@@ -271,7 +271,7 @@ def test_a_level_that_is_all_ignored_is_left_out():
     image, label = batch()
     label[:] = 255
     label[0, 5, 5] = 1  # no nearest neighbour of a coarser grid
-    model, ds = ready(ignore_index=255)
+    model, ds = supervised(ignore_index=255)
     task = lambda x, y: F.cross_entropy(x, y, ignore_index=255)  # noqa: E731
     loss = task(model(image), label) + ds.loss(label, task)
     loss.backward()
@@ -306,7 +306,7 @@ class PaddingUNet(PadsInside, UNet):
 
 
 def test_a_label_is_not_stretched_over_what_a_model_pads_inside():
-    model, ds = ready(PaddingUNet())
+    model, ds = supervised(PaddingUNet())
     image, label = batch(size=48)
     model(image[..., :45, :46])  # to 48: less than two cells
     ds.loss(label[..., :45, :46], task_loss)
@@ -348,7 +348,7 @@ def test_an_ignored_value_that_the_labels_dtype_cannot_hold_leaves_no_level_out(
         return task_loss(logits, label.long())
 
     image, label = batch()
-    model, ds = ready(ignore_index=256)  # which wraps to 0
+    model, ds = supervised(ignore_index=256)  # which wraps to 0
     values = []
     for dtype in (torch.int64, torch.uint8):
         model(image)

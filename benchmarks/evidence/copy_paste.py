@@ -17,7 +17,11 @@ class CopyPaste(CutMixConsistency):
     labelled: tuple[Tensor, Tensor]
 
     def _exchanged(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        (other, truth), box = self.labelled, self._boxes(images)
-        turned = torch.arange(len(images), device=images.device) % 2 == 1
-        labelled = box ^ turned.view(-1, *[1] * (box.ndim - 1))
-        return torch.where(labelled.unsqueeze(1), other, images), torch.where(labelled, truth, label)
+        return pasted(images, label, self.labelled, self._boxes(images))
+
+
+def pasted(images: Tensor, label: Tensor, labelled: tuple[Tensor, Tensor], box: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and label with those of `labelled` in every first box, and around every second."""
+    turned = torch.arange(len(images), device=images.device) % 2 == 1
+    theirs = box ^ turned.view(-1, *[1] * (box.ndim - 1))
+    return torch.where(theirs.unsqueeze(1), labelled[0], images), torch.where(theirs, labelled[1], label)

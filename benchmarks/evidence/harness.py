@@ -406,9 +406,9 @@ class Stage2:
                 self.taught = FeatureExtractor(self.reseg.teacher.body, taps=plan, when="always").attach()
         if variant.deep is not None:
             ignored = IGNORED if variant.unlabelled_deep else None
-            self.deep = DeepSupervision(
-                self.model, num_classes=classes, example_input=example, ignore_index=ignored, **variant.deep
-            )
+            # "weights" is the name in the keys of results, which stay
+            given = {"level_weights" if name == "weights" else name: value for name, value in variant.deep.items()}
+            self.deep = DeepSupervision(self.model, example, num_classes=classes, ignore_index=ignored, **given)
             parameters += self.deep.parameters()
         self.student = machine.network(self.model)
         self.mean_teacher = machine.network(self.average) if self.average is not None else None
@@ -431,7 +431,7 @@ class Stage2:
         self.loop = Loop(machine, parameters, *recipe, feed.steps, self._modules())
         self.aligned, self.ramp = (torch.zeros(feed.steps, device=device) for _ in range(2))
         self.model.train()
-        self.loop.capture(self._losses, self._follow)
+        self.loop.capture(self.losses, self._follow)
         self.forget()
 
     def _modules(self) -> list[nn.Module]:
@@ -446,7 +446,7 @@ class Stage2:
 
     # --- the step
 
-    def _losses(self) -> tuple[Tensor, Tensor]:
+    def losses(self) -> tuple[Tensor, Tensor]:
         variant, clock = self.variant, self.loop.clock
         image, label, _ = self.feed.batch_of(self.feed.labelled, clock)
         with self._recording(), self.machine.autocast():

@@ -24,16 +24,21 @@ class SizedBoxes(CutMixConsistency):
         self.sides = sides
 
     def _boxes(self, images: Tensor) -> Tensor:
-        spatial, device = images.shape[2:], images.device
-        u = torch.rand(len(images), 1 + len(spatial), device=device)
-        side = self.sides[0] + (self.sides[1] - self.sides[0]) * u[:, 0]
-        inside = torch.ones(len(images), *spatial, dtype=torch.bool, device=device)
-        for axis, n in enumerate(spatial):
-            first = (1 - side) * u[:, 1 + axis]
-            centre = (torch.arange(n, device=device) + 0.5) / n
-            along = (centre >= first[:, None]) & (centre < (first + side)[:, None])
-            inside = inside & along.view(-1, *[n if i == axis else 1 for i in range(len(spatial))])
-        return inside
+        return sized_boxes(images, self.sides)
+
+
+def sized_boxes(images: Tensor, sides: Sequence[float]) -> Tensor:
+    """A box in each image, (B, *spatial), bool, whose sides are from the first to the second of `sides`."""
+    spatial, device = images.shape[2:], images.device
+    u = torch.rand(len(images), 1 + len(spatial), device=device)
+    side = sides[0] + (sides[1] - sides[0]) * u[:, 0]
+    inside = torch.ones(len(images), *spatial, dtype=torch.bool, device=device)
+    for axis, n in enumerate(spatial):
+        first = (1 - side) * u[:, 1 + axis]
+        centre = (torch.arange(n, device=device) + 0.5) / n
+        along = (centre >= first[:, None]) & (centre < (first + side)[:, None])
+        inside = inside & along.view(-1, *[n if i == axis else 1 for i in range(len(spatial))])
+    return inside
 
 
 def blur_and_contrast(image: Tensor) -> Tensor:

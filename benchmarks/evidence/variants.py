@@ -41,7 +41,7 @@ class Variant:
             "image".
         crossed: False aligns encoder with encoder and decoder with decoder.
         until: the share of the run after which the alignment is off.
-        deep: keywords of `DeepSupervision`; None builds none.
+        deep: keywords of `DeepSupervision` ("weights" are its `level_weights`); None builds none.
         unlabelled: the loss on a second batch, whose labels are not used: "forward" (none; only batch normalisation
             sees it), "entropy", "reconstruction" (by the frozen teacher, of the image from the prediction),
             "pseudo-label", "mean teacher", "cutmix" (the mean teacher's pseudo-label on mixed images) or "copy-paste"

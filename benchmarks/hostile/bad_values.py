@@ -127,9 +127,7 @@ def finding() -> Iterator[Attempt]:
     for title, taps in BAD_TAPS.items():
         # of a net that has a plan some bad names are all right: a level of other sizes is left out with a note
         yield Attempt("find_taps", f"taps {title}", lambda t=taps: find_taps(net(), image, taps=t))
-        yield Attempt(
-            "FeatureExtractor", f"taps {title}", lambda t=taps: _pop_of(FeatureExtractor(net(), image, taps=t), image)
-        )
+        yield Attempt("FeatureExtractor", f"taps {title}", lambda t=taps: _pop_of(net(), t, image, image))
     for title, make in BAD_MODELS.items():
         own = (OwnError,) if title == "raising" else () if isinstance(make(), nn.Module) else OF_PYTHON
         right = (lambda plan: same_taps(plan) is None) if title == "DataParallel" else None
@@ -152,9 +150,9 @@ def finding() -> Iterator[Attempt]:
     yield Attempt("find_taps", "right", lambda: same_taps(find_taps(model, image)), right=true, refusal=NEVER)
 
 
-def _pop_of(extractor: FeatureExtractor, image: Tensor) -> Features:
-    with extractor:
-        extractor._model(image)
+def _pop_of(model: nn.Module, taps: Any, image: Tensor, example: Any = None) -> Features:
+    with FeatureExtractor(model, example, taps=taps) as extractor:
+        model(image)
         return extractor.pop()
 
 
@@ -281,7 +279,7 @@ def _plan_rows(name: str) -> Iterator[Attempt]:
         "a number for a module": lambda p: _edit(p, "encoder", module=3),
     }
     for title, edit in wrong.items():
-        yield Attempt(name, title, lambda e=edit: _pop_of(FeatureExtractor(net(), taps=e(plan)), batch()[0]))
+        yield Attempt(name, title, lambda e=edit: _pop_of(net(), e(plan), batch()[0]))
 
 
 def _edit(plan: Any, side: str, **changes: Any) -> Any:

@@ -276,7 +276,8 @@ class Launches(NamedTuple):
 
 
 @lru_cache(maxsize=256)  # every step asks for the same few, and the host's time counts
-def _launches(shapes: tuple[tuple[int, int, int, bool], ...]) -> Launches:
+def launches(shapes: tuple[tuple[int, int, int, bool], ...]) -> Launches:
+    """How features of these shapes (see `shape_of`) are shared out among programs."""
     layouts = [_layout(*shape) for shape in shapes]
     batches, channels, sizes, last, rows, columns = zip(*layouts)
     programs = tuple(_parts(x.tiles, LOOPS) for x in layouts)
@@ -302,7 +303,8 @@ def _layout(batch: int, channels: int, size: int, contiguous: bool) -> Layout:
     return Layout(1, channels, batch * size, True, BLOCK // columns, columns)
 
 
-def _shape(x: Tensor) -> tuple[int, int, int, bool]:
+def shape_of(x: Tensor) -> tuple[int, int, int, bool]:
+    """Batch, channels, cells, and whether the channels come second in memory."""
     return x.shape[0], x.shape[1], x.shape[2:].numel(), x.is_contiguous()
 
 
@@ -343,7 +345,7 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
             partial = ss[0].new_zeros(len(ss), width, dtype=torch.float32)
             _squares[_grid(ends)](ss, ts, partial, width, scales, sizes, ends, block=BLOCK, loops=LOOPS)
             return partial.sum(1), []
-        x = _launches(tuple(_shape(s) for s in ss))
+        x = launches(tuple(shape_of(s) for s in ss))
         width = max(x.channels)
         partial = ss[0].new_zeros(len(ss), width, dtype=torch.float32)
         moments, coefficients = partial.new_empty(x.moments), partial.new_empty(4 * sum(x.channels))
@@ -378,8 +380,8 @@ def gradients(
             ends, scales = _ends(_parts(n, BLOCK) for n in sizes), tuple(2 / n for n in sizes)
             _differences[_grid(ends)](ss, ts, outs, upstream, terms, scales, sizes, ends, block=BLOCK)
         else:
-            shapes = tuple(_shape(s) for s, _ in pairs)
-            x, firsts = _launches(tuple(shapes[i] for i in terms)), _launches(shapes).firsts
+            shapes = tuple(shape_of(s) for s, _ in pairs)
+            x, firsts = launches(tuple(shapes[i] for i in terms)), launches(shapes).firsts
             _standardized[_grid(x.for_gradients)](
                 ss, ts, outs, upstream, terms, kept[0], tuple(firsts[i] for i in terms), x.channels, x.sizes, x.blocks,
                 x.for_gradients, last=x.last, rows=x.rows, columns=x.columns,

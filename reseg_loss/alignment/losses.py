@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as RF
 from ..common.inputs import check_weight
-from ..errors import ReSegError
+from ..errors import ReSegError, outline
 from ..recording.extractor import Features
 from .terms import alignment_terms
 
@@ -21,9 +20,7 @@ class ReconLoss(nn.Module):
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            check_weight(name, value)
-        self.alpha, self.beta = float(alpha), float(beta)
+        self.alpha, self.beta = check_weight("alpha", alpha), check_weight("beta", beta)
 
     def forward(self, prediction: Tensor, image: Tensor, valid: Tensor | None = None) -> Tensor:
         """See `functional.recon_loss`."""
@@ -46,8 +43,14 @@ def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, 
     """{term: (student's feature, teacher's feature)}, crossed as in eqs. 4-6.
 
     Raises:
-        ReSegError: the two sides have different numbers of levels.
+        ReSegError: a side is no `Features`, or the two have different numbers of levels.
     """
+    for side, features in (("student", student), ("teacher", teacher)):
+        if not isinstance(features, Features) or not {*map(type, features[:2])} <= {tuple, list}:
+            raise ReSegError(
+                f"{side} is {outline(features)}; it must be Features(encoder, decoder, bottleneck), the first "
+                "two tuples of tensors"
+            )
     counts = {len(student.encoder), len(student.decoder), len(teacher.encoder), len(teacher.decoder)}
     if len(counts) != 1:
         raise ReSegError(
@@ -75,7 +78,7 @@ class CrossAlignmentLoss(nn.Module):
             differ.
 
     Raises:
-        ReSegError: a weight is negative or not finite, or all are 0.
+        ReSegError: a weight is negative or not finite, all are 0, or another value cannot be.
     """
 
     def __init__(
@@ -96,14 +99,25 @@ class CrossAlignmentLoss(nn.Module):
         self.bottleneck = check_weight("bottleneck", bottleneck)
         if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
             raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
-        if not (math.isfinite(divisor) and divisor > 0):
-            raise ReSegError(f"divisor={divisor}; it must be positive")
-        self.divisor, self.normalize, self.seed = float(divisor), normalize, seed
+        RF.check_positive("divisor", divisor)
+        RF.check_whole("seed", seed)
+        self.divisor, self.normalize, self.seed = float(divisor), normalize, int(seed)
         self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def term_weight(self, name: str) -> float:
-        """The weight of one term (a name of `term_names`), before the division."""
-        return getattr(self, name.rpartition("_")[0] or name)
+        """The weight of one term (a name of `term_names`), before the division.
+
+        Raises:
+            ReSegError: no term has that name.
+        """
+        kind, _, level = name.rpartition("_") if isinstance(name, str) else ("", "", "")
+        if kind in ("encoder_to_decoder", "decoder_to_encoder") and level.isdecimal() and level[0] != "0":
+            return getattr(self, kind)
+        if name == "bottleneck":
+            return self.bottleneck
+        raise ReSegError(
+            f"there is no term {name!r}; known are encoder_to_decoder_1, decoder_to_encoder_1, ..., bottleneck"
+        )
 
     def forward(self, student: Features, teacher: Features, valid: Tensor | None = None) -> Tensor:
         """The loss, a scalar in at least fp32: `combine` of `terms`, which takes the same arguments."""
@@ -119,10 +133,12 @@ class CrossAlignmentLoss(nn.Module):
                 as valid area fraction.
 
         Raises:
-            ReSegError: levels or sizes differ.
+            ReSegError: levels or sizes differ, or a feature is no dense floating point tensor.
         """
         pairs = {name: pair for name, pair in pair_terms(student, teacher).items() if self.term_weight(name)}
         for name, (s, t) in pairs.items():
+            RF.check_feature(f"{name}: the student's feature", s)
+            RF.check_feature(f"{name}: the teacher's feature", t)
             if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
                 raise ReSegError(
                     f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "
@@ -142,7 +158,15 @@ class CrossAlignmentLoss(nn.Module):
         return terms
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms over the divisor (eq. 7)."""
+        """The weighted sum of the terms over the divisor (eq. 7); 0 without any.
+
+        Raises:
+            ReSegError: no mapping of terms, each a scalar.
+        """
+        if not isinstance(terms, Mapping):
+            raise ReSegError(f"terms is {outline(terms)}; it is a mapping of terms, as `terms` returns")
+        for name, term in terms.items():
+            RF.check_scalar(f"terms[{name!r}]", term)
         if not terms:  # at weight 0 of the wrapper, and where `every` skips a call
             return torch.zeros(())
         weighted = [(self.term_weight(name), term) for name, term in terms.items()]

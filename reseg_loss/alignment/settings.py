@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 import torch
 
+from ..common.inputs import check_weight
 from ..common.outputs import as_path
 from ..common.state import plain
 from ..errors import ReSegError, did_you_mean
+from ..functional import check_positive, check_whole
+from ..taps.tap import check_strides
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,16 @@ class Settings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ReSegError(f"every={self.every!r}; it is a whole number of calls, at least 1")
+        for name in ("weight", "encoder_to_decoder", "decoder_to_encoder", "bottleneck", "alpha", "beta"):
+            check_weight(name, getattr(self, name))
+        check_positive("divisor", self.divisor)
+        check_whole("seed", self.seed)
+        check_whole("every", self.every, 1)
+        if self.ignore_index is not None:
+            check_whole("ignore_index", self.ignore_index, -(2**63))
+        if self.levels is not None:
+            check_strides(self.levels)
+        as_path(self.output)  # refuses what is no path
 
     @property
     def lower(self) -> torch.dtype | None:
@@ -116,6 +127,6 @@ def settings_of(preset: str, **given: Any) -> Settings:
     Raises:
         ReSegError: an unknown preset, or a value that cannot be.
     """
-    if preset not in PRESETS:
-        raise ReSegError(f"unknown preset {preset!r}.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ReSegError(f"unknown preset {preset!r}.{did_you_mean(str(preset), PRESETS)} Known: {', '.join(PRESETS)}")
     return replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})

@@ -105,7 +105,7 @@ def fit(
                 if first:
                     _check_reached(teacher, taps)
                 if len(constants) < SAMPLED_BATCHES:
-                    constants.append(run.standardized(_pixels(image, valid, generator)))
+                    constants.append(run.standardized(sample_pixels(image, valid, generator)))
                 total = value if total is None else total + value
                 recent.append(value)
                 seen, step = seen + 1, step + 1
@@ -329,7 +329,7 @@ def _settle_range(teacher: Teacher, image: Tensor, label: Tensor, standardize: b
         warnings.warn(message, stacklevel=4)
 
 
-def _pixels(image: Tensor, valid: Tensor | None, generator: torch.Generator) -> Tensor:
+def sample_pixels(image: Tensor, valid: Tensor | None, generator: torch.Generator) -> Tensor:
     """Some valid pixels of every channel, at random: at even distances they might all be in a margin."""
     flat = valid_pixels(image, valid)
     if flat.shape[1] > SAMPLED_PIXELS:

@@ -42,7 +42,7 @@ def alignment_terms(pairs: Sequence[tuple[Tensor, Tensor]], *, normalize: str | 
 class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, normalize: str | None, teachers: list[Tensor], *students: Tensor) -> Tensor:
-        ctx.normalize, ctx.triton = normalize, _triton_serves(students, teachers)
+        ctx.normalize, ctx.triton = normalize, triton_serves(students, teachers)
         pairs = list(zip(students, teachers))
         if ctx.triton:
             from . import kernels
@@ -145,7 +145,8 @@ def _in_order(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return s, t if t.stride() == s.stride() else torch.empty_like(s, dtype=t.dtype).copy_(t)
 
 
-def _triton_serves(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
+def triton_serves(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
+    """Whether the Triton kernels are what computes these features' terms."""
     if BACKEND not in ("auto", "triton", "torch"):
         raise ReSegError(f"RESEG_KERNELS={BACKEND!r} in the environment; it is auto, triton or torch")
     tensors = [*students, *teachers]

@@ -422,7 +422,7 @@ class ReSegWrapper(Regularizer):
     def _recorder(self) -> FeatureExtractor | None:
         return None if self._parts is None else self._parts.student
 
-    def _modules(self) -> list[nn.Module]:
+    def _beside(self) -> list[nn.Module]:
         return [self.teacher]
 
     def _use(self, parts: Parts) -> None:

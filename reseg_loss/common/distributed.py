@@ -128,7 +128,7 @@ def refuse_join(model: nn.Module, what: str) -> None:
         wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
         _AROUND[model] = [weakref.ref(x) for x in wrappers if any(m is model for m in x.modules())]
     for wrapper in (ref() for ref in _AROUND[model]):
-        config = None if wrapper is None else wrapper._join_config
+        config = None if wrapper is None else wrapper._join_config  # noqa: SLF001 - torch tells it nowhere else
         if config is not None and config.enable and not config.throw_on_early_termination:
             raise ReSegError(
                 f"the model's DistributedDataParallel is in a join() context, where {what}, so a process that has no "

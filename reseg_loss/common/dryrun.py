@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import ReSegError
+from ..errors import ReSegError, outline
 
 
 def rng_state() -> dict[str, Any]:
@@ -68,7 +68,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     buffers, hooks, counters and caches are covered, but not what lies deeper.
     """
     values = [(t, t.detach(), t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    versions = [_version(alias) for _, alias, _ in values]
+    versions = [_version_of(alias) for _, alias, _ in values]
     attributes = [(module.__dict__, module.__dict__.copy()) for module in model.modules()]
     containers = [
         (value, value.copy()) for _, old in attributes for value in old.values() if isinstance(value, (dict, list, set))
@@ -87,11 +87,11 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
                 if tensor.data_ptr() != alias.data_ptr():  # `tensor.data = ...`
                     tensor.data = alias
                 # Writing raises the version, which would break a backward pass that is still to come: only if needed.
-                if _version(alias) != version or (not tensor.requires_grad and not torch.equal(alias, value)):
+                if _version_of(alias) != version or (not tensor.requires_grad and not torch.equal(alias, value)):
                     alias.copy_(value)
 
 
-def _version(tensor: Tensor) -> int:
+def _version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -118,6 +118,14 @@ def preserved_globals(devices: Iterable[str]) -> Iterator[None]:
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
         for name, value in switches.items():
             setattr(cudnn, name, value)
+
+
+def check_module(model: Any) -> None:
+    """Raise a ReSegError unless it is a module that takes hooks."""
+    if not isinstance(model, nn.Module):
+        raise ReSegError(f"expected an nn.Module, got {outline(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReSegError("a scripted module takes no hooks; pass the Python module it was made from")
 
 
 def refuse_lazy(model: nn.Module) -> None:
@@ -178,7 +186,7 @@ def call(model: nn.Module, example_input: Any) -> Any:
     """`model` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
-        ReSegError: the example is empty, or the model fails on one of another dtype or device than its parameters.
+        ReSegError: the example is empty, or the model fails on it.
     """
     image = image_of(example_input)
     if image.shape[0] == 0:
@@ -187,14 +195,19 @@ def call(model: nn.Module, example_input: Any) -> Any:
         if isinstance(example_input, Mapping):
             return model(**example_input)
         return model(*example_input) if isinstance(example_input, (tuple, list)) else model(example_input)
-    except RuntimeError as error:
+    except (torch.OutOfMemoryError, ReSegError):
+        raise
+    except Exception as error:
         like = next((p for p in model.parameters() if p.is_floating_point()), image)
-        if (image.dtype, image.device) == (like.dtype, like.device):
-            raise
+        remedy = "give what its forward takes in training"
+        if (image.dtype, image.device) != (like.dtype, like.device):
+            remedy = (
+                f"its parameters are {like.dtype} on {like.device}: give images as the training will, "
+                f"image.to({like.device.type!r}, {like.dtype})"
+            )
         raise ReSegError(
-            f"the model fails on an example that is {image.dtype} on {image.device}, while its parameters are "
-            f"{like.dtype} on {like.device}: give images as the training will, image.to({like.device.type!r}, "
-            f"{like.dtype}) ({error})"
+            f"the model fails on the example, of which the image is {outline(image)}; {remedy} "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ReSegError
+from ..errors import ReSegError, outline
 
 _FEW_OPERATORS = (torch.uint16, torch.uint32, torch.uint64)  # torch compares and adds hardly anything in them
 
@@ -26,11 +26,14 @@ def plain_label(label: Any, what: str = "a label") -> Tensor:
     `what` names it in the message, for images are unwrapped in the same way.
 
     Raises:
-        ReSegError: it is no tensor.
+        ReSegError: it is no tensor, or one that is complex, sparse or without values.
     """
     label = unwrapped(label)
-    if not isinstance(label, Tensor):
-        raise ReSegError(f"{what} is a tensor or a list whose element 0 is one, got {type(label).__name__}")
+    dense = isinstance(label, Tensor) and label.layout == torch.strided and label.device.type != "meta"
+    if not dense or label.is_complex():
+        raise ReSegError(
+            f"{what} is a tensor, dense and of real numbers, or a list whose element 0 is one, got {outline(label)}"
+        )
     return label
 
 
@@ -79,8 +82,6 @@ class LabelEncoding:
                 f"label of shape {tuple(label.shape)} does not fit an image of shape {tuple(image_shape)} and a model "
                 f"with {self.num_classes} output channels; it may be " + " or ".join(map(str, dict.fromkeys(forms)))
             )
-        if label.is_complex():
-            raise ReSegError(f"label has dtype {label.dtype}; it is integer, bool, or float with whole values")
 
     def check_values(self, label: Tensor) -> None:
         """Raise a ReSegError for values that are no classes. It reads the device, so it is not for every step."""

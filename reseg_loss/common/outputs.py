@@ -87,7 +87,7 @@ def trained_activation(model: nn.Module, example_input: Any, evaluated: str | No
                 module.training = True
             output = call(model, private_copy(example_input))
         return common_activation(output, tuple(image_of(example_input).shape[2:]))
-    except (RuntimeError, ValueError):  # an example of one sample may be too small for the statistics of training
+    except ReSegError:  # an example of one sample may be too small for the statistics of training
         return None
 
 
@@ -110,7 +110,14 @@ def refuse_probabilities(activation: str | None, what: str, model: nn.Module) ->
 
 
 def as_path(output: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
-    """A path into what a model returns, from one key or several; None stays."""
+    """A path into what a model returns, from one key or several; None stays.
+
+    Raises:
+        ReSegError: it is something else.
+    """
     if output is None:
         return None
-    return (output,) if isinstance(output, (int, str)) else tuple(output)
+    path = tuple(output) if isinstance(output, (list, tuple)) else (output,)
+    if not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in path):
+        raise ReSegError(f"output={output!r}; it is an index, a key, or a tuple of them")
+    return path

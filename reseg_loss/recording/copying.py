@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import nn
 
-from ..common.dryrun import tensors
+from ..common.dryrun import check_module, tensors
 from ..errors import ReSegError
 from .hooks import NO_REPLICAS, drop_recorders
 
@@ -73,12 +72,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         ReSegError: not a module, or wrapped in something whose forward hooks cannot serve a loss.
     """
     while True:
-        if not isinstance(model, nn.Module):
-            raise ReSegError(f"expected an nn.Module, got {type(model).__name__}")
+        check_module(model)
         if isinstance(model, nn.DataParallel):
             raise ReSegError(NO_REPLICAS)
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ReSegError("a scripted module takes no hooks; pass the Python module it was made from")
         if type(model).__name__ == "FullyShardedDataParallel":
             raise ReSegError("FullyShardedDataParallel flattens the model; use fully_shard (FSDP2)")
         if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -70,7 +70,8 @@ class FeatureExtractor:
 
     Raises:
         TapError: a tap is unknown, or the model has no levels that can be paired.
-        ReSegError: the model is wrapped in nn.DataParallel, or there is neither an example nor a plan.
+        ReSegError: the model is wrapped in nn.DataParallel, there is neither an example nor a plan, or `when` or
+            `decoder_only` is something else.
     """
 
     def __init__(
@@ -84,6 +85,10 @@ class FeatureExtractor:
         when: Literal["training", "always"] = "training",
         decoder_only: bool = False,
     ) -> None:
+        if when not in ("training", "always") or not isinstance(decoder_only, bool):
+            raise ReSegError(
+                f"when={when!r} and decoder_only={decoder_only!r}; when is 'training' or 'always', decoder_only a bool"
+            )
         self._model = unwrap(model)
         self._recording = Recording(when == "training")
         self._handles: list[Any] = []

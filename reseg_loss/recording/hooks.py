@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.dryrun import image_of
-from ..errors import ReSegError, TapError
+from ..errors import ReSegError, TapError, outline
 from ..taps import Tap
 
 NO_REPLICAS = """nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel, a process per GPU:
@@ -277,17 +277,7 @@ def _element(value: Any, keys: tuple[int | str, ...], name: str) -> Tensor:
         try:
             value = getattr(value, key) if isinstance(key, str) and not isinstance(value, Mapping) else value[key]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise TapError(f"{name}: there is no [{key}] in {_outline(value)}") from error
+            raise TapError(f"{name}: there is no [{key}] in {outline(value)}") from error
     if not isinstance(value, Tensor):
-        raise TapError(f"{name} is no tensor but {_outline(value)}; name the element, as in {name}[0]")
+        raise TapError(f"{name} is no tensor but {outline(value)}; name the element, as in {name}[0]")
     return value
-
-
-def _outline(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with keys {list(value)}"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}: " + ", ".join(type(v).__name__ for v in value)
-    return f"a {type(value).__name__}"

@@ -49,7 +49,7 @@ def find_taps(
 
     Raises:
         TapError: the model has no such shape, or a named tap does not exist or does not fit.
-        ReSegError: there is no image in `example_input`, or the model has lazy parameters.
+        ReSegError: there is no image in `example_input`, or the model fails on it, is lazy or no module.
     """
     return look(model, example_input, taps=taps, levels=levels, encoder=encoder)[0]
 

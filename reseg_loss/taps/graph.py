@@ -46,7 +46,8 @@ class Graph:
         if grid is not None and grid.layout == layout:
             return grid
         seen = {math.prod(grid.spatial): grid.spatial for grid in self._grids if grid}
-        return layouts.interpret(self.nodes[node].shape, self.batch, self.image, seen, layout)
+        found = layouts.readings(self.nodes[node].shape, self.batch, self.image, seen)
+        return next((grid for grid in found if grid.layout == layout), None)
 
     def size(self, node: int) -> Size | None:
         """The spatial size of a node: its level."""
@@ -61,7 +62,11 @@ class Graph:
     @cached_property
     def users(self) -> dict[int, list[int]]:
         """For every node that is used, those computed from it."""
-        return self.trace.users()
+        users: dict[int, list[int]] = {}
+        for node in self.nodes:
+            for source in node.sources:
+                users.setdefault(source, []).append(node.index)
+        return users
 
     def before_going_up(self, node: int) -> int:
         """What a bare 1x1 convolution takes in, if all that follows it is interpolation; else the node itself.
@@ -101,18 +106,14 @@ class Graph:
         return depth
 
     @cached_property
-    def _lineage(self) -> list[tuple[int, ...]]:
-        """For every node the calls in which it was made, the model's first."""
+    def lineage(self) -> list[tuple[int, ...]]:
+        """For every node the calls in which it was made, the model's first; none for inputs."""
         lineage: list[tuple[int, ...]] = [()] * len(self.nodes)
         for call in self.calls:  # in order of their start, so inner calls come later
             if call.start < call.end:
                 line = (*lineage[call.start], call.index)
                 lineage[call.start : call.end] = [line] * (call.end - call.start)
         return lineage
-
-    def lineage(self, node: int) -> tuple[int, ...]:
-        """The calls in which a node was made, outermost first; empty for inputs."""
-        return self._lineage[node]
 
     def working(self, call: int) -> list[int]:
         """The children of a call that compute something."""
@@ -133,7 +134,7 @@ class Graph:
 
     def where(self, node: int) -> str:
         """The innermost module that made a node, for messages."""
-        line = self.lineage(node)
+        line = self.lineage[node]
         return (self.calls[line[-1]].name if line else "") or "the model's own forward"
 
 
@@ -146,7 +147,7 @@ class Folded:
 
     def owner(self, node: int) -> int | None:
         """The folded call that made a node; None if an opened call did so itself."""
-        return next((call for call in self.graph.lineage(node) if call not in self.opened), None)
+        return next((call for call in self.graph.lineage[node] if call not in self.opened), None)
 
     def sources(self, node: int) -> tuple[int, ...]:
         """The feature maps, and inputs of the model, from which a node's folded call computed it."""

@@ -98,18 +98,6 @@ def readings(
     return found
 
 
-def interpret(
-    shape: Sequence[int],
-    batch: int,
-    image: Sequence[int],
-    grids: dict[int, tuple[int, ...]] | None = None,
-    layout: str = "",
-) -> Grid | None:
-    """The likeliest of the `readings` (of those in `layout`, if it is given); None if it is no feature map."""
-    found = readings(shape, batch, image, grids)
-    return next((grid for grid in found if layout in ("", grid.layout)), None)
-
-
 def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     """The grid of `count` tokens at `stride` over an image of the current size.
 

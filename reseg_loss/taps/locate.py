@@ -27,14 +27,7 @@ def tap_at(graph: Graph, node: int, inputs: bool = True, views: bool = True) -> 
         if graph.size(source) and (found := graph.returned.get(source)):
             # Modules that computed it before those that pass it on; a tensor before a tuple's element; the outermost
             # module first.
-            call, keys = min(
-                found,
-                key=lambda hit: (
-                    not hit[0].start <= source < hit[0].end,
-                    len(hit[1]),
-                    hit[0].index,
-                ),
-            )
+            call, keys = min(found, key=lambda h: (not h[0].start <= source < h[0].end, len(h[1]), h[0].index))
             return tap_of(graph, call, keys, source, is_input=False)
         if not views or graph.nodes[source].operator not in _SAME_VALUES or len(graph.nodes[source].sources) != 1:
             break

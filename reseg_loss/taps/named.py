@@ -54,10 +54,13 @@ def parse_taps(taps: Mapping[str, Any] | None) -> dict[str, list[Tap]]:
     for kind, named in (taps or {}).items():
         if kind not in KINDS:
             raise TapError(f"taps has no kind {kind!r}; the kinds are 'encoder', 'decoder' and 'bottleneck'")
-        entries = [named] if isinstance(named, (str, Tap)) else list(named)
+        entries = named if isinstance(named, (list, tuple)) else [named]
         if not entries or (kind == "bottleneck" and len(entries) > 1):
             raise TapError(f"taps[{kind!r}] names {len(entries)} taps; it needs {'one' if entries else 'at least one'}")
-        parsed[kind] = [replace(entry, module=_bare(entry.module)) for entry in map(_as_tap, entries)]
+        parsed[kind] = [
+            replace(tap, module=_bare(tap.module))
+            for tap in (e if isinstance(e, Tap) else Tap.parse(e) for e in entries)
+        ]
     return parsed
 
 
@@ -158,10 +161,6 @@ def replaced(plan: TapPlan, side: Literal["encoder", "decoder"], taps: Sequence[
             )
     levels = [replace(level, **{side: by_size.get(level.spatial, getattr(level, side))}) for level in plan.levels]
     return replace(plan, levels=tuple(levels))
-
-
-def _as_tap(entry: str | Tap) -> Tap:
-    return entry if isinstance(entry, Tap) else Tap.parse(entry)
 
 
 def _bare(module: str) -> str:

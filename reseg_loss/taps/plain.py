@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..common.state import plain
 from ..errors import ReSegError
 from . import Level, Tap, TapPlan
 
-_TAP = {"tap": str, "channels": int, "layout": str, "spatial": [int], "stride": [int], "mutated": bool}
-
+_SEEN = {"channels": int, "layout": str, "spatial": [int], "stride": [int], "mutated": bool}
+_TAP = {"tap": str, **_SEEN}
 
 # what `plan_to_dict` writes down, for `check_state`
 PLAN = {"levels": [{"encoder": _TAP, "decoder": _TAP, "selected": bool}], "bottleneck": _TAP}
@@ -56,27 +57,13 @@ def _taps(plan: TapPlan) -> list[Tap]:
 
 
 def _sizeless(plan: TapPlan) -> list[Any]:
-    pairs = [(replace(e.encoder, spatial=()), replace(e.decoder, spatial=()), e.selected) for e in plan.levels]
-    return [*pairs, replace(plan.bottleneck, spatial=())]
+    return [*(replace(tap, spatial=()) for tap in _taps(plan)), *(level.selected for level in plan.levels)]
 
 
 def _tap_to_dict(tap: Tap) -> dict[str, Any]:
-    return {
-        "tap": str(tap),
-        "channels": tap.channels,
-        "layout": tap.layout,
-        "spatial": list(tap.spatial),
-        "stride": list(tap.stride),
-        "mutated": tap.mutated,
-    }
+    return {"tap": str(tap), **{name: plain(getattr(tap, name)) for name in _SEEN}}
 
 
 def _tap_from_dict(state: Mapping[str, Any]) -> Tap:
-    return replace(
-        Tap.parse(state["tap"]),
-        channels=state["channels"],
-        layout=state["layout"],
-        spatial=tuple(state["spatial"]),
-        stride=tuple(state["stride"]),
-        mutated=state["mutated"],
-    )
+    seen = {name: tuple(state[name]) if isinstance(kind, list) else state[name] for name, kind in _SEEN.items()}
+    return replace(Tap.parse(state["tap"]), **seen)

@@ -57,16 +57,12 @@ def find_shape(graph: Graph) -> Shape | None:
     """The trunk and its skips, with as many modules opened as reveals more levels, and no more."""
     opened = frozenset({0})
     shape = _analyse(graph, opened)
-    found = True
-    while found:
-        found = False
+    while True:
         candidates = _openable(shape) if shape else graph.working(0)
-        for call in candidates:
-            if better := _open(graph, call, opened, shape):
-                opened, shape = better
-                found = True
-                break
-    return shape
+        better = next(filter(None, (_open(graph, call, opened, shape) for call in candidates)), None)
+        if better is None:
+            return shape
+        opened, shape = better
 
 
 def _open(
@@ -81,10 +77,7 @@ def _open(
         return opened, shape
     end = graph.calls[call].end
     inner = [c for c in _openable(shape) if call < c and graph.calls[c].start < end] if shape else graph.working(call)
-    for child in inner:
-        if better := _open(graph, child, opened, base, depth + 1):
-            return better
-    return None
+    return next(filter(None, (_open(graph, child, opened, base, depth + 1) for child in inner)), None)
 
 
 def _openable(shape: Shape) -> Iterator[int]:

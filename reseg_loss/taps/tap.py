@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any
 
 from ..errors import TapError
 from .layouts import CHANNELS_FIRST
@@ -41,6 +43,10 @@ class Tap:
     is_input: bool = False
     mutated: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, str):
+            raise TapError(f"module={self.module!r}: it is the path of a module, as in named_modules()")
+
     def __str__(self) -> str:
         keys = "".join(f"[{k}]" for k in self.keys)
         return ("in:" if self.is_input else "") + self.module + keys + (f"@{self.call}" if self.call else "")
@@ -52,7 +58,7 @@ class Tap:
         Raises:
             TapError: `text` is not of the form `[in:]module.path[key]...[@call]`.
         """
-        match = _SYNTAX.fullmatch(text.strip())
+        match = _SYNTAX.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise TapError(
                 f"{text!r} is no tap: write [in:]module.path[key]...[@call], "
@@ -60,6 +66,17 @@ class Tap:
             )
         keys = tuple(int(k) if re.fullmatch(r"-?\d+", k) else k for k in re.findall(r"\[([^\[\]]+)\]", match["keys"]))
         return cls(match["module"], keys=keys, call=int(match["call"] or 0), is_input=bool(match["input"]))
+
+
+def check_strides(levels: Any) -> None:
+    """Raise a TapError unless it is a list of strides, each a whole number or one per axis."""
+    strides = (
+        [each if isinstance(each, (list, tuple)) else [each] for each in levels]
+        if isinstance(levels, Sequence)
+        else [[None]]
+    )
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for stride in strides for n in stride):
+        raise TapError(f"levels={levels!r}: it is a list of strides, whole numbers or one per axis, as levels=[2, 4]")
 
 
 @dataclass(frozen=True)
@@ -94,21 +111,20 @@ class TapPlan:
                 choice: the three finest levels below full resolution; where fewer than two exist, full resolution too.
 
         Raises:
-            TapError: no level has one of these strides.
+            TapError: no level has one of these strides, or they are no strides.
         """
         if strides is None:
             below = [level for level in self.levels if max(level.stride) > 1]
             full = [level for level in self.levels if max(level.stride) == 1]
             chosen = below[:3] if len(below) >= 2 else (full + below)[:3]
-        elif isinstance(strides, int):
-            raise TapError(f"levels={strides}: it is a list of strides, levels=[{strides}] for instance")
         else:
+            check_strides(strides)
             chosen = []
             for stride in strides:
                 hits = [
                     level
                     for level in self.levels
-                    if (max(level.stride) == stride if isinstance(stride, int) else level.stride == tuple(stride))
+                    if (level.stride == tuple(stride) if isinstance(stride, Sequence) else max(level.stride) == stride)
                 ]
                 if not hits:
                     known = ", ".join(str(level.stride) for level in self.levels)

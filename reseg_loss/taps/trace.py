@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..common.dryrun import call, dry_run, image_of, private_copy, tensors
-from ..errors import ReSegError
+from ..common.dryrun import call, check_module, dry_run, image_of, private_copy, tensors
 
 Keys = tuple[int | str, ...]
 
@@ -76,14 +75,6 @@ class Trace:
     writes: dict[int, list[int]]  # storage -> nodes written into it in place
     output: Any  # what the model returned
 
-    def users(self) -> dict[int, list[int]]:
-        """For every node that is used, those computed from it."""
-        users: dict[int, list[int]] = {}
-        for node in self.nodes:
-            for source in node.sources:
-                users.setdefault(source, []).append(node.index)
-        return users
-
     def activation(self, output: Tensor) -> str | None:
         """The activation to probabilities that an output (or a view of one) ends in; None without one."""
         held = output.untyped_storage().data_ptr()
@@ -121,10 +112,10 @@ def trace_forward(model: nn.Module, example_input: Any) -> Trace:
     """Run `model` once, leaving no mark on it, and write down what it did.
 
     Raises:
-        ReSegError: no image among the inputs, or the model is scripted or has lazy parameters.
+        ReSegError: no image among the inputs, the model fails on them, or it is no module that takes hooks, or has lazy
+            parameters.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ReSegError("a scripted model takes no hooks; pass the Python module it was made from")
+    check_module(model)
     image = image_of(example_input)
     names: dict[int, tuple[str, nn.Module]] = {}
     for name, module in named_modules(model).items():

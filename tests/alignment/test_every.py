@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, ready, saved, task_loss
+from models import UNet, batch, ready, recording_of, saved, task_loss, tensors_in
 from torch import Tensor, nn
 
-from reseg_loss import ReSegError, ReSegWrapper, Settings
+from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, Settings
 
 
 def losses(model: nn.Module, reseg: ReSegWrapper, calls: int, n: int = 6, first: int = 0) -> list[float]:
@@ -30,7 +30,7 @@ def test_every_kth_call_has_k_times_the_weight_and_the_others_are_zero_and_recor
     for seed, value in enumerate(expected):
         image, label = batch(6, seed=seed)
         output = model(image)
-        held = reseg.extractor._recording.done is not None
+        held = reseg.extractor.waiting
         loss = reseg.alignment_loss(label)
         assert held is (seed % 3 == 0)
         assert loss.item() == pytest.approx(3 * value if held else 0.0, rel=1e-6)
@@ -116,14 +116,11 @@ def test_the_teacher_ends_after_its_last_tap_with_the_features_of_a_whole_forwar
     ran.clear()
     with reseg.extractor.record():
         model(image)
-    features = reseg._parts.targets.extractor
     encoded = reseg.teacher.encoding.encode(label)[0]
-    features.enabled = True
-    with torch.no_grad():
+    with torch.no_grad(), FeatureExtractor(body, taps=reseg.extractor.plan, when="always") as features:
         reseg.teacher.decode(encoded)
+        whole = features.pop()
     assert "head" in ran
-    whole = features.pop()
-    features.enabled = False
     expected = reseg.criterion(reseg.extractor.pop(), whole)
     assert torch.equal(loss, expected)
     assert reseg.reconstruct(label).shape == image.shape
@@ -138,8 +135,11 @@ def test_gradients_autocast_and_recording_are_as_before_after_the_early_end():
         assert torch.is_grad_enabled()
         assert torch.get_autocast_dtype("cpu") is torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
-    recording = reseg._parts.targets.extractor._recording
-    assert (recording.open, recording.done, recording.enabled, recording.wanted) == (None, None, False, 0)
+    recording = recording_of(reseg.teacher.body)
+    assert not tensors_in(recording)
+    with torch.no_grad():
+        assert reseg.teacher(label).shape == image.shape  # whole
+    assert not tensors_in(recording)
 
 
 class Swallowing(UNet):

@@ -156,7 +156,9 @@ def test_maps_of_bf16_features_are_within_twice_the_naive_error(shape, last, nor
         ({"decoder_to_encoder": [1.0, 0.5]}, r"decoder_to_encoder=\[1.0, 0.5\]"),
         ({"bottleneck": float("nan")}, "bottleneck=nan"),
         ({"encoder_to_decoder": 0, "decoder_to_encoder": 0, "bottleneck": 0}, "weight=0"),
-        ({"divisor": 0.0}, "divisor"),
+        ({"bottleneck": [1.0]}, r"bottleneck=\[1.0\]"),
+        *(({"divisor": bad}, "divisor=") for bad in (0.0, None, "3", [3], 1j, float("nan"), float("inf"))),
+        *(({"seed": bad}, "seed=") for bad in ("0", None, 1.5, [0], True, -(2**70))),
         ({"normalize": "layer"}, "None or 'batch'"),
     ],
 )
@@ -174,3 +176,44 @@ def test_features_that_do_not_fit_are_refused():
         CrossAlignmentLoss()(student, smaller)
     with pytest.raises(ReSegError, match="alpha=-1"):
         ReconLoss(alpha=-1)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "bad", [None, torch.ones(2, 3, 4, 4), {"encoder": []}, features(0)._replace(encoder=torch.ones(3))]
+)
+def test_sides_that_are_no_features_are_refused(side, bad):
+    with pytest.raises(ReSegError, match=rf"^{side} is .* must be Features\("):
+        CrossAlignmentLoss()(**{"student": features(0), "teacher": features(1), side: bad})
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.long(), lambda x: x.to(torch.complex64), lambda x: x.to("meta"), lambda x: x.numpy(), lambda _: None],
+)
+def test_a_feature_of_another_kind_is_refused_by_the_name_of_its_term(side, change):
+    sides = {"student": features(0), "teacher": features(1)}
+    sides[side] = sides[side]._replace(bottleneck=change(sides[side].bottleneck))
+    with pytest.raises(ReSegError, match=r"^bottleneck: the (student|teacher)'s feature is "):
+        CrossAlignmentLoss()(**sides)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "encoder", "encoder_to_decoder", "encoder_to_decoder_0", "encoder_to_decoder_01", "decoder_to_encoder_x",
+     "bottleneck_1", "divisor", "seed_1", None, 3],
+)  # fmt: skip
+def test_names_that_no_term_has_are_refused(name):
+    with pytest.raises(ReSegError, match="there is no term"):
+        CrossAlignmentLoss().term_weight(name)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [None, [1.0], "bottleneck", torch.ones(()), {"nothing": torch.ones(())}, {"bottleneck": 1.0}, {"bottleneck": None},
+     {"bottleneck": torch.ones(2)}],
+)  # fmt: skip
+def test_what_is_no_mapping_of_scalar_terms_is_not_combined(terms):
+    with pytest.raises(ReSegError, match="term"):
+        CrossAlignmentLoss().combine(terms)

@@ -12,7 +12,7 @@ from models import UNet, batch, loader, task_loss
 from torch import nn
 
 from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
-from reseg_loss.alignment.stage1 import _pixels
+from reseg_loss.alignment.stage1 import sample_pixels
 from reseg_loss.common.files import write_atomically
 from reseg_loss.functional import semi_orthogonal
 
@@ -225,7 +225,7 @@ def test_an_optimizer_of_the_users_and_a_loop_of_the_users_work():
         value.backward()
         optimizer.step()
     own.freeze_teacher()
-    own._model(image)
+    own.model(image)
     assert own.alignment_loss(label) > 0
 
 
@@ -417,7 +417,7 @@ def test_another_default_dtype_does():
 def test_numbers_of_our_own_generators_are_drawn_where_these_are_whatever_the_default_device_is():
     image = batch()[0]
     with torch.device("meta"):  # as good as a GPU here
-        assert _pixels(image, None, torch.Generator("cpu").manual_seed(0)).shape == (1, 128)
+        assert sample_pixels(image, None, torch.Generator("cpu").manual_seed(0)).shape == (1, 128)
         assert semi_orthogonal(2, 3).device.type == "cpu"
 
 

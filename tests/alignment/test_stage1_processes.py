@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launch import two_processes
 from models import UNet, batch
 
 from reseg_loss import ReSegError, ReSegWrapper
@@ -65,25 +64,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    paths = [
-        str(Path(__file__).parents[2]),
-        str(Path(__file__).parents[1]),
-        str(Path(__file__).parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    command = [sys.executable, __file__, str(folder)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with open(log, "wb") as out:
-            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=out, stderr=out))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
+    two_processes(__file__, folder)
     return [torch.load(folder / f"{rank}.found", weights_only=True) for rank in range(2)]
 
 
@@ -114,7 +95,7 @@ def test_passes_of_other_lengths_are_refused_on_every_process_but_not_a_number_o
 
 
 if __name__ == "__main__":
-    where, me = Path(sys.argv[1]), int(sys.argv[2])
+    me, where = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{where}/store", rank=me, world_size=2)

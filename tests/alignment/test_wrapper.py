@@ -10,21 +10,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import UNet, batch, saved, task_loss
+from models import UNet, batch, ready, saved, task_loss
 from torch import Tensor, nn
 
 from reseg_loss import PRESETS, CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, TapError
 from reseg_loss.alignment.teacher import redraw
 from reseg_loss.common.outputs import select_output
 from reseg_loss.functional import gradient_norms
-
-
-def ready(model: nn.Module | None = None, image: Tensor | None = None, **kwargs) -> tuple[nn.Module, ReSegWrapper]:
-    """A model in training and a wrapper with an untrained, frozen teacher."""
-    model = model or UNet()
-    reseg = ReSegWrapper(model, example_input=batch()[0] if image is None else image, **kwargs)
-    reseg.freeze_teacher()
-    return model, reseg
 
 
 def test_presets_and_overrides():
@@ -48,7 +40,7 @@ def test_presets_and_overrides():
 
 
 def test_the_weight_may_change_between_steps():
-    model, reseg = ready()
+    model, reseg = ready(weight=0.035)
     image, label = batch()
     model(image)
     one = reseg.alignment_loss(label)
@@ -67,13 +59,13 @@ def test_the_weight_may_change_between_steps():
 
 
 def test_components_and_stats():
-    model, reseg = ready()
+    model, reseg = ready(weight=0.035)
     image, label = batch()
     model(image)
     terms = reseg.alignment_terms(label)
     model(image)
     total = reseg.alignment_loss(label)
-    assert torch.allclose(0.035 * reseg.criterion.combine(terms), total)
+    assert torch.allclose(reseg.weight * reseg.criterion.combine(terms), total)
     stats = reseg.stats()
     assert stats["alignment"] == pytest.approx(total.item() / 0.035, rel=1e-5)
     assert set(stats) == {*terms, "alignment", "weight"}

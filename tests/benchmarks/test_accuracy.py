@@ -24,7 +24,7 @@ from benchmarks import accuracy, accuracy_report
 from benchmarks.accuracy_report import BESIDE, field_figure, figure, paired, report, resampled, select
 from benchmarks.evidence.batches import Augmentation, Feed, augment, draw
 from benchmarks.evidence.compiler import compiler_settings
-from benchmarks.evidence.copy_paste import CopyPaste
+from benchmarks.evidence.copy_paste import pasted
 from benchmarks.evidence.data import Slices, load, load_native, rows, split
 from benchmarks.evidence.field import FieldFeed, Native, draw_turns, zoomed
 from benchmarks.evidence.field_unet import FieldUNet
@@ -41,7 +41,7 @@ from benchmarks.evidence.harness import (
 )
 from benchmarks.evidence.losses import entropy, segmentation_loss
 from benchmarks.evidence.metrics import score
-from benchmarks.evidence.mixing import SizedBoxes, blur_and_contrast, blurred, mixing_of
+from benchmarks.evidence.mixing import SizedBoxes, blur_and_contrast, blurred, mixing_of, sized_boxes
 from benchmarks.evidence.pack import pack
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import append, finished, read_lines
@@ -50,6 +50,9 @@ from benchmarks.evidence.variants import CATALOGUE, REMOVED, from_plan
 from benchmarks.released_code import task_loss as released_loss
 from examples.backbones.unet import UNet
 from examples.common.metrics import score_volume, summarize
+from reseg_loss.alignment import wrapper
+from reseg_loss.common import inputs
+from reseg_loss.mixing import boxes
 
 ROOT = Path(__file__).parents[2]
 
@@ -418,8 +421,7 @@ def test_a_variant_may_have_more_images_a_step_from_the_same_patients(folder, na
 
 def test_boxes_of_other_sizes():
     torch.manual_seed(0)
-    mixed = SizedBoxes(torch.nn.Conv2d(1, 2, 1), sides=(0.25, 0.7), rampup_steps=None, ignore_index=255)
-    box = mixed._boxes(torch.zeros(500, 1, 64, 96))
+    box = sized_boxes(torch.zeros(500, 1, 64, 96), (0.25, 0.7))
     height, width = box.any(2).sum(1), box.any(1).sum(1)
     assert torch.equal(box.sum((1, 2)), height * width), "they are boxes"
     assert (height / 64 - width / 96).abs().max() < 0.03
@@ -813,9 +815,9 @@ def test_the_mean_teacher_is_scored_as_a_network_of_its_own(folder, tmp_path):
 
 @pytest.mark.parametrize("shape", [(4, 1, 32, 32), (4, 2, 16, 24, 16)])
 def test_copy_paste_mixes_labelled_and_unlabelled_images_both_ways(shape):
-    mixed = CopyPaste(torch.nn.Conv2d(1, 2, 1), rampup_steps=None, ignore_index=255, perturb=None)
-    mixed.labelled = torch.ones(shape), torch.ones(4, *shape[2:], dtype=torch.int64)
-    image, label = mixed._exchanged(torch.zeros(shape), torch.zeros(4, *shape[2:], dtype=torch.int64))
+    labelled = torch.ones(shape), torch.ones(4, *shape[2:], dtype=torch.int64)
+    box = boxes(torch.rand(4, len(shape) - 1), shape[2:])
+    image, label = pasted(torch.zeros(shape), torch.zeros(4, *shape[2:], dtype=torch.int64), labelled, box)
     assert torch.equal(image, label[:, None].expand_as(image).float())
     share = label.float().flatten(1).mean(1)
     axes = len(shape) - 2
@@ -913,7 +915,14 @@ def test_the_watch_sees_what_it_is_for():
             wait(torch.ones(2))
 
 
-def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native):
+@pytest.fixture
+def unread(monkeypatch):
+    """The losses look at values on a CPU in every step, elsewhere not: here the CPU stands for a GPU."""
+    for module in (inputs, wrapper):
+        monkeypatch.setattr(module, "readable", lambda device, first=False: False)
+
+
+def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native, unread):
     semi = replace(CATALOGUE["ds equal + deep cutmix"], mixing={"sides": [0.3, 0.7], "perturb": "blur and contrast"})
     plan = plan_of(data="acdc_native", patients=3, variants=(semi,), settings=FIELD)
     session = accuracy.Session(plan, folder, Machine.make(), {})
@@ -921,7 +930,7 @@ def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native):
     step = session.step_of(semi)
     assert isinstance(step.feed, FieldFeed)
     with Watch():
-        loss, _ = step._losses()
+        loss, _ = step.losses()
         loss.backward()
         assert step.mixed is not None
         step.mixed.update()
@@ -931,11 +940,11 @@ def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native):
     ("name", "data", "settings"),
     [*((name, "acdc", SETTINGS) for name in CATALOGUE), ("ds x2 + deep cutmix", "hippocampus", IN_3D)],
 )
-def test_no_step_waits_for_the_device(name, data, settings, request):
+def test_no_step_waits_for_the_device(name, data, settings, request, unread):
     feed = feed_of(request.getfixturevalue(data), augmentation=settings.augmentation)
     step = Stage2(CATALOGUE[name].step, settings, 4, feed, Machine.make())
     with Watch():
-        loss, _ = step._losses()
+        loss, _ = step.losses()
         loss.backward()
         if step.mixed is not None:
             step.mixed.update()

@@ -425,15 +425,15 @@ CHECKS = [
 ]
 
 
-def main(rank: int, world: int, folder: Path) -> None:
+def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "the teacher's reconstruction loss")
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # of the compiler itself
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for check in CHECKS:
         try:
-            found[check.__name__] = check(rank, world)
+            found[check.__name__] = check(rank, 2)
         except Exception:
             found[check.__name__] = Exception(traceback.format_exc())
         torch.save(found, folder / f"{rank}.pt")
@@ -442,4 +442,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import distributed_worker as worker
 import pytest
 import torch
+from launch import two_processes
 from torch.utils._pytree import tree_leaves
 
 pytestmark = [
@@ -25,27 +22,7 @@ pytestmark = [
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("distributed")
-    paths = [
-        str(Path(__file__).parents[2]),
-        str(Path(__file__).parents[1]),
-        str(Path(__file__).parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    logs = [open(folder / f"{rank}.log", "wb") for rank in range(2)]  # noqa: SIM115
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), "2", str(folder)], env=environment, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process, log in zip(processes, logs):
-            process.kill()
-            log.close()
-    assert codes == [0, 0], (folder / "0.log").read_text() + (folder / "1.log").read_text()
+    two_processes(worker.__file__, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

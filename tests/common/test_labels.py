@@ -92,6 +92,15 @@ def test_lists_and_batches():
         unpack_batch((1, 2, 3))
 
 
+@pytest.mark.parametrize(
+    "bad", [None, 1, "label", [], [1], {"label": INDEX}, INDEX.to(torch.complex64), INDEX.to_sparse(), INDEX.to("meta")]
+)
+@pytest.mark.parametrize("what", ["a label", "an image"])
+def test_what_is_no_dense_tensor_of_real_numbers_is_no_label(what, bad):
+    with pytest.raises(ReSegError, match=f"^{what} is a tensor, dense and of real numbers"):
+        plain_label(bad, what)
+
+
 @pytest.mark.parametrize("mode", ["index", "onehot"])
 def test_unsigned_labels_are_read_as_others(mode):
     encoding = LabelEncoding(mode, 3, 2, ignore_index=255)

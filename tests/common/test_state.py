@@ -65,7 +65,7 @@ def changed(state: dict[str, Any], path: tuple[Any, ...], change: Callable[[Any,
 
 def refused(holder: Any, state: Any) -> str:
     """The sentence, once it is seen that nothing has changed, not even while the error is held."""
-    before, model = saved(holder), holder._model
+    before, model = saved(holder), holder.model
     counted, hooked = dict(vars(holder)), hooks(model)
     with pytest.raises(ReSegError) as error:
         holder.load_state_dict(state)

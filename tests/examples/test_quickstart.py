@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import quickstart
 from common.data import TrainingBatches, load_data
 from common.recipes import sgd
 from common.training import predict, train
+from launch import run
 from models import Threshold
 
 ROOT = Path(__file__).parents[2]
@@ -27,16 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the teacher's reconstruction los
 
 
 def test_quickstart_as_a_script_in_another_folder(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--steps", "3", "--recon-steps", "2"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert run.returncode == 0, run.stderr
+    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--steps", "3", "--recon-steps", "2"]
+    done = run(*command, cwd=tmp_path)
     for text in ("BasicUNet", "smp Unet", "grey matter", "HD95 in mm", "never evidence", "One seed proves nothing"):
-        assert text in run.stdout
-    assert "stage 1" in run.stderr  # the progress bars
-    assert "MONAI BasicUNet, with reseg" in run.stderr
+        assert text in done.stdout
+    assert "stage 1" in done.stderr  # the progress bars
+    assert "MONAI BasicUNet, with reseg" in done.stderr
 
     folder = tmp_path / "outputs" / "quickstart"
     picture = (folder / "quickstart.png").read_bytes()

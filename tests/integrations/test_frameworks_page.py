@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import frameworks_worker as worker
 import pytest
 import torch
 from frameworks_page import PAGE, code_after_the_diff, code_before_the_diff, section
+from launch import TORCHRUN, run
 from models import UNet, batch, task_loss
 from torch.utils._pytree import tree_leaves
 
@@ -30,23 +28,8 @@ pytestmark = [
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("frameworks")
-    paths = [
-        str(Path(__file__).parents[2]),
-        str(Path(__file__).parents[1]),
-        str(Path(__file__).parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # two processes on one GPU would need another backend
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*torchrun, worker.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert run.returncode == 0, run.stderr[-5000:]
+    # two processes on one GPU would need another backend
+    run(*TORCHRUN, worker.__file__, folder, CUDA_VISIBLE_DEVICES="")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.pool
 import os
 import re
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks_page import section
+from launch import two_processes
 
 from reseg_loss.integrations.nnunet import __main__ as printer
 
@@ -200,7 +200,7 @@ def test_ignore_labels_and_regions_reach_the_teacher(folders, kind, monkeypatch,
         None if "ignore" not in kind else 255 if regions else 3,
     )
     target = batches[0]["target"][0]
-    encoded, valid = encoding.encode(made._label(target))
+    encoded, valid = encoding.encode(made.label_of(target))
     expected, counts = naive(target.numpy(), regions, "ignore" in kind)
     assert np.array_equal(encoded.numpy(), expected)
     assert (valid is None) == (counts is None)
@@ -244,40 +244,14 @@ def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: compiler(network, backend="eager"))
     made = tiny.make("nnUNetTrainerReSeg", "3d_fullres")
-    made._do_i_compile = lambda: True
+    made._do_i_compile = lambda: True  # noqa: SLF001 - nnU-Net's own switch, and it has no other
     tiny.train(made)
     assert type(made.network).__name__ == "OptimizedModule"
     assert made.reseg.calls == 9
 
 
 def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes_on(folders, tmp_path):
-    paths = [
-        str(Path(__file__).parents[2]),
-        str(Path(__file__).parents[1]),
-        str(Path(__file__).parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {
-        **os.environ,
-        "nnUNet_results": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    logs = [open(tmp_path / f"{rank}.log", "wb") for rank in range(2)]  # noqa: SIM115
-    processes = [
-        subprocess.Popen(
-            [sys.executable, tiny.__file__, str(rank), str(tmp_path)], env=environment, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process, log in zip(processes, logs):
-            process.kill()
-            log.close()
-    assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    two_processes(tiny.__file__, tmp_path, nnUNet_results=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for run, calls in (("whole", 9), ("resumed", 3)):
         assert zero[run]["wrapped"] == "DistributedDataParallel"
@@ -303,7 +277,7 @@ def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
     about = torch.load(Path(made.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert about["trainer_name"] == "nnUNetTrainer_250epochs"
     made = tiny.make("nnUNetTrainerReSeg", "2d")
-    assert made._trainer_to_predict_with() == "nnUNetTrainer"
+    assert made.trainer_to_predict_with() == "nnUNetTrainer"
     own = type("WithANetworkOfItsOwn", (type(made),), {"build_network_architecture": staticmethod(lambda: None)})
     made.__class__ = own
-    assert made._trainer_to_predict_with() == "WithANetworkOfItsOwn"
+    assert made.trainer_to_predict_with() == "WithANetworkOfItsOwn"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IGNORED, UNet, batch, ignoring, task_loss
+from models import IGNORED, UNet, batch, ignoring, ready, task_loss
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -398,14 +398,6 @@ class Graphs:
         return replay
 
 
-def ready(**kwargs: Any) -> tuple[UNet, ReSegWrapper]:
-    torch.manual_seed(0)
-    model = UNet()
-    reseg = ReSegWrapper(model, example_input=batch()[0], weight=1.0, **kwargs)
-    reseg.freeze_teacher()
-    return model, reseg
-
-
 def loss_of(model: nn.Module, reseg: ReSegWrapper) -> Tensor:
     image, label = batch()
     model(image)
@@ -428,7 +420,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict
 def test_a_layer_of_the_teacher_that_is_replaced_later_counts_however_the_teacher_runs(way):
     def soften(reseg: ReSegWrapper) -> None:
         for block in (*reseg.teacher.body.encoder, *reseg.teacher.body.decoder):
-            block[2] = nn.Softplus()
+            block[2] = nn.Softplus(beta=0.2)
 
     model, reseg = ready(**way)
     before = loss_of(model, reseg)
@@ -533,14 +525,13 @@ def test_a_state_that_is_loaded_is_not_put_back():
 
 
 def test_a_cache_that_is_made_anew_for_another_size_stays():
-    image, label = batch()
     model = UNet(norm=lambda c: nn.Sequential(nn.GroupNorm(1, c), Remembering()))
-    reseg = ReSegWrapper(model, example_input=image)
+    reseg = ReSegWrapper(model, example_input=batch()[0])
     reseg.freeze_teacher()
     for _ in range(3):
-        model(image)
-        reseg.alignment_loss(label)
-    assert reseg._parts.targets._moving == []
+        with reseg.teacher.unmoved() as moved:
+            loss_of(model, reseg)
+        assert moved == []
     assert reseg.teacher.body.encoder[0][1][1].made == 1
 
 
@@ -566,7 +557,9 @@ def test_observers_of_quantization_stop_when_the_teacher_is_frozen_and_go_on_in_
     reseg.reconstruct(label)
     assert same(state(reseg.teacher), teacher)
     assert not same(state(model), student)
-    assert reseg._parts.targets._moving == []
+    with reseg.teacher.unmoved() as moved:
+        loss_of(model, reseg)
+    assert moved == []
     fakes = [m for m in reseg.teacher.modules() if hasattr(m, "fake_quant_enabled")]
     assert fakes
     assert all(m.fake_quant_enabled.item() == 1 and m.observer_enabled.item() == 0 for m in fakes)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch, inplace, loader, task_loss, through_file
+from models import UNet, batch, inplace, loader, ready, recording_of, task_loss, tensors_in, through_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,15 +25,6 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from reseg_loss import FeatureExtractor, ReSegError, ReSegWrapper, TapError
 
 SEEN = {"encoder": ["encoder.1", "encoder.2"], "decoder": ["decoder.1", "decoder.0"], "bottleneck": "bottleneck"}
-
-
-def ready(model: Any = UNet, image: Tensor | None = None, **kwargs: Any) -> tuple[Any, ReSegWrapper]:
-    """A model in training (or what makes one) and a wrapper with an untrained, frozen teacher, always the same."""
-    torch.manual_seed(0)
-    model = model if isinstance(model, nn.Module) else model()
-    reseg = ReSegWrapper(model, example_input=batch()[0] if image is None else image, **kwargs)
-    reseg.freeze_teacher()
-    return model, reseg
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -64,14 +55,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def held(extractor: FeatureExtractor) -> list[StorageWeakRef]:
-    """Weak references to the memory of what waits to be read, and of what a running forward has recorded."""
-    recording = extractor._recording
-    return [
-        StorageWeakRef(tensor.untyped_storage())
-        for forward in (recording.open, recording.done)
-        if forward is not None
-        for tensor in tree_leaves([entry[:2] for entry in forward["seen"].values()])
-    ]
+    """Weak references to the memory of features that wait to be read, or that a running forward has recorded."""
+    return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors_in(extractor) if tensor.grad_fn is not None]
 
 
 class LiveMemory(TorchDispatchMode):
@@ -391,7 +376,7 @@ def test_a_teacher_that_fails_leaves_no_feature_and_the_next_step_works():
         reseg.alignment_loss(label)
     handle.remove()
     assert not held(reseg.extractor)
-    assert not held(reseg._parts.targets.extractor)
+    assert not tensors_in(recording_of(reseg.teacher.body))
     model(image)
     assert reseg.alignment_loss(label) > 0
 
@@ -788,9 +773,17 @@ def test_data_parallel_is_refused_before_and_after():
     ):
         ReSegWrapper(nn.DataParallel(UNet()), example_input=image)
     model, _ = ready()
-    replica = model._replicate_for_data_parallel()  # what nn.DataParallel calls on every device
+    replica = model._replicate_for_data_parallel()  # noqa: SLF001 - what nn.DataParallel calls on every device
     with pytest.raises(ReSegError, match="DistributedDataParallel"):
         replica(image)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"when": "nonsense"}, {"when": None}, {"when": []}, {"decoder_only": "yes"}, {"decoder_only": 1}]
+)
+def test_other_ways_of_recording_are_refused(choice):
+    with pytest.raises(ReSegError, match=f"{next(iter(choice))}="):
+        FeatureExtractor(UNet(), batch()[0], **choice)
 
 
 def test_a_scripted_module_is_refused():
@@ -847,16 +840,14 @@ def dtypes_inside(module: nn.Module) -> list[torch.dtype]:
 def test_the_teacher_runs_in_the_autocast_of_the_students_forward_and_the_loss_in_fp32(lower, inside):
     image, label = batch()
     model, reseg = ready(weight=1.0)
-    found = dtypes_inside(reseg.teacher.body.bottleneck[0])
+    found, expected = (dtypes_inside(m.bottleneck[0]) for m in (reseg.teacher.body, model))
     with torch.autocast("cpu", dtype=lower):
         logits = model(image)
-        expected = reseg.extractor._recording.done["seen"]["bottleneck"][0].dtype
         if inside:
             loss = task_loss(logits, label) + reseg.alignment_loss(label)
     if not inside:
         loss = task_loss(logits, label) + reseg.alignment_loss(label)
-    assert expected == lower
-    assert found == [lower]
+    assert found == expected == [lower]
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(g.isfinite().all() for g in gradients(model))
@@ -916,8 +907,9 @@ def test_meta_tensors_of_monai_become_plain_tensors():
         reseg.fit_recon([{"image": wrap(image), "label": wrap(label.unsqueeze(1))}], steps=2, progress=False)
         seen = []
         reseg.teacher.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(type(args[0])))
+        model(wrap(image))
+        features = reseg.extractor.pop()
         output = model(wrap(image))
-        features = reseg.extractor._read(reseg.extractor._recording.done)
         assert {type(f) for f in (*features.encoder, *features.decoder, features.bottleneck)} == {Tensor}
         loss = reseg.alignment_loss(wrap(label))
         assert type(loss) is Tensor
@@ -937,8 +929,9 @@ def test_channels_last_stays_and_gives_the_same_loss(dims):
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     model.to(memory_format=layout)
     bare = copy.deepcopy(model)
-    output = model(image.to(memory_format=layout))
-    kept = reseg.extractor._recording.done["seen"]["bottleneck"][0]
+    with FeatureExtractor(model, taps=reseg.extractor.plan) as features:
+        output = model(image.to(memory_format=layout))
+        kept = features.pop().bottleneck
     assert kept.is_contiguous(memory_format=layout)
     assert output.stride() == bare(image.to(memory_format=layout)).stride()
     loss = reseg.alignment_loss(label)
@@ -955,7 +948,7 @@ def test_image_and_batch_sizes_may_change_between_steps():
         assert loss > 0
         fresh = ReSegWrapper(copy.deepcopy(model), example_input=image)
         fresh.load_state_dict(reseg.state_dict())
-        fresh._model(image)
+        fresh.model(image)
         assert torch.allclose(fresh.alignment_loss(label), loss, rtol=1e-5)
 
 
@@ -1020,10 +1013,16 @@ def test_a_tap_that_a_relu_overwrites_keeps_the_values_before_it():
 def test_only_overwritten_taps_are_cloned():
     image, _ = batch()
     for taps, flag in ((NORMS, True), (NORMS, False), (SEEN, True)):
-        extractor = FeatureExtractor(inplace(UNet(), flag), image, taps=taps).attach()
-        extractor._model(image)
-        cloned = [entry[0] is not entry[1] for entry in extractor._recording.done["seen"].values()]
-        assert cloned == [taps is NORMS and flag] * 5
+        model = inplace(UNet(), flag)
+        extractor = FeatureExtractor(model, image, taps=taps).attach()
+        outputs: list[int] = []
+        for tap in extractor.taps:
+            tapped = model.get_submodule(tap.module)
+            tapped.register_forward_hook(lambda m, a, out, seen=outputs: seen.append(out.data_ptr()))
+        model(image)
+        kept = {feature.data_ptr() for feature in extractor.pop().all()}
+        assert len(kept) == 5
+        assert kept.isdisjoint(outputs) if taps is NORMS and flag else kept == {*outputs}
 
 
 def test_an_activation_made_in_place_after_the_taps_were_found_is_refused():

@@ -946,7 +946,7 @@ def test_the_dry_forward_leaves_no_trace(fails: bool) -> None:
     rng = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
 
     if fails:
-        with pytest.raises(RuntimeError, match="a bug of the model"):
+        with pytest.raises(ReSegError, match=r"fails on the example.*a bug of the model"):
             find_taps(model, image)
     else:
         assert [level.stride for level in find_taps(model, image).levels] == [(1, 1), (2, 2), (4, 4)]
@@ -1142,7 +1142,7 @@ def test_keys_from_the_end_and_calls() -> None:
         ),
         ({"encodr": ["down.0"]}, "encodr"),
         ({"bottleneck": "in down"}, "no module 'in down'"),
-        ({"bottleneck": "down.3]"}, "is no tap: write"),
+        *(({"bottleneck": bad}, "is no tap: write") for bad in ("down.3]", 3, None, [None])),
     ],
 )
 def test_wrong_names(taps: dict[str, Any], message: str) -> None:
@@ -1164,8 +1164,32 @@ def test_not_a_feature_map() -> None:
 def test_wrong_level_and_wrong_kind() -> None:
     with pytest.raises(TapError, match="no level has stride 3"):
         find_taps(Small(), torch.randn(IMAGE), levels=[3])
-    with pytest.raises(TapError, match="'skip' or 'stage'"):
+    with pytest.raises(TapError, match="'skip' or 'block'"):
         find_taps(Small(), torch.randn(IMAGE), encoder="both")  # pyright: ignore
+
+
+@pytest.mark.parametrize("model", [None, Small, "net", [nn.Identity()]])
+def test_no_model(model: Any) -> None:
+    with pytest.raises(ReSegError, match=r"expected an nn\.Module, got a"):
+        find_taps(model, torch.randn(IMAGE))
+
+
+@pytest.mark.parametrize(
+    "example",
+    [torch.randn(2, 5, 32, 32), torch.randn(2, 3, 32, 32, device="meta"), torch.randn(IMAGE).half(),
+     [torch.randn(IMAGE), torch.zeros(2)]],
+)  # fmt: skip
+def test_an_example_on_which_the_model_fails_is_said_to_be_the_cause(example: Any) -> None:
+    with pytest.raises(ReSegError, match="the model fails on the example") as caught:
+        find_taps(Small(), example)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("bad", [None, 3, 1.5, ["a"]])
+def test_a_tap_is_named_by_a_string(bad: Any) -> None:
+    for make in (Tap.parse, Tap):
+        with pytest.raises(TapError):
+            make(bad)
 
 
 # ------------------------------------------------------------------ command line

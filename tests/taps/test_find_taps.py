@@ -1,4 +1,7 @@
-"""Taps of third-party models: the names one chooses by hand, found."""
+"""Taps of third-party models: the names one chooses by hand, found; and a bare `ReSegWrapper(model)` trains a step.
+
+Both in one test, since building the model takes as long as either.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import torch
 from tap_names import CASES, quietly, without_u
 from torch import Tensor, nn
 
-from reseg_loss import TapError
+from reseg_loss import ReSegWrapper, TapError
+from reseg_loss.common.outputs import select_output
 from reseg_loss.taps import Tap, TapPlan, find_taps, named_modules
 from reseg_loss.taps.layouts import to_channels_first
 
@@ -21,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),
+    pytest.mark.filterwarnings("ignore:the teacher's reconstruction loss"),  # a step teaches it nothing
 ]
 
 
@@ -85,8 +90,29 @@ def check_hooks(model: nn.Module, plan: TapPlan, image: Tensor) -> None:
     assert all(torch.isfinite(g).all() for g in grads)
 
 
+def train_a_step(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Stage 1 on one batch, then a step: every selected tap and the model's parameters get a finite gradient."""
+    torch.manual_seed(0)
+    shape = (max(shape[0], 2), *shape[1:])  # normalisation needs two values a channel
+    image, label = torch.randn(shape), torch.randint(0, 2, (shape[0], *shape[2:]))
+    model.train().zero_grad()
+    keys = list(model.state_dict())
+    reseg = ReSegWrapper(model, preset="standardized", weight=1.0)
+    reseg.fit_recon([(image, label)], steps=1, progress=False)
+    logits = select_output(model(image), shape[0], shape[2:])
+    terms = reseg.alignment_terms(label)
+    assert len(terms) == 2 * len(reseg.extractor.plan.selected) + 1
+    assert all(term.isfinite() and term > 0 for term in terms.values())
+    (logits.square().mean() + reseg.criterion.combine(terms)).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) > 0.8 * len(list(model.parameters()))  # heads of deep supervision may be left out
+    assert all(g.isfinite().all() for g in gradients)
+    reseg.remove()
+    assert list(model.state_dict()) == keys
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_names_and_hooks(name: str) -> None:
+def test_names_hooks_and_a_step(name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     model, image = case.build(), torch.randn(case.shape)
@@ -100,6 +126,7 @@ def test_names_and_hooks(name: str) -> None:
         assert level.spatial == level.encoder.spatial == level.decoder.spatial
         assert level.spatial == tuple(size // s for size, s in zip(case.shape[2:], level.stride))
     check_hooks(model, plan, image)
+    train_a_step(model, case.shape)
 
 
 @pytest.mark.parametrize("name", without_u())
@@ -141,3 +168,4 @@ def test_every_smp_encoder(encoder: str) -> None:
     channels = [level.encoder.channels for level in plan.levels][-3:]
     assert channels == list(model.encoder.out_channels[2:5])
     assert plan.bottleneck.channels == model.encoder.out_channels[5]
+    train_a_step(model, (2, 3, 64, 64))

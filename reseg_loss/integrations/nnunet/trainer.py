@@ -39,7 +39,7 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         if self.reseg_settings.get("weight") == 0:
             return
         self.reseg = reseg = self._make_reseg()
-        self.loss = _WithAlignment(self.loss, reseg, self._label)
+        self.loss = _WithAlignment(self.loss, reseg, self.label_of)
         file = None if self.disable_checkpointing else Path(self.output_folder) / "reseg_stage1.pth"
         if file is not None and self.local_rank == 0 and not self.logger.resume:
             file.unlink(missing_ok=True)  # of an earlier run in this folder
@@ -60,11 +60,11 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
             checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
-            checkpoint |= {"trainer_name": self._trainer_to_predict_with(), "reseg_trainer": type(self).__name__}
+            checkpoint |= {"trainer_name": self.trainer_to_predict_with(), "reseg_trainer": type(self).__name__}
             write_atomically(checkpoint, filename)
             os.remove(partial)
 
-    def _trainer_to_predict_with(self) -> str:
+    def trainer_to_predict_with(self) -> str:
         """The trainer that ours builds on, unless a subclass of ours has a network of its own."""
         mine = type(self)
         base = mine.__mro__[mine.__mro__.index(nnUNetTrainerReSeg) + 1]
@@ -81,7 +81,7 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         example = torch.zeros(1, self.num_input_channels, *patch, device=self.device)
         return ReSegWrapper(self.network, example_input=example, **settings)
 
-    def _label(self, target: Tensor | list[Tensor]) -> Tensor:
+    def label_of(self, target: Tensor | list[Tensor]) -> Tensor:
         """The label at full resolution; of regions, the ignore channel at the end becomes a value in the others."""
         label = target[0] if isinstance(target, list) else target
         if self.label_manager.has_regions and self.label_manager.has_ignore_label:
@@ -101,7 +101,7 @@ class _Epoch:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(len(self)):
             batch = next(self.trainer.dataloader_train)
-            yield batch["data"], self.trainer._label(batch["target"])
+            yield batch["data"], self.trainer.label_of(batch["target"])
 
 
 class _WithAlignment(nn.Module):
