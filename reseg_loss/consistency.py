@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .common.distributed import broadcast, refuse_join
 from .common.dryrun import refuse_lazy
-from .common.inputs import OF_IMAGES, OF_MODEL, check_weight, refuse_not_finite, value_of
+from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
 from .common.labels import unwrapped
 from .common.outputs import activation_of, as_path, refuse_probabilities, select_output
-from .common.state import load_states, plain
+from .common.state import load_states
 from .errors import ReSegError
 from .mixing import boxes, mix, pseudo_label, ramp_up, random_intensities
 from .recording.copying import copy_model, is_sharded
@@ -90,15 +89,11 @@ class CutMixConsistency(Regularizer):
         perturb: Callable[[Tensor], Tensor] | None = random_intensities,
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
-        _check_settings(rampup_steps, threshold, ema_decay)
-        if not isinstance(ignore_index, Integral):
-            raise ReSegError(f"ignore_index={ignore_index!r}; it is a label value that is no class, 255 for instance")
         super().__init__(model, weight)
         self._forward = model
         self.deep, self.perturb = deep, perturb
-        self.rampup_steps, self.ignore_index, self.threshold, self.ema_decay = (
-            plain(value) for value in (rampup_steps, ignore_index, threshold, ema_decay)
-        )
+        self.rampup_steps, self.threshold, self.ema_decay = _checked(rampup_steps, threshold, ema_decay)
+        self.ignore_index = check_number("ignore_index", ignore_index, whole=True)
         self.output = as_path(output)
         self._check_deep()
         self._average = _copy(self._model)
@@ -157,7 +152,10 @@ class CutMixConsistency(Regularizer):
         images = _plain_images(images)
         forward = self._forward if forward is None else forward
         self._refuse_misuse()
-        if weight is not None and not isinstance(weight, Tensor):
+        if isinstance(weight, Tensor):
+            if weight.ndim:
+                raise ReSegError(f"weight= has shape {tuple(weight.shape)}; it is a number or a scalar tensor")
+        elif weight is not None:
             check_weight("weight", weight)
         factor = self.factor() if weight is None else weight
         if not isinstance(factor, Tensor) and factor == 0:
@@ -263,10 +261,10 @@ class CutMixConsistency(Regularizer):
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        _check_settings(state["rampup_steps"], state["threshold"], state["ema_decay"])
+        settings = _checked(state["rampup_steps"], state["threshold"], state["ema_decay"])
         load_states((self._average, state["average"]))
-        self.rampup_steps, self.ignore_index = state["rampup_steps"], state["ignore_index"]
-        self.threshold, self.ema_decay, self.output = state["threshold"], state["ema_decay"], as_path(state["output"])
+        self.rampup_steps, self.threshold, self.ema_decay = settings
+        self.ignore_index, self.output = state["ignore_index"], as_path(state["output"])
         self._started = state["started"]
         self._ignoring = False  # the task loss was asked about another ignore_index
 
@@ -333,6 +331,8 @@ class CutMixConsistency(Regularizer):
         deep = self.deep
         if deep is None:
             return
+        if not isinstance(deep, DeepSupervision):
+            raise ReSegError(f"deep= is the model's DeepSupervision, got {type(deep).__name__}")
         if deep.model is not self._model:
             raise ReSegError("deep= is the deep supervision of another model; build it for this one")
         if deep.ignore_index != self.ignore_index:
@@ -361,11 +361,13 @@ class CutMixConsistency(Regularizer):
             self._average.to(theirs.device)
 
 
-def _check_settings(rampup_steps: int | None, threshold: float, ema_decay: float) -> None:
-    if rampup_steps is not None and rampup_steps < 1:
-        raise ReSegError(f"rampup_steps={rampup_steps}; it must be at least 1, or None for the whole weight at once")
-    if not 0 <= threshold <= 1 or not 0 <= ema_decay < 1:
-        raise ReSegError(f"threshold={threshold}, ema_decay={ema_decay}; they are from 0 to 1, ema_decay below it")
+def _checked(rampup_steps: Any, threshold: Any, ema_decay: Any) -> tuple[int | None, float, float]:
+    steps = None if rampup_steps is None else check_number("rampup_steps", rampup_steps, least=1, whole=True)
+    return (
+        steps,
+        check_number("threshold", threshold, least=0, most=1),
+        check_number("ema_decay", ema_decay, least=0, below=1),
+    )
 
 
 def _copy(model: nn.Module) -> nn.Module:

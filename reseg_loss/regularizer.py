@@ -30,13 +30,18 @@ class Regularizer:
         weight: a factor of the loss.
 
     Raises:
-        ReSegError: the model is wrapped in something that cannot be served, or the weight is negative or not finite.
+        ReSegError: the model is none, or wrapped in something that cannot be served; the weight is negative or not
+            finite; or this is inference mode.
     """
 
     FORMAT: ClassVar[int] = 1  # of the state_dict
     ENTRIES: ClassVar[Mapping[str, Any]] = {}  # of the state_dict, as `check_state` takes them
 
     def __init__(self, model: nn.Module, weight: float) -> None:
+        if not isinstance(model, nn.Module):
+            raise ReSegError(f"{type(self).__name__} is built around an nn.Module, got {type(model).__name__}")
+        if torch.is_inference_mode_enabled():
+            raise ReSegError("what is made in inference mode cannot train: build this outside it")
         self._model = unwrap(model)
         self._calls, self._removed = 0, False
         self._last: dict[str, Tensor | float] = {}

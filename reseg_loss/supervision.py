@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .common.distributed import UnmovedWarning, distributed, refuse_join, undistributed
 from .common.dryrun import preserved_rng
-from .common.inputs import OF_IMAGES, OF_MODEL, check_weight, refuse_not_finite, value_of
+from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
 from .common.labels import LabelEncoding, has_value, plain_label
 from .common.outputs import refuse_probabilities, select_output, trained_activation
-from .common.state import load_states, plain
+from .common.state import load_states
 from .errors import ReSegError
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer, nothing
@@ -77,13 +77,13 @@ class DeepSupervision(Regularizer):
         weight: float = 1.0,
         ignore_index: int | None = None,
     ) -> None:
-        if num_classes is not None and num_classes < 1:
-            raise ReSegError(f"num_classes={num_classes}; it must be at least 1")
         super().__init__(model, weight)
         parse_taps(taps)  # refuses what is no tap now, not later
-        self._num_classes = plain(num_classes)
+        self._num_classes = (
+            None if num_classes is None else check_number("num_classes", num_classes, least=1, whole=True)
+        )
         self.level_weights = None if level_weights is None else _checked(level_weights)
-        self.ignore_index = plain(ignore_index)
+        self.ignore_index = None if ignore_index is None else check_number("ignore_index", ignore_index, whole=True)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
         self._checked = False
@@ -123,8 +123,11 @@ class DeepSupervision(Regularizer):
         return iter(self.heads.parameters())
 
     def weight_of(self, name: str) -> float:
-        """The weight of one head, without `weight`."""
-        return 1.0 if self.level_weights is None else self.level_weights[int(name.removeprefix("decoder_")) - 1]
+        """The weight of one head, without `weight`. Raises a ReSegError for a name that no head has."""
+        names = list(self.heads)
+        if name not in names:
+            raise ReSegError(f"{name!r} is no head; there are {', '.join(names)}")
+        return 1.0 if self.level_weights is None else self.level_weights[names.index(name)]
 
     def loss(self, label: Any, task_loss: TaskLoss) -> Tensor:
         """The weighted sum over levels of the task loss, for the one training forward since the last call.
@@ -158,13 +161,15 @@ class DeepSupervision(Regularizer):
         `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading them waits for
         the device.
         """
-        return super().stats()
+        found = super().stats()
+        parts = {name: self.weight_of(name) * value for name, value in found.items() if name.startswith("decoder_")}
+        return {**found, **{f"weighted/{name}": found["weight"] * part for name, part in parts.items()}}
 
     def _state(self) -> dict[str, Any]:
         return {
             "num_classes": self.num_classes,
             # also where they are the default, so that a state goes on as it was when that changes
-            "level_weights": [self.weight_of(f"decoder_{i + 1}") for i in range(len(self.extractor.plan.selected))],
+            "level_weights": [self.weight_of(name) for name in self.heads],
             "ignore_index": self.ignore_index,
             "taps": plan_to_dict(self.extractor.plan),
             "heads": dict(self.heads.state_dict()),
@@ -174,8 +179,7 @@ class DeepSupervision(Regularizer):
         classes, known = state["num_classes"], self._num_classes
         if known is not None and classes != known:
             raise ReSegError(f"this state is for {classes} classes, not {known}")
-        if classes < 1:
-            raise ReSegError(f"this state is for {classes} classes; it must be at least 1")
+        check_number("num_classes", classes, least=1, whole=True)
         plan = plan_from_dict(state["taps"])
         weights = _checked(state["level_weights"])
         if len(weights) != len(plan.selected):
@@ -211,6 +215,8 @@ class DeepSupervision(Regularizer):
 
     def _make(self, plan: TapPlan, classes: int, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
         """Heads and hooks for known taps."""
+        if not plan.selected:
+            raise ReSegError(f"no level is left to supervise:\n{plan.draw()}")
         channels = {f"decoder_{i + 1}": level.decoder.channels for i, level in enumerate(plan.selected)}
         if weights is not None and len(weights) != len(channels):
             raise ReSegError(f"{len(weights)} weights for {len(channels)} levels:\n{plan.draw()}")
@@ -255,7 +261,7 @@ class DeepSupervision(Regularizer):
         for name, x in logits.items():
             target, counts = nearest(label, x.shape[2:]), None
             if self.ignore_index is not None:
-                counts = (~has_value(target, self.ignore_index)).any()
+                counts = has_value(target, self.ignore_index).all().logical_not()
                 target = torch.where(counts, target, torch.zeros_like(target))
             value = value_of(task_loss, x, target, f"the head {name}")
             values[name] = value if counts is None else value * counts
@@ -265,10 +271,7 @@ class DeepSupervision(Regularizer):
         for name, value in values.items():
             total = total + self.weight_of(name) * value
         self._last = {name: value.detach() for name, value in values.items()}
-        self._last |= {
-            f"weighted/{name}": self._weight * self.weight_of(name) * value for name, value in self._last.items()
-        }
-        self._last["loss"] = total.detach()
+        self._last |= {"loss": total.detach(), "weight": self._weight}
         self._calls, self._checked = self._calls + 1, True
         return self._weight * total
 
@@ -281,6 +284,8 @@ def _channels(trace: Trace) -> int:
 
 
 def _checked(level_weights: Sequence[float]) -> list[float]:
+    if not isinstance(level_weights, Iterable):
+        raise ReSegError(f"level_weights={level_weights!r}; give one for each level, the finest first")
     return [check_weight("level_weights", weight) for weight in level_weights]
 
 

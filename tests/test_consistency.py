@@ -659,7 +659,7 @@ def test_images_that_do_not_fit_are_refused(images, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"ignore_index": None}, "no class, 255 for instance"),
+        ({"ignore_index": None}, "ignore_index=None; it is a whole number"),
         ({"rampup_steps": 0}, "rampup_steps=0"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),

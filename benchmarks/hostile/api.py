@@ -29,26 +29,10 @@ from reseg_loss import (
 PACKAGE = "reseg_loss"
 
 __all__ = [
-    "PACKAGE",
-    "PRESETS",
-    "CrossAlignmentLoss",
-    "CutMixConsistency",
-    "DeepSupervision",
-    "FeatureExtractor",
-    "Features",
-    "Level",
-    "ReSegError",
-    "ReSegWrapper",
-    "ReconLoss",
-    "Settings",
-    "Tap",
-    "TapError",
-    "TapPlan",
-    "Teacher",
-    "find_taps",
-    "functional",
-    "teacher_parts",
-]
+    "PACKAGE", "PRESETS", "CrossAlignmentLoss", "CutMixConsistency", "DeepSupervision", "FeatureExtractor", "Features",
+    "Level", "ReSegError", "ReSegWrapper", "ReconLoss", "Settings", "Tap", "TapError", "TapPlan", "Teacher",
+    "find_taps", "functional", "teacher_parts",
+]  # fmt: skip
 
 
 def teacher_parts(teacher: Teacher, like: type[nn.Module]) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -46,15 +46,11 @@ def battery() -> dict[str, list[Attempt]]:
 
 
 ALSO = (
-    "ReSegWrapper.alignment_loss: two forwards",
-    "ReSegWrapper.remove: after a forward",
-    "Teacher.train: then train()",
-    "Teacher.train: then its body's train()",
-    "ReSegWrapper.fit_recon: a NaN image last",
-    "ReSegWrapper.fit_recon: NaN by the last update",
-    "CutMixConsistency.update: fresh",
+    "ReSegWrapper.alignment_loss: two forwards", "ReSegWrapper.remove: after a forward", "Teacher.train: then train()",
+    "Teacher.train: then its body's train()", "ReSegWrapper.fit_recon: a NaN image last",
+    "ReSegWrapper.fit_recon: NaN by the last update", "CutMixConsistency.update: fresh",
     "CutMixConsistency.reset: fresh",
-)
+)  # fmt: skip
 
 
 def _caught(mutant: Mutant, sound: dict[str, list[Attempt]], seed: int) -> list[str]:

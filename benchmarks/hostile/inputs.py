@@ -37,12 +37,16 @@ def public_methods() -> list[str]:
             found.append(each.__name__)
         elif inspect.isclass(each) and not issubclass(each, (Exception, tuple)):
             found.append(each.__name__)
-            found += [f"{each.__name__}.{name}" for name, value in vars(each).items() if _is_method(name, value)]
+            ours = [vars(c) for c in each.__mro__ if c.__module__.startswith(api.PACKAGE)]
+            methods = {name: None for c in ours for name, value in c.items() if _is_method(name, value)}
+            found += [f"{each.__name__}.{name}" for name in methods]
     return found
 
 
 def _is_ours(name: str, value: Any) -> bool:
-    return inspect.isfunction(value) and not name.startswith("_") and value.__module__ == functional.__name__
+    return (
+        inspect.isfunction(value) and not name.startswith(("_", "check_")) and value.__module__ == functional.__name__
+    )
 
 
 def _is_method(name: str, value: Any) -> bool:

@@ -19,16 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import oracle
 from .api import ReSegError, ReSegWrapper
-from .subjects import (
-    TRUTH,
-    aligned,
-    batch,
-    ignoring,
-    mixing,
-    net,
-    supervised,
-    task_loss,
-)
+from .subjects import TRUTH, aligned, batch, ignoring, mixing, net, supervised, task_loss
 
 SECONDS = 60  # that one may wait for the other; longer is a hang
 RANKS = 2
@@ -132,11 +123,10 @@ def _joined(kind: str) -> Callable[[int, Path], None]:
     def run(rank: int, folder: Path) -> None:
         model = net()
         ddp = DistributedDataParallel(model)
-        options = {"projection": "linear"} if kind == "a projection" else {}
-        reseg = aligned(ddp, **options)[1] if kind in ("the alignment", "a projection") else None  # pyright: ignore
+        reseg = aligned(ddp)[1] if kind == "the alignment" else None  # pyright: ignore
         ds = supervised(ddp)[1] if kind == "deep supervision" else None  # pyright: ignore
         mixed = mixing(model)[1] if kind == "unlabelled images" else None
-        own = [*(reseg.parameters() if reseg else ()), *(ds.parameters() if ds else ())]
+        own = [*(ds.parameters() if ds else ())]
         optimizer = torch.optim.SGD([*model.parameters(), *own], 0.1)
         with Join([ddp]):
             for step in range(2 + rank):
@@ -260,37 +250,22 @@ TOGETHER: dict[str, Callable[[int, Path], None]] = {
     "alignment, uneven batches": lambda r, f: _step(r, (1, 3), "paper"),
     "deep supervision, even batches": lambda r, f: _supervised_step(r, (2, 2)),
     "deep supervision, uneven batches": lambda r, f: _supervised_step(r, (1, 3)),
-    "unlabelled images, uneven batches": lambda r, f: _mixed_step(r, (2, 4)),
-    "gradients accumulated": _no_sync,
+    "unlabelled images, uneven batches": lambda r, f: _mixed_step(r, (2, 4)), "gradients accumulated": _no_sync,
     "the alignment under join()": _joined("the alignment"),
-    "a projection under join()": _joined("a projection"),
     "deep supervision under join()": _joined("deep supervision"),
-    "unlabelled images under join()": _joined("unlabelled images"),
-    "stage 1, even": _stage_1((2, 2), epochs=2),
-    "stage 1, uneven, by epochs": _stage_1((2, 3), epochs=2),
-    "stage 1, uneven, by steps": _stage_1((2, 3), steps=5),
-    "stage 1, one rank without a batch": _stage_1((0, 2), epochs=1),
-    "stage 1 resumed": _resumed,
+    "unlabelled images under join()": _joined("unlabelled images"), "stage 1, even": _stage_1((2, 2), epochs=2),
+    "stage 1, uneven, by epochs": _stage_1((2, 3), epochs=2), "stage 1, uneven, by steps": _stage_1((2, 3), steps=5),
+    "stage 1, one rank without a batch": _stage_1((0, 2), epochs=1), "stage 1 resumed": _resumed,
     "stage 1, a bad label on one rank": _bad_label("stage 1"),
-    "alignment, a bad label on one rank": _bad_label("stage 2"),
-    "stage 1, a foreign file": _damaged_file,
-    "stage 1, an unwritable file": _unwritable,
-    "nn.DataParallel": _data_parallel,
-}
+    "alignment, a bad label on one rank": _bad_label("stage 2"), "stage 1, a foreign file": _damaged_file,
+    "stage 1, an unwritable file": _unwritable, "nn.DataParallel": _data_parallel,
+}  # fmt: skip
 APART: dict[str, Callable[[int, Path], None]] = {"two runs with one file name": _one_name}
 MUST_REFUSE = (
-    "stage 1, a bad label on one rank",
-    "stage 1, a foreign file",
-    "stage 1, an unwritable file",
-    "nn.DataParallel",
-)
+    "stage 1, a bad label on one rank", "stage 1, a foreign file", "stage 1, an unwritable file", "nn.DataParallel",
+)  # fmt: skip
 # in the others, uneven ranks above all, both must end right, or both say that it cannot be
 MUST_SERVE = (
-    "alignment, even batches",
-    "alignment, uneven batches",
-    "deep supervision, even batches",
-    "gradients accumulated",
-    "stage 1, even",
-    "stage 1 resumed",
-    "two runs with one file name",
-)
+    "alignment, even batches", "alignment, uneven batches", "deep supervision, even batches", "gradients accumulated",
+    "stage 1, even", "stage 1 resumed", "two runs with one file name",
+)  # fmt: skip

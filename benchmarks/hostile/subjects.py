@@ -107,7 +107,7 @@ def aligned(model: Any = None, ready: bool = True, **options: Any) -> tuple[Any,
     model = net() if model is None else model
     dims = getattr(model, "dims", 2)
     torch.manual_seed(1)
-    options = {"weight": 1.0, "example_input": batch(dims=dims)[0], **options}
+    options = {"weight": 1.0, "preset": "standardized", "example_input": batch(dims=dims)[0], **options}
     reseg = ReSegWrapper(model, **options)
     if ready:
         reseg.freeze_teacher()
@@ -117,7 +117,7 @@ def aligned(model: Any = None, ready: bool = True, **options: Any) -> tuple[Any,
 def supervised(model: Any = None, **options: Any) -> tuple[Any, DeepSupervision]:
     model = net() if model is None else model
     torch.manual_seed(2)
-    return model, DeepSupervision(model, num_classes=CLASSES, **{"example_input": batch()[0], **options})
+    return model, DeepSupervision(model, **{"example_input": batch()[0], **options})
 
 
 def mixing(model: Any = None, **options: Any) -> tuple[Any, CutMixConsistency]:

@@ -8,8 +8,8 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ KINDS = ("right", "clear", "unclear", "silent")
 ANYTHING = ""  # a refusal may say anything that is a sentence
 NEVER = None  # what is right must not be refused
 FEWEST_WORDS = 4  # of a sentence that names the thing and the remedy
+# of what no type checker lets through (a string for a module): Python's own words will do, silence will not
+OF_PYTHON = (TypeError, AttributeError)
 
 
 class WrongError(Exception):
@@ -36,8 +38,8 @@ class Attempt:
         right: looks at what `run` returned and raises WrongError or returns False if that is wrong; None where nothing
             that is returned can be right. `run` may also raise WrongError itself.
         refusal: a pattern that a refusal's message must match; NEVER where it must not be refused.
-        own: exceptions of the attempt's own callbacks, or of torch where the documentation says "as torch's", which
-            may pass through.
+        own: exceptions that may pass through: of the attempt's own callbacks, of torch where the documentation says
+            "as torch's", or OF_PYTHON.
         after: what must still work after a refusal; raises WrongError if it does not.
     """
 
@@ -110,6 +112,11 @@ def judge(attempt: Attempt) -> tuple[str, str]:
         logger.removeHandler(handler)
 
 
+def plainly(attempts: Iterable[Attempt], *own: type[BaseException]) -> Iterator[Attempt]:
+    """The same, which Python's own errors may refuse, and these."""
+    return (replace(attempt, own=(*attempt.own, *OF_PYTHON, *own)) for attempt in attempts)
+
+
 def tally(part: str, attempts: Iterable[Attempt], into: Tally, how: str) -> None:
     """Judge them all; `how` has the attempt's name put in at {name}."""
     for attempt in attempts:
@@ -140,8 +147,8 @@ def _returned(attempt: Attempt, value: Any, said: list[str]) -> tuple[str, str]:
 
 
 def _refused(attempt: Attempt, error: Exception) -> tuple[str, str]:
-    if isinstance(error, attempt.own) and not isinstance(error, ReSegError):
-        return ("right", "") if attempt.after is None else _after(attempt)
+    if attempt.refusal is not NEVER and isinstance(error, attempt.own) and not isinstance(error, ReSegError):
+        return ("clear" if isinstance(error, OF_PYTHON) else "right", "") if attempt.after is None else _after(attempt)
     if not isinstance(error, ReSegError):
         return ("clear", "") if _of_the_signature(error) else ("unclear", _place(error))
     if attempt.refusal is None:

@@ -85,13 +85,10 @@ def loop(folder: Path, seed: int) -> None:
     start(seed)
     model = net(seed, norm="batch", dropout=0.2)
     example = batch(seed=seed)[0]
-    with_projection: dict[str, Any] = {"projection": "linear"} if seed % 2 else {"every": 2, "subset": 0.5}
-    reseg = ReSegWrapper(model, example_input=example, weight=0.5, **with_projection)
-    deep = DeepSupervision(
-        model, num_classes=CLASSES, example_input=example, ignore_index=IGNORED, decay_calls=4 * STEPS
-    )
+    reseg = ReSegWrapper(model, example_input=example, weight=0.5, every=1 + seed % 2)
+    deep = DeepSupervision(model, num_classes=CLASSES, example_input=example, ignore_index=IGNORED)
     mixed = CutMixConsistency(model, deep=deep, rampup_steps=STEPS, ignore_index=IGNORED, threshold=0.4)
-    optimizer = torch.optim.AdamW([*model.parameters(), *reseg.parameters(), *deep.parameters()], 1e-3)
+    optimizer = torch.optim.AdamW([*model.parameters(), *deep.parameters()], 1e-3)
     holders = {"reseg": reseg, "deep": deep, "mixed": mixed, "model": model, "optimizer": optimizer}
     loader = DataLoader(Patients(folder, seed), 2, shuffle=True)
     first = 0

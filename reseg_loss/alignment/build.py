@@ -153,6 +153,7 @@ def restore(origin: Origin, state: Mapping[str, Any], settings: Settings, known:
         teacher = _teacher(origin, settings, encoding, *channels, bounded)
         parts = _assemble(origin, plan, teacher, teacher_plan, settings)
     try:
+        parts.teacher.check_finite("in this state", state["teacher"])
         load_states((parts.teacher, state["teacher"]))
     except ReSegError:
         if parts is not known:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..common.distributed import in_step, on_rank_0, rank, world_size
 from ..common.dryrun import restore_rng, rng_state
-from ..common.inputs import unpack_batch
+from ..common.inputs import check_number, unpack_batch
 from ..common.labels import plain_label
 from ..errors import ReSegError
 from ..recording.extractor import FeatureExtractor
@@ -154,6 +154,8 @@ class _Run:
             self.optimizer = optimizer
         else:
             self.optimizer = optimizer(teacher.parameters())
+            if not isinstance(self.optimizer, torch.optim.Optimizer):
+                raise ReSegError(f"optimizer= is a function that makes an optimizer; it made {self.optimizer!r}")
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(p) in known for p in teacher.parameters()):
             raise ReSegError(
@@ -208,12 +210,15 @@ class _Run:
         }
 
 
-def check_choices(epochs: Any, steps: Any, scheduler: Any, amp: Any, batch: Any) -> None:
+def check_choices(loader: Any, epochs: Any, steps: Any, optimizer: Any, scheduler: Any, amp: Any, batch: Any) -> None:
     """Raise a ReSegError for arguments of `fit_recon` that cannot be."""
     if (epochs is None) == (steps is None):
         raise ReSegError("say how long to train: epochs= or steps=, one of them")
-    if (epochs if epochs is not None else steps) < 1:
-        raise ReSegError(f"epochs={epochs}, steps={steps}; it must be at least 1")
+    check_number(*(("epochs", epochs) if steps is None else ("steps", steps)), least=1, whole=True)
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ReSegError(f"stage 1 needs a loader that yields batches, got {type(loader).__name__}")
+    if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer)):
+        raise ReSegError(f"optimizer= is a function such as torch.optim.Adam, or an optimizer, got {optimizer!r}")
     if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
         raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
     if not (batch is None or callable(batch)):

@@ -8,13 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..common.distributed import on_rank_0, rank
 from ..common.files import first_line, told, try_writing, write_atomically
-from ..common.state import plain_state, unreadable
+from ..common.state import check_entries, plain_state, unreadable
 from ..errors import ReSegError
 
 FORMAT = 2  # of the file of stage 1
+ENTRIES: dict[str, Any] = {  # of it; the wrapper looks at its own state
+    "format": int,
+    "wrapper": dict,
+    "taps": dict,
+    "choices": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "scheduler": (dict, None),
+    "history": [float],
+    "step": int,
+    "constants": [Tensor],
+    "rng": {"torch": Tensor, "cuda": [Tensor], "random": tuple, "numpy": (dict, None)},
+}
 
 
 class Stage1File:
@@ -32,6 +46,8 @@ class Stage1File:
             self.path = Path(path)
         except TypeError as error:
             raise ReSegError(f"checkpoint= is the path of a file, got {type(path).__name__}") from error
+        if "\0" in str(path):
+            raise ReSegError(f"checkpoint={str(path)!r} has a zero byte, which no file's name can have")
         self._proven = False
 
     def read(self) -> dict[str, Any] | None:
@@ -113,6 +129,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise ReSegError(f"{path} is no file of stage 1, which would overwrite it: it holds {what}. {otherwise}")
     if state.get("format") != FORMAT:
         raise ReSegError(f"{path} is of a stage 1 of another version of this library. {otherwise}")
+    check_entries(state, ENTRIES, f"the file {path}")
     return state
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -76,6 +76,7 @@ class Teacher(nn.Module):
         label = plain_label(label)
         if label.ndim not in (self.encoding.dims + 1, self.encoding.dims + 2):
             raise ReSegError(f"a label of shape {tuple(label.shape)} has no batch of {self.encoding.dims}D label maps")
+        self.encoding.check_shape(label, (len(label), self.image_channels, *label.shape[-self.encoding.dims :]))
         return self.decode(self.encoding.encode(label.to(self.reference.device, non_blocking=True))[0])
 
     def decode(self, encoded: Tensor) -> Tensor:
@@ -116,12 +117,14 @@ class Teacher(nn.Module):
                     tensors += [tensor for tensor in held.values() if tensor is not None]
         return [*modules, *hooks], tensors
 
-    def check_finite(self, when: str) -> None:
+    def check_finite(self, when: str, state: Mapping[str, Any] | None = None) -> None:
         """Raise a ReSegError if a parameter or buffer holds NaN or infinite values. It waits for the device.
 
-        Buffers that did when the teacher was built do not count. `when` is for the message.
+        Buffers that did when the teacher was built do not count. `when` is for the message; a `state` that is given is
+        looked at instead.
         """
-        names = _not_finite([*self.named_parameters(), *self.named_buffers()])
+        tensors = (*self.named_parameters(), *self.named_buffers()) if state is None else state.items()
+        names = _not_finite((name, tensor) for name, tensor in tensors if isinstance(tensor, Tensor))
         lost = [name for name in names if name not in self._infinite_from_start]
         if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""

@@ -230,7 +230,7 @@ class ReSegWrapper(Regularizer):
                 read back from it. Passes are of different lengths under torch.distributed, with `epochs`.
             TapError: a tapped module of a copy of the model runs without gradients (reentrant checkpointing).
         """
-        stage1.check_choices(epochs, steps, scheduler, amp, batch)
+        stage1.check_choices(loader, epochs, steps, optimizer, scheduler, amp, batch)
         if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
         file = Stage1File(checkpoint) if checkpoint is not None else None

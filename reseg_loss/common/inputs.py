@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -94,9 +94,26 @@ def refuse_evaluation(model: nn.Module) -> None:
 
 def check_weight(name: str, value: Any) -> float:
     """`value` as a float; a ReSegError unless it is a finite number >= 0."""
-    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-        raise ReSegError(f"{name}={value!r}; weights are finite numbers >= 0")
-    return float(value)
+    return check_number(name, value, least=0)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    whole: bool = False,
+) -> Any:
+    """`value`, NumPy's too, as a float, or as an int if `whole`; a ReSegError unless it is one, finite and in range."""
+    kind: Any = Integral if whole else Real
+    number = isinstance(value, kind) and not isinstance(value, bool)
+    if not number or not (least <= value <= most and -math.inf < value < below):  # so, since NaN is in no range
+        ends = {">=": least, "<=": most, "<": below}
+        told = " and ".join(f"{sign} {end:g}" for sign, end in ends.items() if math.isfinite(end))
+        raise ReSegError(f"{name}={value!r}; it is a {'whole' if whole else 'finite'} number {told}".rstrip())
+    return int(value) if whole else float(value)
 
 
 def unpack_batch(batch: Any) -> tuple[Tensor, Any]:

@@ -36,10 +36,11 @@ def check_state(state: Any, kind: str, known: int, entries: Mapping[str, Any]) -
         raise ReSegError(f"this state is of {made_by}, and a {kind} is to load it")
     if state["format"] != known:
         raise ReSegError(f"this state has format {state['format']!r}, not {known}; it is of another version")
-    _check_entry(state, {"kind": str, "format": int, **entries}, f"this state of a {kind}")
+    check_entries(state, {"kind": str, "format": int, **entries}, f"this state of a {kind}")
 
 
-def _check_entry(value: Any, wanted: Any, where: str) -> None:
+def check_entries(value: Any, wanted: Any, where: str) -> None:
+    """Raise a ReSegError unless a value is as `wanted`, which is written as `entries` of `check_state`."""
     allowed = wanted if isinstance(wanted, tuple) else (wanted,)
     for each in allowed:
         if isinstance(each, Mapping) and isinstance(value, Mapping):
@@ -48,11 +49,11 @@ def _check_entry(value: Any, wanted: Any, where: str) -> None:
             if unknown := [repr(name) for name in value if name not in each]:
                 raise ReSegError(f"{where} has {', '.join(unknown)}, which is unknown here; it is of another version")
             for name, entry in each.items():
-                _check_entry(value[name], entry, f"{name!r} of {where}")
+                check_entries(value[name], entry, f"{name!r} of {where}")
             return
         if isinstance(each, list) and isinstance(value, (list, tuple)):
             for i, element in enumerate(value):
-                _check_entry(element, each[0], f"element {i} of {where}")
+                check_entries(element, each[0], f"element {i} of {where}")
             return
         fits = each is None and value is None
         if isinstance(each, type):

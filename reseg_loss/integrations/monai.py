@@ -31,6 +31,7 @@ class ReSegHandler:
     """
 
     def __init__(self, reseg: ReSegWrapper, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
+        _check_kind(self, reseg, ReSegWrapper)
         self.reseg, self.loader, self.fit_recon = reseg, loader, fit_recon
 
     def attach(self, engine: SupervisedTrainer) -> None:
@@ -67,6 +68,7 @@ class DeepSupervisionHandler:
     """
 
     def __init__(self, ds: DeepSupervision) -> None:
+        _check_kind(self, ds, DeepSupervision)
         self.ds = ds
 
     def attach(self, engine: SupervisedTrainer) -> None:
@@ -81,6 +83,11 @@ class DeepSupervisionHandler:
 
         output = engine.state.output
         output["loss"] = output["loss"] + self.ds.loss(output["label"], task_loss)
+
+
+def _check_kind(handler: object, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ReSegError(f"{type(handler).__name__} is made with a {kind.__name__}, got {type(value).__name__}")
 
 
 def _when_the_loss_is_there(engine: SupervisedTrainer, handler: ReSegHandler | DeepSupervisionHandler) -> None:

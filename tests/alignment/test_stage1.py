@@ -233,7 +233,7 @@ def test_refusals():
     image, label = batch()
     with pytest.raises(ReSegError, match="epochs= or steps="):
         wrapper().fit_recon([(image, label)])
-    with pytest.raises(ReSegError, match="at least 1"):
+    with pytest.raises(ReSegError, match="epochs=0; it is a whole number >= 1"):
         wrapper().fit_recon([(image, label)], epochs=0)
     with pytest.raises(ReSegError, match=r"values \[7\.0\]"):
         wrapper().fit_recon([(image, label.clamp_min(7))], epochs=1, progress=False)

@@ -492,3 +492,12 @@ def test_a_file_of_another_version_is_told_from_others(tmp_path):
         ReSegError, match=r"no file of stage 1, which would overwrite it: it holds more than plain values .*numpy"
     ):
         fit(path)
+
+
+@pytest.mark.parametrize("missing", ["optimizer", "scaler", "rng", "constants"])
+def test_a_file_that_lacks_an_entry_is_refused(missing, tmp_path):
+    path = tmp_path / "stage1.pt"
+    fit(path)
+    torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != missing}, path)
+    with pytest.raises(ReSegError, match=f"has no '{missing}'; it is not whole"):
+        fit(path, epochs=2)

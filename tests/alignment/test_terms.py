@@ -260,7 +260,7 @@ def test_the_probe_sees_kernels_that_are_wrong_in_one_memory_order_or_dtype(back
 
 
 def test_kernels_that_fail_are_replaced_by_torch_with_a_warning(monkeypatch, caplog):
-    monkeypatch.delattr(reseg_loss, "kernels", raising=False)
+    monkeypatch.delattr(reseg_loss.alignment, "kernels", raising=False)
     monkeypatch.setitem(sys.modules, "reseg_loss.alignment.kernels", None)
     terms.kernels_work.cache_clear()
     assert not terms.kernels_work(DEVICE)

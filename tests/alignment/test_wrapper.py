@@ -517,7 +517,7 @@ def test_what_cannot_work_is_refused_at_once():
         ({"example_input": ({"image": image},)}, "more than the image"),
         ({"example_input": (image, 1.0)}, "more than the image"),
         ({"example_input": image, "output": "mask"}, "'mask'"),
-        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; weights are finite numbers"),
+        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; it is a finite number"),
     ):
         with pytest.raises(ReSegError, match=message):
             ReSegWrapper(model, **kwargs)

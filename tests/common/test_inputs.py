@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_a_perturbation_that_is_not_finite_is_named_and_a_weight_that_is_no_numb
     with pytest.raises(ReSegError, match="perturb= gave NaN or infinite values"):
         mixed.loss(image, ignoring)
     for weight in (float("nan"), -1.0, "1"):
-        with pytest.raises(ReSegError, match="weights are finite numbers"):
+        with pytest.raises(ReSegError, match="it is a finite number"):
             mixed.loss(image, ignoring, weight=weight)  # pyright: ignore[reportArgumentType]
 
 
@@ -233,3 +234,63 @@ def test_a_model_with_images_that_are_not_finite_is_still_copied_and_tapped():
     """What an example holds does not matter, only its shapes."""
     image, _ = batch()
     assert isinstance(ReSegWrapper(UNet(), example_input=spoilt(image, float("nan"))).teacher, nn.Module)
+
+
+NAN = float("nan")
+WRONG_KINDS: list[tuple[str, Callable[[UNet], Any]]] = [
+    ("rampup_steps=nan; it is a whole number >= 1", lambda m: unlabelled_with(m, rampup_steps=NAN)),
+    ("threshold='0.9'; it is a finite number >= 0 and <= 1", lambda m: unlabelled_with(m, threshold="0.9")),
+    ("ema_decay=None; it is a finite number >= 0 and < 1", lambda m: unlabelled_with(m, ema_decay=None)),
+    ("ignore_index=1.5; it is a whole number", lambda m: unlabelled_with(m, ignore_index=1.5)),
+    ("deep= is the model's DeepSupervision, got UNet", lambda m: unlabelled_with(m, deep=m)),
+    ("num_classes='3'; it is a whole number >= 1", lambda m: DeepSupervision(m, num_classes="3")),  # pyright: ignore
+    ("ignore_index=inf; it is a whole number", lambda m: DeepSupervision(m, ignore_index=float("inf"))),  # pyright: ignore
+    ("level_weights=0.5; give one for each", lambda m: DeepSupervision(m, level_weights=0.5)),  # pyright: ignore
+    ("'decoder_0' is no head", lambda m: DeepSupervision(m, batch()[0]).weight_of("decoder_0")),
+    ("epochs=1.5; it is a whole number >= 1", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1.5)),  # pyright: ignore
+    ("steps=nan; it is a whole number", lambda m: ReSegWrapper(m).fit_recon([batch()], steps=NAN)),  # pyright: ignore
+    ("a loader that yields batches, got int", lambda m: ReSegWrapper(m).fit_recon(3, epochs=1)),  # pyright: ignore
+    ("got 'adam'", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer="adam")),  # pyright: ignore
+    ("it made None", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer=lambda p: None)),  # pyright: ignore
+    ("zero byte", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, checkpoint="a\0b")),
+    ("got int", lambda m: ReSegWrapper(3)),  # pyright: ignore
+]
+
+
+def unlabelled_with(model: UNet, **settings: Any) -> CutMixConsistency:
+    return CutMixConsistency(model, **{"rampup_steps": None, "ignore_index": IGNORED, **settings})
+
+
+@pytest.mark.parametrize(("message", "use"), WRONG_KINDS, ids=[message for message, _ in WRONG_KINDS])
+def test_what_is_of_the_wrong_kind_is_named(message, use):
+    with pytest.raises(ReSegError, match=re.escape(message)):
+        use(UNet())
+
+
+def test_a_weight_tensor_with_axes_is_refused():
+    with pytest.raises(ReSegError, match=r"weight= has shape \(2,\)"):
+        unlabelled_with(UNet()).loss(batch()[0], ignoring, weight=torch.ones(2))
+
+
+def test_nothing_is_built_in_inference_mode():
+    for make in (alignment, heads, unlabelled):
+        with torch.inference_mode(), pytest.raises(ReSegError, match="build this outside it"):
+            make(UNet())
+
+
+def test_a_label_that_is_none_leaves_no_forward_behind():
+    model, (image, label) = UNet(), batch()
+    step = alignment(model)
+    with pytest.raises(ReSegError, match="a label is a tensor"):
+        step(image, None)  # pyright: ignore[reportArgumentType]
+    assert step(image, label) > 0
+
+
+def test_a_state_whose_teacher_holds_nan_is_refused():
+    _, reseg = ready()
+    state, before = reseg.state_dict(), [p.clone() for p in reseg.teacher.parameters()]
+    name = next(iter(dict(reseg.teacher.named_parameters())))
+    state["parts"]["teacher"] = {**state["parts"]["teacher"], name: torch.full_like(before[0], NAN)}
+    with pytest.raises(ReSegError, match="NaN or infinite values in this state"):
+        reseg.load_state_dict(state)
+    assert all(map(torch.equal, before, reseg.teacher.parameters()))
