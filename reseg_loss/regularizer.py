@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .common.inputs import check_weight, refuse_evaluation
+from .common.inputs import check_number, check_weight, refuse_evaluation
 from .common.state import check_state
 from .errors import ReSegError
 from .recording.copying import unwrap
@@ -111,9 +111,10 @@ class Regularizer:
             TapError: the model has not the taps of the state. All is then as it was, too.
         """
         self._check_state(state)
-        weight = check_weight("weight", state["weight"])
+        weight, calls = check_weight("weight", state["weight"]), state["calls"]
+        check_number("calls", calls, least=0, whole=True)
         self._load(state)
-        self._weight, self._calls = weight, state["calls"]
+        self._weight, self._calls = weight, calls
         self._arm()
 
     def __repr__(self) -> str:

@@ -252,9 +252,11 @@ class DeepSupervision(Regularizer):
         for level, x in zip(self.extractor.plan.selected, features.decoder):
             _check_covers(level.stride, x.shape[2:], image[2:])
         refuse_join(self._model, "the heads of deep supervision are reduced beside it")
+        enabled, dtype = recorded.autocast
+        if not enabled:
+            _check_dtype(next(self.parameters()).dtype, features.decoder)
         self._heads = distributed(self._heads, device)
         self._unmoved.check(self._heads.parameters())
-        enabled, dtype = recorded.autocast
         with torch.autocast(device.type, dtype=dtype, enabled=enabled):
             logits = self._heads(inputs)
         values: dict[str, Tensor] = {}
@@ -307,6 +309,15 @@ def _of_task_loss(name: str, ignore_index: int | None) -> str:
         f"task_loss is NaN or infinite for the head {name}, whose logits are finite. Most losses are where every pixel "
         f"of the label is one that they ignore{hint}; or the label itself is not finite"
     )
+
+
+def _check_dtype(own: torch.dtype, features: Sequence[Tensor]) -> None:
+    """Raise a ReSegError unless heads of a dtype can take the features."""
+    for dtype in {x.dtype for x in features} - {own}:
+        raise ReSegError(
+            f"the decoder's features are {dtype}, the heads of deep supervision {own}: the model was moved to another "
+            f"dtype, so move the heads, too, by ds.to({dtype})"
+        )
 
 
 def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:
