@@ -5,17 +5,15 @@ Every one computes in at least fp32 (fp64 stays fp64); only `project` can do wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import ReSegError, outline
+from .common.inputs import check_feature, check_number, check_scalar
+from .errors import ReSegError
 
 EPS = 1e-5  # of `standardize`, as in method and measurements
 
@@ -81,7 +79,7 @@ def standardize(x: Tensor, valid: Tensor | None = None, eps: float = EPS) -> Ten
     Raises:
         ReSegError: `x` or `valid` is no such tensor, or `eps` no finite number > 0.
     """
-    check_positive("eps", eps)
+    check_number("eps", eps, above=0)
     with _full_precision(x=x) as (x,):
         axes = [0, *range(2, x.ndim)]
         if valid is None:
@@ -111,7 +109,7 @@ def valid_fraction(valid: Tensor, spatial: Sequence[int]) -> Tensor:
     if not isinstance(spatial, Sequence) or len(spatial) != valid.ndim - 2:
         raise ReSegError(f"spatial={spatial!r}; it is a size of {valid.ndim - 2} axes, as those of valid")
     for n in spatial:
-        check_whole("a size in spatial", n, 1)
+        check_number("a size in spatial", n, least=1, whole=True)
     return valid if tuple(valid.shape[2:]) == tuple(spatial) else F.interpolate(valid, list(spatial), mode="area")
 
 
@@ -123,9 +121,9 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
     Raises:
         ReSegError: a number of channels is no whole number >= 1, or the seed none from 0 to 2**63 - 1.
     """
-    check_whole("out_channels", out_channels, 1)
-    check_whole("in_channels", in_channels, 1)
-    check_whole("seed", seed)
+    check_number("out_channels", out_channels, least=1, whole=True)
+    check_number("in_channels", in_channels, least=1, whole=True)
+    check_number("seed", seed, least=0, whole=True)
     generator = torch.Generator().manual_seed(seed)
     shape = max(out_channels, in_channels), min(out_channels, in_channels)
     tall = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")  # whatever the default device is
@@ -161,31 +159,6 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
             # not torch.matmul, which puts channels last, with copies, where the matrix is trained
             return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
         return F.linear(x.movedim(1, -1), matrix).movedim(-1, 1)
-
-
-def check_feature(name: str, x: Any) -> None:
-    """Raise a ReSegError unless `x` is a dense floating point tensor (B, C, ...) that has values."""
-    dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
-    if not dense or not x.is_floating_point() or x.ndim < 2:
-        raise ReSegError(f"{name} is {outline(x)}; it must be a dense floating point tensor (B, C, ...)")
-
-
-def check_scalar(name: str, value: Any) -> None:
-    """Raise a ReSegError unless a value is a tensor without axes."""
-    if not isinstance(value, Tensor) or value.ndim:
-        raise ReSegError(f"{name} is {outline(value)}; it must be a scalar tensor")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise a ReSegError unless a value is a finite number > 0."""
-    if not isinstance(value, Real) or not 0 < value < math.inf:
-        raise ReSegError(f"{name}={value!r}; it is a finite number > 0")
-
-
-def check_whole(name: str, value: Any, least: int = 0) -> None:
-    """Raise a ReSegError unless a value is a whole number, at least `least`, that 64 bits hold."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value < 2**63:
-        raise ReSegError(f"{name}={value!r}; it is a whole number, at least {least}")
 
 
 @contextmanager

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "reseg_loss"
 FLOORS = (  # a room imports from those below its floor and from itself; those of one floor don't know each other
     ("errors",),
-    ("common", "functional", "mixing"),
+    ("common",),
+    ("functional", "mixing"),
     ("taps",),
     ("recording",),
     ("regularizer",),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as RF
-from ..common.inputs import check_weight
+from ..common.inputs import check_feature, check_number, check_scalar, check_weight
 from ..errors import ReSegError, outline
 from ..recording.extractor import Features
 from .terms import alignment_terms
@@ -99,8 +99,8 @@ class CrossAlignmentLoss(nn.Module):
         self.bottleneck = check_weight("bottleneck", bottleneck)
         if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
             raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
-        RF.check_positive("divisor", divisor)
-        RF.check_whole("seed", seed)
+        check_number("divisor", divisor, above=0)
+        check_number("seed", seed, least=0, whole=True)
         self.divisor, self.normalize, self.seed = float(divisor), normalize, int(seed)
         self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
@@ -137,8 +137,8 @@ class CrossAlignmentLoss(nn.Module):
         """
         pairs = {name: pair for name, pair in pair_terms(student, teacher).items() if self.term_weight(name)}
         for name, (s, t) in pairs.items():
-            RF.check_feature(f"{name}: the student's feature", s)
-            RF.check_feature(f"{name}: the teacher's feature", t)
+            check_feature(f"{name}: the student's feature", s)
+            check_feature(f"{name}: the teacher's feature", t)
             if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
                 raise ReSegError(
                     f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "
@@ -166,7 +166,7 @@ class CrossAlignmentLoss(nn.Module):
         if not isinstance(terms, Mapping):
             raise ReSegError(f"terms is {outline(terms)}; it is a mapping of terms, as `terms` returns")
         for name, term in terms.items():
-            RF.check_scalar(f"terms[{name!r}]", term)
+            check_scalar(f"terms[{name!r}]", term)
         if not terms:  # at weight 0 of the wrapper, and where `every` skips a call
             return torch.zeros(())
         weighted = [(self.term_weight(name), term) for name, term in terms.items()]

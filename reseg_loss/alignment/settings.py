@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from ..common.inputs import check_weight
+from ..common.inputs import check_number, check_weight
 from ..common.outputs import as_path
 from ..common.state import plain
 from ..errors import ReSegError, did_you_mean
-from ..functional import check_positive, check_whole
 from ..taps.tap import check_strides
 
 
@@ -70,11 +69,11 @@ class Settings:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
         for name in ("weight", "encoder_to_decoder", "decoder_to_encoder", "bottleneck", "alpha", "beta"):
             check_weight(name, getattr(self, name))
-        check_positive("divisor", self.divisor)
-        check_whole("seed", self.seed)
-        check_whole("every", self.every, 1)
+        check_number("divisor", self.divisor, above=0)
+        check_number("seed", self.seed, least=0, whole=True)
+        check_number("every", self.every, least=1, whole=True)
         if self.ignore_index is not None:
-            check_whole("ignore_index", self.ignore_index, -(2**63))
+            check_number("ignore_index", self.ignore_index, whole=True)
         if self.levels is not None:
             check_strides(self.levels)
         as_path(self.output)  # refuses what is no path

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ReSegError
+from ..errors import ReSegError, outline
 
 OF_IMAGES = (
     "images of this step hold NaN or infinite values: look at the data set and its transforms (is a constant image "
@@ -103,17 +103,31 @@ def check_number(
     *,
     least: float = -math.inf,
     most: float = math.inf,
+    above: float = -math.inf,
     below: float = math.inf,
     whole: bool = False,
 ) -> Any:
     """`value`, NumPy's too, as a float, or as an int if `whole`; a ReSegError unless it is one, finite and in range."""
     kind: Any = Integral if whole else Real
     number = isinstance(value, kind) and not isinstance(value, bool)
-    if not number or not (least <= value <= most and -math.inf < value < below):  # so, since NaN is in no range
-        ends = {">=": least, "<=": most, "<": below}
+    if not number or not (least <= value <= most and above < value < below):  # so, since NaN is in no range
+        ends = {">": above, ">=": least, "<=": most, "<": below}
         told = " and ".join(f"{sign} {end:g}" for sign, end in ends.items() if math.isfinite(end))
         raise ReSegError(f"{name}={value!r}; it is a {'whole' if whole else 'finite'} number {told}".rstrip())
     return int(value) if whole else float(value)
+
+
+def check_feature(name: str, x: Any) -> None:
+    """Raise a ReSegError unless `x` is a dense floating point tensor (B, C, ...) that has values."""
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+    if not dense or not x.is_floating_point() or x.ndim < 2:
+        raise ReSegError(f"{name} is {outline(x)}; it must be a dense floating point tensor (B, C, ...)")
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise a ReSegError unless a value is a tensor without axes."""
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ReSegError(f"{name} is {outline(value)}; it must be a scalar tensor")
 
 
 def unpack_batch(batch: Any) -> tuple[Tensor, Any]:

@@ -166,7 +166,7 @@ def test_empty_batches_and_images_in_another_precision():
     with pytest.raises(ReSegError, match=r"the batch is empty: its image has shape \(0, 1, 16, 16\)"):
         fit([(image, label), (image[:0], label[:0])])
     assert fit([(image.double(), label)]).ready  # the loss is fp64, the teacher as the model
-    with pytest.raises(ReSegError, match=r"is torch\.float64 on cpu, while its parameters are torch\.float32"):
+    with pytest.raises(ReSegError, match=r"torch\.float64, on cpu; its parameters are torch\.float32"):
         ReSegWrapper(UNet(), example_input=image.double())
 
 

@@ -165,7 +165,7 @@ def test_empty_batches_of_unlabelled_images_and_examples_are_named():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_an_example_of_another_dtype_is_told_apart_from_a_model_that_fails(dtype):
     image, _ = batch()
-    message = rf"that is {dtype} on cpu, while its parameters are torch.float32"
+    message = rf"{dtype}, on cpu; its parameters are torch.float32"
     with pytest.raises(ReSegError, match=message):
         ReSegWrapper(UNet(), example_input=image.to(dtype))
     with pytest.raises(ReSegError, match=message):
@@ -180,13 +180,14 @@ def test_an_example_of_another_dtype_is_told_apart_from_a_model_that_fails(dtype
     ReSegWrapper(Casts(), example_input=image.to(dtype), teacher_init="copy")
 
 
-def test_a_model_that_fails_on_a_fitting_example_keeps_its_own_error():
+def test_a_model_that_fails_on_the_example_is_blamed_with_its_own_error():
     class Fails(UNet):
         def forward(self, x: Tensor) -> Any:
             raise RuntimeError("mine")
 
-    with pytest.raises(RuntimeError, match=r"^mine$"):
+    with pytest.raises(ReSegError, match=r"the model fails on the example.*RuntimeError: mine") as caught:
         ReSegWrapper(Fails(), example_input=batch()[0])
+    assert str(caught.value.__cause__) == "mine"
 
 
 @pytest.mark.parametrize("label", [batch()[1].float(), batch()[1] + 7], ids=["float", "no class"])
