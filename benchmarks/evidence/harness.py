@@ -335,7 +335,8 @@ class Stage1:
         self.settings, self.classes = settings, classes
         model = on_device(settings, classes, machine.device)
         example = torch.zeros(1, 1, *feed.images.shape[1:], device=machine.device)
-        self.reseg = ReSegWrapper(model, example_input=example, label_input=self.label_input)
+        label_input: Any = self.label_input
+        self.reseg = ReSegWrapper(model, example, label_input=label_input)
         self.teacher = self.reseg.teacher.train()
         recon_loss = ReconLoss()
         body = machine.network(self.teacher.decode)

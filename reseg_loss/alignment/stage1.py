@@ -99,11 +99,11 @@ def fit(
                     run = _Run(teacher, loss, optimizer, scheduler, amp, resumed, kept=save is not None)
                     if rehearse is not None:
                         rehearse(run.state())
-                first = taps is not None and not recent
-                around = _gradients_wanted(taps) if first and copied else nullcontext()
+                watched = None if recent else taps  # in the first step alone
+                around = _gradients_wanted(watched) if watched is not None and copied else nullcontext()
                 value, valid = run.step(image, label, around)
-                if first:
-                    _check_reached(teacher, taps)
+                if watched is not None:
+                    _check_reached(teacher, watched)
                 if len(constants) < SAMPLED_BATCHES:
                     constants.append(run.standardized(sample_pixels(image, valid, generator)))
                 total = value if total is None else total + value

@@ -237,11 +237,13 @@ def _redraw_hooked(module: nn.Module) -> None:
             drawn = getattr(module, hook.name)
             module.get_parameter(f"{hook.name}_g").copy_(torch.norm_except_dim(drawn, 2, hook.dim))
             module.get_parameter(f"{hook.name}_v").copy_(drawn)
-        elif isinstance(hook, (SpectralNorm, BasePruningMethod)):
-            name = hook.name if isinstance(hook, SpectralNorm) else hook._tensor_name  # noqa: SLF001 - pruning has no other
-            module.get_parameter(f"{name}_orig").copy_(getattr(module, name))
-            for _ in range(POWER_ITERATIONS if isinstance(hook, SpectralNorm) else 0):
+        elif isinstance(hook, SpectralNorm):
+            module.get_parameter(f"{hook.name}_orig").copy_(getattr(module, hook.name))
+            for _ in range(POWER_ITERATIONS):
                 hook.compute_weight(module, do_power_iteration=True)
+        elif isinstance(hook, BasePruningMethod):
+            name = hook._tensor_name  # noqa: SLF001 - pruning has no other
+            module.get_parameter(f"{name}_orig").copy_(getattr(module, name))
 
 
 def input_channels(module: nn.Module, default: int) -> int:

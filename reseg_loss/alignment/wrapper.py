@@ -460,11 +460,10 @@ class ReSegWrapper(Regularizer):
         # as dicts: a checkpoint has lists where the user may have written tuples
         saved, mine = settings.to_dict(), self.settings.to_dict()
         same = all(saved[name] == mine[name] for name in saved if name not in AT_RUN_TIME)
-        if parts is not None:
-            restored = restore(self._origin, parts, settings, self._parts, keep=same)
+        restored = None if parts is None else restore(self._origin, parts, settings, self._parts, keep=same)
         self._settings, self.recon_loss = settings, recon_loss
         self._labels_checked = False  # its settings may say otherwise what a label is
-        if parts is not None:
+        if restored is not None:
             self._use(restored)
         elif not same and self._parts is not None:
             self._parts.remove()

@@ -117,7 +117,7 @@ def as_path(output: int | str | Sequence[int | str] | None) -> tuple[int | str, 
     """
     if output is None:
         return None
-    path = tuple(output) if isinstance(output, (list, tuple)) else (output,)
+    path: tuple[Any, ...] = tuple(output) if isinstance(output, (list, tuple)) else (output,)
     if not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in path):
         raise ReSegError(f"output={output!r}; it is an index, a key, or a tuple of them")
     return path

@@ -245,7 +245,7 @@ def test_refusals():
         wrapper(UNet(in_channels=2), example_input=image.expand(-1, 2, -1, -1)).fit_recon(
             [(image, label)], epochs=1, progress=False
         )
-    with pytest.raises(ReSegError, match=r"an image is a tensor .* got ndarray"):
+    with pytest.raises(ReSegError, match=r"an image is a tensor.* got a ndarray"):
         wrapper().fit_recon([(image.numpy(), label)], epochs=1, progress=False)
     frozen = wrapper(example_input=image)
     frozen.freeze_teacher()

@@ -154,7 +154,7 @@ def test_a_function_turns_any_batch_into_image_and_label():
             fit([item])
     with pytest.raises(ReSegError, match=r"from a batch to \(image, label\); it returned Tensor"):
         fit([(image, label)], batch=lambda b: b[0])
-    with pytest.raises(ReSegError, match=r"a label is a tensor .* got str"):
+    with pytest.raises(ReSegError, match=r"a label is a tensor.* got a str"):
         fit([(image, label)], batch=lambda b: (b[0], "label"))
     with pytest.raises(ReSegError, match="batch= is a function"):
         fit([(image, label)], batch=4)
