@@ -111,10 +111,10 @@ class Regularizer:
             TapError: the model has not the taps of the state. All is then as it was, too.
         """
         self._check_state(state)
-        weight, calls = check_weight("weight", state["weight"]), state["calls"]
-        check_number("calls", calls, least=0, whole=True)
+        weight = check_weight("weight", state["weight"])
+        check_number("calls", state["calls"], least=0, whole=True)
         self._load(state)
-        self._weight, self._calls = weight, calls
+        self._weight, self._calls = weight, state["calls"]
         self._arm()
 
     def __repr__(self) -> str:

@@ -313,11 +313,12 @@ def _of_task_loss(name: str, ignore_index: int | None) -> str:
 
 def _check_dtype(own: torch.dtype, features: Sequence[Tensor]) -> None:
     """Raise a ReSegError unless heads of a dtype can take the features."""
-    for dtype in {x.dtype for x in features} - {own}:
-        raise ReSegError(
-            f"the decoder's features are {dtype}, the heads of deep supervision {own}: the model was moved to another "
-            f"dtype, so move the heads, too, by ds.to({dtype})"
-        )
+    for x in features:
+        if x.dtype != own:
+            raise ReSegError(
+                f"the decoder's features are {x.dtype}, the heads of deep supervision {own}: the model was moved to "
+                f"another dtype, so move the heads, too, by ds.to({x.dtype})"
+            )
 
 
 def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:
