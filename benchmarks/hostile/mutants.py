@@ -119,7 +119,7 @@ MUTANTS = (
     _one(
         "a term's weight ignored",
         "CrossAlignmentLoss.term_weight",
-        'return getattr(self, name.rpartition("_")[0] or name)',
+        "return getattr(self, kind)",
         "return 1.0",
     ),
     _one(
@@ -183,13 +183,13 @@ MUTANTS = (
     ),
     _one(
         "deep supervision shifts the label",
-        "_nearest",
+        "nearest",
         "torch.arange(n, device=label.device) * full // n",
         "((torch.arange(n, device=label.device) + 1) * full // n - 1)",
     ),
     _one(
         "deep supervision takes the last pixel",
-        "_nearest",
+        "nearest",
         "slice(None, None, full // n)",
         "slice(full // n - 1, None, full // n)",
     ),

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.hostile import caught, changes, inputs, nets
 from benchmarks.hostile.__main__ import main
+from benchmarks.hostile.mutants import MUTANTS
 from benchmarks.hostile.verdict import Tally, tally
 
 HOW = "python -m benchmarks.hostile"
@@ -33,6 +34,12 @@ def test_some_nets_and_models_changed_under_the_hooks() -> None:
     tally("nets", [*list(nets.attempts_on_own())[::2], *nets.attempts(0, 2)], found, HOW)
     tally("compile", [a for a in changes.attempts() if not a.target.startswith("compile")][::20], found, HOW)
     clean(found, 8)
+
+
+def test_every_mutant_still_finds_its_place_in_the_code() -> None:
+    for mutant in MUTANTS:
+        with mutant.applied():
+            pass
 
 
 def test_some_mutants_are_caught() -> None:
