@@ -355,10 +355,19 @@ class CutMixConsistency(Regularizer):
             a.copy_(p)
 
     def _to_model(self) -> None:
-        """To the model's device, which may have moved since."""
+        """To the model's device, which may have moved since; a ReSegError if its dtype has."""
         mine, theirs = (next(m.parameters(), None) for m in (self._average, self._model))
-        if mine is not None and theirs is not None and mine.device != theirs.device:
+        if mine is None or theirs is None:
+            return
+        if mine.device != theirs.device:
             self._average.to(theirs.device)
+        if theirs.dtype.itemsize < 4:
+            _refuse_low(self._model)
+        if mine.dtype != theirs.dtype:
+            raise ReSegError(
+                f"the model's parameters are {theirs.dtype}, its mean teacher's {mine.dtype}: the model was moved to "
+                f"another dtype, so move the mean teacher, too, by mixed.to({theirs.dtype})"
+            )
 
 
 def _checked(rampup_steps: Any, threshold: Any, ema_decay: Any) -> tuple[int | None, float, float]:
@@ -374,13 +383,18 @@ def _copy(model: nn.Module) -> nn.Module:
     """The mean teacher of a model."""
     _refuse_sharded(model)
     refuse_lazy(model)
+    _refuse_low(model)
+    return copy_model(model, "the mean teacher", "leave it as it was until this is built").requires_grad_(False)
+
+
+def _refuse_low(model: nn.Module) -> None:
+    """Raise a ReSegError if parameters are too coarse for an average."""
     low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
     if low:
         raise ReSegError(
             f"the model has {', '.join(map(str, low))} parameters, in which the small steps of an average are rounded "
             "away; keep them in float32 and use torch.autocast"
         )
-    return copy_model(model, "the mean teacher", "leave it as it was until this is built").requires_grad_(False)
 
 
 def _uncompiled(model: nn.Module) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .common.inputs import check_weight, refuse_evaluation
+from .common.inputs import check_number, check_weight, refuse_evaluation
 from .common.state import check_state
 from .errors import ReSegError
 from .recording.copying import unwrap
@@ -79,12 +79,12 @@ class Regularizer:
 
     def record(self) -> AbstractContextManager[None]:
         """Mark the forward that the next loss is for, in loops with several forwards a step."""
-        extractor = self._recorder()
+        extractor = self._extractor_if_any()
         return nullcontext() if extractor is None else extractor.record()
 
     def remove(self) -> None:
         """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
-        extractor = self._recorder()
+        extractor = self._extractor_if_any()
         if extractor is not None:
             extractor.remove()
         self._removed = True
@@ -112,6 +112,7 @@ class Regularizer:
         """
         self._check_state(state)
         weight = check_weight("weight", state["weight"])
+        check_number("calls", state["calls"], least=0, whole=True)
         self._load(state)
         self._weight, self._calls = weight, state["calls"]
         self._arm()
@@ -132,7 +133,7 @@ class Regularizer:
         """What `to` moves."""
         return []
 
-    def _recorder(self) -> FeatureExtractor | None:
+    def _extractor_if_any(self) -> FeatureExtractor | None:
         """What records the model's forward, once there is one."""
         return None
 

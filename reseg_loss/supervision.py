@@ -210,7 +210,7 @@ class DeepSupervision(Regularizer):
     def _beside(self) -> list[nn.Module]:
         return [self.heads]
 
-    def _recorder(self) -> FeatureExtractor | None:
+    def _extractor_if_any(self) -> FeatureExtractor | None:
         return self._extractor
 
     def _make(self, plan: TapPlan, classes: int, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
@@ -252,9 +252,11 @@ class DeepSupervision(Regularizer):
         for level, x in zip(self.extractor.plan.selected, features.decoder):
             _check_covers(level.stride, x.shape[2:], image[2:])
         refuse_join(self._model, "the heads of deep supervision are reduced beside it")
+        enabled, dtype = recorded.autocast
+        if not enabled:
+            _check_dtype(next(self.parameters()).dtype, features.decoder)
         self._heads = distributed(self._heads, device)
         self._unmoved.check(self._heads.parameters())
-        enabled, dtype = recorded.autocast
         with torch.autocast(device.type, dtype=dtype, enabled=enabled):
             logits = self._heads(inputs)
         values: dict[str, Tensor] = {}
@@ -307,6 +309,16 @@ def _of_task_loss(name: str, ignore_index: int | None) -> str:
         f"task_loss is NaN or infinite for the head {name}, whose logits are finite. Most losses are where every pixel "
         f"of the label is one that they ignore{hint}; or the label itself is not finite"
     )
+
+
+def _check_dtype(own: torch.dtype, features: Sequence[Tensor]) -> None:
+    """Raise a ReSegError unless heads of a dtype can take the features."""
+    for x in features:
+        if x.dtype != own:
+            raise ReSegError(
+                f"the decoder's features are {x.dtype}, the heads of deep supervision {own}: the model was moved to "
+                f"another dtype, so move the heads, too, by ds.to({x.dtype})"
+            )
 
 
 def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:

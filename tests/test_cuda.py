@@ -540,8 +540,8 @@ class Graphs:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    graphs = Graphs(capture.recorded)
-    monkeypatch.setattr(capture, "recorded", graphs)
+    graphs = Graphs(capture.capture_forward)
+    monkeypatch.setattr(capture, "capture_forward", graphs)
     return graphs
 
 

@@ -1,7 +1,7 @@
 """The frozen teacher's forward as CUDA graphs, which cost the host one launch however many layers there are.
 
 A graph writes its features to the same memory at every replay. Autograd is told so, and refuses a backward that comes
-after the next one. Python in the forward (a hook that counts, say) runs while a graph is recorded only.
+after the next one. Python in the forward (a hook that counts, say) runs while a graph is captured only.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Captured:
     def _replay(
         self, forward: Callable[[Tensor], Features], encoded: Tensor, made_of: Any, autocast: tuple[bool, torch.dtype]
     ) -> Callable[[Tensor], Features] | None:
-        """The replay for an input, recorded now if it is the first of its kind; None where there can be none."""
+        """The replay for an input, captured now if it is the first of its kind; None where there can be none."""
         if self._failed:
             return None
         if made_of != self._made_of:
@@ -75,7 +75,7 @@ class Captured:
             self._full = True
             return None
         try:
-            self._replays[key] = recorded(forward, encoded)
+            self._replays[key] = capture_forward(forward, encoded)
         except RuntimeError as error:
             # the end of a capture that broke may hide why it did
             if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
@@ -89,11 +89,11 @@ class Captured:
 
 
 def serves(device: torch.device) -> bool:
-    """Whether graphs can be recorded on a device now; a step that is captured itself contains the forward."""
+    """Whether graphs can be captured on a device now; a step that is captured itself contains the forward."""
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def recorded(forward: Callable[[Tensor], Features], encoded: Tensor) -> Callable[[Tensor], Features]:
+def capture_forward(forward: Callable[[Tensor], Features], encoded: Tensor) -> Callable[[Tensor], Features]:
     """A function that copies an input like `encoded` to the graph's and replays it.
 
     Raises:

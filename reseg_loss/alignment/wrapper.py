@@ -419,7 +419,7 @@ class ReSegWrapper(Regularizer):
         if self._parts is not None:
             self._parts.student.enabled = self._aligns
 
-    def _recorder(self) -> FeatureExtractor | None:
+    def _extractor_if_any(self) -> FeatureExtractor | None:
         return None if self._parts is None else self._parts.student
 
     def _beside(self) -> list[nn.Module]:

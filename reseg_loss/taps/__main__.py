@@ -48,9 +48,12 @@ class _UsageError(Exception):
 
 def _integers(text: str, option: str) -> list[int]:
     try:
-        return [int(number) for number in text.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError:
-        raise _UsageError(f"{option} {text}: these are whole numbers with commas between, as in 1,3,224,224") from None
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise _UsageError(f"{option} {text}: these are whole numbers from 1 on with commas between, as in 1,3,224,224")
+    return numbers
 
 
 def _keyword(text: str) -> tuple[str, Any]:

@@ -19,7 +19,7 @@ def covers(fine: Size, coarse: Size) -> bool:
 
 
 class Graph:
-    """What the stages ask of a trace: sizes of nodes, where they come from, which calls return or take them."""
+    """What finding taps asks of a trace: sizes of nodes, where they come from, which calls return or take them."""
 
     def __init__(self, trace: Trace) -> None:
         self.nodes, self.calls, self.trace = trace.nodes, trace.calls, trace

@@ -12,7 +12,7 @@ from .locate import tap_at
 from .trunk import Trunk, find_trunk
 
 
-class Origin(IntEnum):
+class Standing(IntEnum):
     """How a tensor stands to the encoder, that which is the skip first."""
 
     ADAPTER = 0  # convolutions or the like made it of the encoder's, on the way of the skip
@@ -23,7 +23,7 @@ class Origin(IntEnum):
 class Candidate(NamedTuple):
     """A tensor that a skip may stand for."""
 
-    origin: Origin
+    standing: Standing
     node: int
 
 
@@ -139,15 +139,15 @@ def _encoder_side(trunk: Trunk, operand: int, size: Size) -> list[Candidate]:
     for node in todo:
         if node not in trunk.decoder:
             if node in trunk.encoder or (_fuses(trunk, node) and tap_at(graph, node)):
-                return [*found, Candidate(Origin.ENCODER, node)]
-            found.append(Candidate(Origin.ADAPTER if chain and _adapts(trunk, node) else Origin.OTHER, node))
+                return [*found, Candidate(Standing.ENCODER, node)]
+            found.append(Candidate(Standing.ADAPTER if chain and _adapts(trunk, node) else Standing.OTHER, node))
         if node in trunk.pure:
             new = [s for s in trunk.folded.sources(node) if s not in seen and s not in graph.inputs]
             new = [s for s in new if graph.size(s) == size]
             chain = chain and len(new) == 1
             seen.update(new)
             todo += new
-    return [Candidate(Origin.OTHER, candidate.node) for candidate in found]
+    return [Candidate(Standing.OTHER, candidate.node) for candidate in found]
 
 
 def _fuses(trunk: Trunk, node: int) -> bool:
@@ -174,7 +174,7 @@ def is_one_of_several(trunk: Trunk, floor: Floor, skip: int) -> bool:
 def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
     """The skip of a level: what carries the encoder's feature there, as near to where it joins as there is."""
     candidates = [c for c in floor.skips if tap_at(trunk.graph, c.node)]
-    return min(candidates, key=lambda candidate: candidate.origin).node if candidates else None
+    return min(candidates, key=lambda candidate: candidate.standing).node if candidates else None
 
 
 def is_raw_join(trunk: Trunk, node: int) -> bool:

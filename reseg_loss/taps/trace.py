@@ -17,14 +17,14 @@ from ..common.dryrun import call, check_module, dry_run, image_of, private_copy,
 Keys = tuple[int | str, ...]
 
 # operators by name, of evaluation, in which they are not fused with a loss
-ACTIVATIONS = {
+ACTIVATION_OPERATORS = {
     "sigmoid": "sigmoid",
     "log_sigmoid_forward": "log-sigmoid",
     "_softmax": "softmax",
     "_log_softmax": "log-softmax",
 }
 # what may stand between an activation and the output and leaves its values as they are
-PASSING = ("_to_copy", "clone", "slice", "select", "view", "_unsafe_view", "alias", "unsqueeze", "detach")
+PASSED_BY = ("_to_copy", "clone", "slice", "select", "view", "_unsafe_view", "alias", "unsqueeze", "detach")
 
 
 class Ref(NamedTuple):
@@ -80,9 +80,9 @@ class Trace:
         held = output.untyped_storage().data_ptr()
         returned = dict(self.calls[0].outputs)
         node = next(returned[k] for k, t in tensors(self.output) if t.untyped_storage().data_ptr() == held)
-        while (operator := self.nodes[node].operator.removeprefix("aten::")) in PASSING and self.nodes[node].sources:
+        while (operator := self.nodes[node].operator.removeprefix("aten::")) in PASSED_BY and self.nodes[node].sources:
             node = self.nodes[node].sources[0]
-        return ACTIVATIONS.get(operator.rstrip("_"))
+        return ACTIVATION_OPERATORS.get(operator.rstrip("_"))
 
     def common_activation(self) -> str | None:
         """The `activation` of what the model returned in the image's size; None where any of it ends in none."""

@@ -55,7 +55,7 @@ class Graphs:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     graphs = Graphs()
-    monkeypatch.setattr(capture, "recorded", graphs)
+    monkeypatch.setattr(capture, "capture_forward", graphs)
     monkeypatch.setattr(capture, "serves", lambda device: True)
     return graphs
 

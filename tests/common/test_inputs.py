@@ -121,6 +121,28 @@ def test_a_label_that_is_all_ignored_is_named_where_the_loss_is_nan_there():
     assert heads(UNet(), ignoring, ignore_index=IGNORED)(image, torch.full_like(label, IGNORED)) == 0
 
 
+def test_a_model_that_is_moved_to_another_dtype_is_named_and_what_is_beside_it_can_follow():
+    image, label = (x.double() if x.is_floating_point() else x for x in batch())
+    model = UNet()
+    ds = DeepSupervision(model, batch()[0], ignore_index=IGNORED)
+    mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
+    model.double()
+    model(image)
+    with pytest.raises(ReSegError, match=r"features are torch.float64, the heads .* by ds.to\(torch.float64\)"):
+        ds.loss(label, task_loss)
+    with pytest.raises(ReSegError, match=r"mean teacher's torch.float32.* by mixed.to\(torch.float64\)"):
+        mixed.loss(image, ignoring)
+    for each in (ds, mixed):
+        each.to(torch.float64)
+    model(image)
+    assert ds.loss(label, task_loss) > 0
+    assert mixed.loss(image, ignoring) >= 0
+    model.bfloat16()
+    mixed.to(torch.bfloat16)
+    with pytest.raises(ReSegError, match=r"bfloat16 parameters, in which the small steps"):
+        mixed.update()
+
+
 @pytest.mark.parametrize("make", [alignment, heads])
 def test_an_empty_batch_is_named(make):
     image, label = batch()

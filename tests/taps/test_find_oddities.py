@@ -1218,6 +1218,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["test_find_oddities:Small", "wide=3"], "unexpected keyword argument 'wide'. It takes (width: "),
         (["test_find_oddities:Small", "3"], "'3' is no argument of the model: write NAME=VALUE"),
         (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: these are whole numbers"),
+        (["test_find_oddities:Small", "--shape=1,-3,32,32"], "--shape 1,-3,32,32: these are whole numbers from 1 on"),
         (["test_find_oddities:NAMES"], "is list, not a class or a function"),
         (["test_find_oddities:Output", "features=1"], "returned Output, not a torch.nn.Module"),
     ],
