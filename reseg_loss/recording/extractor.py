@@ -18,6 +18,7 @@ from ..taps.named import module_of
 from .copying import unwrap
 from .hooks import (
     AllSeen,
+    Forward,
     InputHook,
     OutputHook,
     Place,
@@ -260,16 +261,17 @@ class FeatureExtractor:
                 "If another model of this class was compiled before, without hooks, its code is used for this one, "
                 "too: call torch._dynamo.reset() once the hooks are set"
             )
-        without = [str(tap) for tap in taps if forward["grad"] and not forward["seen"][str(tap)][3]]
+        without = [name for name, (*_, grad) in forward["seen"].items() if forward["grad"] and not grad]
         if without:
             raise TapError(
                 f"taps ran without gradients although they are on for the model: {', '.join(without)}. "
                 "If that is activation checkpointing, pass use_reentrant=False; if it is no_grad around a frozen "
                 "encoder, freeze it with requires_grad_(False) instead"
             )
+        assert forward["autocast"] is not None  # a tap has fired
         return Recorded(self._read(forward), forward["image"], forward["autocast"])
 
-    def _read(self, forward: dict[str, Any]) -> Features:
+    def _read(self, forward: Forward) -> Features:
         image = forward["image"].shape[2:]
 
         def feature(tap: Tap) -> Tensor:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ NO_REPLICAS = """nn.DataParallel runs replicas whose features are lost; use Dist
     model = nn.parallel.DistributedDataParallel(model.to(device), device_ids=[device])  # instead of nn.DataParallel
     loader = DataLoader(data, batch_size, sampler=torch.utils.data.DistributedSampler(data))
 and start it with: torchrun --nproc_per_node=NUMBER_OF_GPUS train.py"""
+
+
+# what a tap leaves: what is kept of its tensor (itself or a clone), the tensor, its version, and whether gradients were
+# on; a plain tuple, as older compilers trace no more
+Seen = tuple[Tensor, Tensor, "int | None", bool]
+
+
+class Forward(TypedDict):
+    """What the hooks write down of one forward."""
+
+    image: Tensor
+    settled: bool  # whether the hooks' order was made right before it
+    autocast: tuple[bool, torch.dtype] | None  # at the first tap
+    grad: bool
+    calls: dict[str, int]  # of each tapped module so far
+    seen: dict[str, Seen]  # by tap
 
 
 class Place(NamedTuple):
@@ -42,8 +58,8 @@ class Recording:
         self.clone: frozenset[str] = frozenset()  # taps that are overwritten later
         self.wanted = 0  # the number of taps after which a forward is ended; 0: it goes on
         self.held = False  # a forward of `record()` waits to be read: others are ignored
-        self.open: dict[str, Any] | None = None  # the forward that is running
-        self.done: dict[str, Any] | None = None  # the forward that waits to be read
+        self.open: Forward | None = None  # the forward that is running
+        self.done: Forward | None = None  # the forward that waits to be read
         self.several = False
 
     def forget(self) -> None:
