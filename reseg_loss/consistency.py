@@ -155,6 +155,7 @@ class CutMixConsistency(Regularizer):
         if isinstance(weight, Tensor):
             if weight.ndim:
                 raise ReSegError(f"weight= has shape {tuple(weight.shape)}; it is a number or a scalar tensor")
+            refuse_not_finite(weight, {}, "weight= is NaN or infinite")
         elif weight is not None:
             check_weight("weight", weight)
         factor = self.factor() if weight is None else weight

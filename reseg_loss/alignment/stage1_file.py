@@ -15,7 +15,7 @@ from ..common.files import first_line, told, try_writing, write_atomically
 from ..common.state import check_entries, plain_state, unreadable
 from ..errors import ReSegError
 
-FORMAT = 2  # of the file of stage 1
+FORMAT = 1  # of the file of stage 1
 ENTRIES: dict[str, Any] = {  # of it; the wrapper looks at its own state
     "format": int,
     "wrapper": dict,

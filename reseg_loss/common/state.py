@@ -32,7 +32,7 @@ def check_state(state: Any, kind: str, known: int, entries: Mapping[str, Any]) -
         what = "" if isinstance(state, Mapping) else f" but a {type(state).__name__}"
         raise ReSegError(f"this is no state that state_dict() of a {kind} gave{what}; is it the model's?")
     if state.get("kind") != kind:
-        made_by = f"a {state['kind']}" if "kind" in state else "an earlier version, which does not name its kind"
+        made_by = f"a {state['kind']}" if "kind" in state else "something that does not name its kind"
         raise ReSegError(f"this state is of {made_by}, and a {kind} is to load it")
     if state["format"] != known:
         raise ReSegError(f"this state has format {state['format']!r}, not {known}; it is of another version")

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from ..alignment.wrapper import ReSegWrapper
 from ..errors import ReSegError
 from ..regularizer import Regularizer
+from . import checked
 
 
 class ReSegCallback(Callback):
@@ -33,7 +34,7 @@ class ReSegCallback(Callback):
     """
 
     def __init__(self, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
-        self.loader, self.fit_recon = loader, fit_recon
+        self.loader, self.fit_recon = loader, checked(fit_recon)
         self._found: dict[str, Regularizer] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

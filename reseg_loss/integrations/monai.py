@@ -10,6 +10,7 @@ from torch import Tensor
 from ..alignment.wrapper import ReSegWrapper
 from ..errors import ReSegError
 from ..supervision import DeepSupervision
+from . import checked
 
 if TYPE_CHECKING:
     from monai.engines.trainer import SupervisedTrainer
@@ -32,7 +33,7 @@ class ReSegHandler:
 
     def __init__(self, reseg: ReSegWrapper, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
         _check_kind(self, reseg, ReSegWrapper)
-        self.reseg, self.loader, self.fit_recon = reseg, loader, fit_recon
+        self.reseg, self.loader, self.fit_recon = reseg, loader, checked(fit_recon)
 
     def attach(self, engine: SupervisedTrainer) -> None:
         """Called by the trainer.

@@ -484,7 +484,7 @@ def test_a_file_of_another_version_is_told_from_others(tmp_path):
     path = tmp_path / "stage1.pt"
     fit(path)
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "format": 1}, path)
+    torch.save({**state, "format": 0}, path)
     with pytest.raises(ReSegError, match="of another version of this library"):
         fit(path)
     torch.save({"a": np.float64(1)}, path)

@@ -278,3 +278,8 @@ def test_a_failed_stage_1_leaves_no_half_trained_teacher_in_a_checkpoint():
     assert "reseg" not in callback.state_dict()
     module.reseg.freeze_teacher()
     assert "reseg" in callback.state_dict()
+
+
+def test_a_keyword_that_fit_recon_has_not_is_refused_when_the_callback_is_made():
+    with pytest.raises(TypeError, match="epoch"):
+        ReSegCallback(epoch=5)
