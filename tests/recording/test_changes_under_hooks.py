@@ -411,7 +411,7 @@ HOW = {"eager": {}, "compiled": {"compile_teacher": True}, "captured": {"capture
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: original(f, **{"backend": "eager", **kwargs}))
-    monkeypatch.setattr(capture, "recorded", Graphs())
+    monkeypatch.setattr(capture, "capture_forward", Graphs())
     monkeypatch.setattr(capture, "serves", lambda device: True)
     return HOW[request.param]
 
