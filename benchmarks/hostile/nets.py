@@ -6,7 +6,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def _compare_features(case: Case, truth: Truth) -> None:
     oracle.same([*found.encoder, *found.decoder, found.bottleneck], expected, "the features")
 
 
-def _compare_loss(case: Case, truth: Truth, preset: str) -> None:
+def _compare_loss(case: Case, truth: Truth, preset: str, within: float = 1e-3) -> None:
     model, image = case.model, case.image
     label = torch.randint(0, 2, (len(image), *image.shape[2:]))
     reseg = ReSegWrapper(model, example_input=image, preset=preset, weight=0.5)
@@ -132,7 +132,7 @@ def _compare_loss(case: Case, truth: Truth, preset: str) -> None:
         before, body, _ = teacher_parts(reseg.teacher, type(model))
         trial = copy.deepcopy(body).eval()
         with oracle.watching(trial, truth) as seen, torch.no_grad():
-            trial(before(oracle.index_map(label)[0].float()))
+            trial(before(oracle.index_map(label)[0].to(image.dtype)))
             teacher = seen()
 
         def loss_of(features: Seen) -> Tensor:
@@ -143,10 +143,17 @@ def _compare_loss(case: Case, truth: Truth, preset: str) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         found = oracle.gradients(ours, parameters)
         try:
-            oracle.near(found, oracle.gradients(reference, parameters), "the gradient", 1e-3)
+            oracle.near(found, oracle.gradients(reference, parameters), "the gradient", within)
         except WrongError:
-            # torch's own: of one image the backward of InstanceNorm2d is wrong for a gradient with channels last
-            oracle.near(found, _in_order(loss_of, student, parameters), "the gradient", 1e-3)
+            try:
+                # torch's own: of one image the backward of InstanceNorm2d is wrong for a gradient with channels last
+                oracle.near(found, _in_order(loss_of, student, parameters), "the gradient", within)
+            except WrongError:
+                if image.dtype == torch.float64:
+                    raise
+                # where a channel hardly varies, fp32 itself is off by more, ours and the reference's: fp64 tells
+                double = replace(case, model=copy.deepcopy(model).double(), image=image.double())
+                _compare_loss(double, truth, preset, 1e-9)
     finally:
         reseg.remove()
 
