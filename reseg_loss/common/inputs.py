@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +117,14 @@ def check_number(
     return int(value) if whole else float(value)
 
 
+def is_dense(x: Any) -> TypeGuard[Tensor]:
+    """Whether `x` is a tensor that has its values in memory, one by one: neither sparse nor on meta."""
+    return isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+
+
 def check_feature(name: str, x: Any) -> None:
     """Raise a ReSegError unless `x` is a dense floating point tensor (B, C, ...) that has values."""
-    dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
-    if not dense or not x.is_floating_point() or x.ndim < 2:
+    if not is_dense(x) or not x.is_floating_point() or x.ndim < 2:
         raise ReSegError(f"{name} is {outline(x)}; it must be a dense floating point tensor (B, C, ...)")
 
 

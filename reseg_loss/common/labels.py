@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ReSegError, outline
+from .inputs import is_dense
 
 _FEW_OPERATORS = (torch.uint16, torch.uint32, torch.uint64)  # torch compares and adds hardly anything in them
 
@@ -29,8 +30,7 @@ def plain_label(label: Any, what: str = "a label") -> Tensor:
         ReSegError: it is no tensor, or one that is complex, sparse or without values.
     """
     label = unwrapped(label)
-    dense = isinstance(label, Tensor) and label.layout == torch.strided and label.device.type != "meta"
-    if not dense or label.is_complex():
+    if not is_dense(label) or label.is_complex():
         raise ReSegError(
             f"{what} is a tensor, dense and of real numbers, or a list whose element 0 is one, got {outline(label)}"
         )
