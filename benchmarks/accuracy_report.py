@@ -251,21 +251,27 @@ def origins(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"Runs: {'; '.join(parts)}."
 
 
-def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") -> bool:
-    """Paired differences in DSC to the reference, a panel per plan that has one, seeds as dots; False without any."""
-    all_scores = [s for s in all_scores if reference in s.lines and s.values(reference, "mean_dsc")]
-    if not all_scores:
-        return False
+def _panels(all_scores: Sequence[Scores], beside: float) -> tuple[Any, list[Any]]:
+    """A figure, and a panel of it per plan, as high as the most rows and `beside` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     most, columns = max(len(scores.lines) for scores in all_scores), min(2, len(all_scores))
     rows = -(-len(all_scores) // columns)
-    drawn = Figure(figsize=(5.2 * columns + 1.5, rows * (0.32 * most + 1.3)), layout="constrained")
+    drawn = Figure(figsize=(5.2 * columns + 1.5, rows * (0.32 * most + beside)), layout="constrained")
     FigureCanvasAgg(drawn)
     panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[len(all_scores) :]:
         axes.set_visible(False)
+    return drawn, panels
+
+
+def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") -> bool:
+    """Paired differences in DSC to the reference, a panel per plan that has one, seeds as dots; False without any."""
+    all_scores = [s for s in all_scores if reference in s.lines and s.values(reference, "mean_dsc")]
+    if not all_scores:
+        return False
+    drawn, panels = _panels(all_scores, 1.3)
     for axes, scores in zip(panels, all_scores):
         base = scores.values(reference, "mean_dsc")
         names = [name for name in scores.lines if name != reference]
@@ -294,16 +300,7 @@ def field_figure(all_scores: Sequence[Scores], path: Path) -> bool:
     all_scores = [scores for scores in all_scores if scores.runs]
     if not all_scores:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    most, columns = max(len(scores.lines) for scores in all_scores), min(2, len(all_scores))
-    rows = -(-len(all_scores) // columns)
-    drawn = Figure(figsize=(5.2 * columns + 1.5, rows * (0.32 * most + 1.6)), layout="constrained")
-    FigureCanvasAgg(drawn)
-    panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels[len(all_scores) :]:
-        axes.set_visible(False)
+    drawn, panels = _panels(all_scores, 1.6)
     for axes, scores in zip(panels, all_scores):
         plan, settings = scores.plan, scores.plan.settings
         for row, name in enumerate(scores.lines):
