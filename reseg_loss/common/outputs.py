@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,12 @@ def activation_of(output: Tensor) -> str | None:
 
 def common_activation(output: Any, spatial: tuple[int, ...]) -> str | None:
     """`activation_of` what a model returns in the image's size; None where any of it ends in none."""
-    found = [activation_of(tensor) for _, tensor in tensors(output) if tuple(tensor.shape[2:]) == spatial]
+    return of_all(activation_of(tensor) for _, tensor in tensors(output) if tuple(tensor.shape[2:]) == spatial)
+
+
+def of_all(activations: Iterable[str | None]) -> str | None:
+    """The activation that outputs end in, the first one's; None where any of them ends in none, and without outputs."""
+    found = list(activations)
     return found[0] if found and None not in found else None
 
 

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.dryrun import call, check_module, dry_run, image_of, private_copy, tensors
+from ..common.outputs import of_all
 
 Keys = tuple[int | str, ...]
 
@@ -87,8 +88,7 @@ class Trace:
     def common_activation(self) -> str | None:
         """The `activation` of what the model returned in the image's size; None where any of it ends in none."""
         size = self.image[2:]
-        found = [self.activation(t) for _, t in tensors(self.output) if tuple(t.shape[2:]) == size]
-        return found[0] if found and None not in found else None
+        return of_all(self.activation(t) for _, t in tensors(self.output) if tuple(t.shape[2:]) == size)
 
     def mutated(self, node: int, call: Call) -> bool:
         """Whether the storage of `node` is written to after `call` has returned it."""
