@@ -17,7 +17,7 @@ FLOORS = (  # a room imports from those below its floor and from itself; those o
     ("functional", "mixing"),
     ("taps",),
     ("recording",),
-    ("regularizer",),
+    ("mean_teacher", "regularizer"),
     ("alignment", "supervision"),
     ("consistency",),
     ("integrations",),
