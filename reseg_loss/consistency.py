@@ -113,7 +113,9 @@ class CutMixConsistency(Regularizer):
         self._mean_teacher = MeanTeacher(model, ema_decay)
         self._endings: tuple[Ending, Ending] | None = None
         self._hook(output)
+        self._shares: Tensor | None = None
         self._forgotten = _Forgotten()
+        self._looked = False  # at values of the first call
         self._asked = False  # whether the task loss leaves `ignore_index` out
 
     @property
@@ -125,6 +127,14 @@ class CutMixConsistency(Regularizer):
         compiled where the model was when this was made; later `mixed.average.compile()` compiles it.
         """
         return self._mean_teacher.network
+
+    @property
+    def sure_shares(self) -> Tensor | None:
+        """Of the last call, and of each class, the share of its pixels that is sure, (classes,); NaN where it has none.
+
+        None before the first. Nothing waits for the device, as in `stats`.
+        """
+        return self._shares
 
     @property
     def ema_decay(self) -> float:
@@ -214,7 +224,7 @@ class CutMixConsistency(Regularizer):
         """
         images = plain_images(images)
         self._refuse_misuse()
-        first = not self._asked
+        first = not self._looked
         refuse_not_finite(images, {}, f"unlabelled {OF_IMAGES}", first=first)
         self._mean_teacher.start()
         logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
@@ -251,8 +261,9 @@ class CutMixConsistency(Regularizer):
             ReSegError: there is none, it is not finite, or it ends in a sigmoid or softmax that is no module.
         """
         prediction, logits = self._select(output, images, 0)
-        refuse_not_finite(logits, {}, OF_MODEL, first=not self._asked)
-        if not self._asked:
+        refuse_not_finite(logits, {}, OF_MODEL, first=not self._looked)
+        if not self._looked:
+            self._looked = True
             what = (
                 "pseudo-labels are taken from logits (output= names others that it returns, or is 'in:' and the path "
                 "of the module that makes probabilities of them)"
@@ -278,8 +289,8 @@ class CutMixConsistency(Regularizer):
         target = torch.where(counts, y.label, torch.zeros_like(y.label))
         value = counts * value_of(task_loss, prediction, target, "unlabelled images")
         refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
-        shares = self._per_class(y.label, prediction.shape[1]) / y.predicted
-        self._last = {"sure": sure.float().mean(), "sure_of": shares}
+        self._shares = self._per_class(y.label, prediction.shape[1]) / y.predicted
+        self._last = {"sure": sure.float().mean()}
         self._calls += 1
         self._forgotten.check(self._model)
         return value
@@ -318,10 +329,8 @@ class CutMixConsistency(Regularizer):
         "weight" is what that call's loss was multiplied with, ramp and all. "sure/1" is that share of the pixels which
         the mean teacher takes for class 1; NaN where it takes none. Reading them waits for the device.
         """
-        last = dict(self._last)
-        shares = last.pop("sure_of", None)
-        told = {"weight": self._weight, **{name: float(value) for name, value in last.items()}}
-        return told | {f"sure/{c}": share for c, share in enumerate([] if shares is None else shares.tolist())}
+        shares = [] if self._shares is None or not self._last else self._shares.tolist()
+        return super().stats() | {f"sure/{c}": share for c, share in enumerate(shares)}
 
     def _state(self) -> dict[str, Any]:
         # but for `perturb`. Random numbers are torch's: save its states beside, as for dropout

@@ -234,12 +234,7 @@ class DeepSupervision(Regularizer):
         total = torch.zeros((), device=outputs.image.device)
         self._last = {}
         for name, x in outputs.logits.items():
-            target, counts = nearest(label, x.shape[2:]), None
-            if self.ignore_index is not None:
-                counts = has_value(target, self.ignore_index).all().logical_not()
-                target = torch.where(counts, target, torch.zeros_like(target))
-            value = value_of(task_loss, x, target, f"the head {name}")
-            value = value if counts is None else value * counts
+            value = coarse_loss(x, label, task_loss, self.ignore_index, f"the head {name}")
             made_of = {
                 OF_IMAGES: [outputs.image],
                 OF_MODEL: [outputs.features[name]],
@@ -395,6 +390,18 @@ def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[in
             f"{tuple(image)}, so their cells do not lie on the label's: the model seems to pad inside. Pad image and "
             "label yourself, to a multiple of the largest stride"
         )
+
+
+def coarse_loss(logits: Tensor, label: Tensor, task_loss: TaskLoss, ignore_index: int | None, where: str) -> Tensor:
+    """The task loss of logits (B, classes, *size) on a label of the image's size, by nearest neighbour; a scalar.
+
+    It is 0 where every pixel of the label is ignored, for most losses are NaN there. `where` is for messages.
+    """
+    target = nearest(label, logits.shape[2:])
+    if ignore_index is None:
+        return value_of(task_loss, logits, target, where)
+    counts = has_value(target, ignore_index).all().logical_not()
+    return counts * value_of(task_loss, logits, torch.where(counts, target, torch.zeros_like(target)), where)
 
 
 def nearest(label: Tensor, size: Sequence[int]) -> Tensor:

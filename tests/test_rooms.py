@@ -20,6 +20,7 @@ FLOORS = (  # a room imports from those below its floor and from itself; those o
     ("mean_teacher", "regularizer"),
     ("alignment", "supervision"),
     ("consistency",),
+    ("semi",),
     ("integrations",),
 )
 LATER = {"semi", "task_losses"}  # for few labels
