@@ -14,7 +14,7 @@ PACKAGE = ROOT / "reseg_loss"
 FLOORS = (  # a room imports from those below its floor and from itself; those of one floor don't know each other
     ("errors",),
     ("common",),
-    ("functional", "mixing"),
+    ("functional", "mixing", "task_losses"),
     ("taps",),
     ("recording",),
     ("mean_teacher", "regularizer"),
