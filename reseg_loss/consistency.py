@@ -29,14 +29,18 @@ BROADCASTS_TWICE = torch.__version__ >= "2.13"
 
 
 class Mixed(NamedTuple):
-    """Images that the model is to learn on, and as what: (B, C, *spatial), and the pseudo-label in its losses' form.
+    """Images that the model is to learn on, and as what.
 
-    `predicted` counts the pixels of each class before those that are not sure were left out, (classes,).
+    Attributes:
+        images: (B, C, *spatial).
+        label: the pseudo-label, in the form of `mixing.predicted`.
+        sure: of the pixels that the mean teacher takes for a class the share that is sure, (classes,); NaN where it
+            takes none.
     """
 
     images: Tensor
     label: Tensor
-    predicted: Tensor
+    sure: Tensor
 
 
 class CutMixConsistency(Regularizer):
@@ -127,14 +131,6 @@ class CutMixConsistency(Regularizer):
         compiled where the model was when this was made; later `mixed.average.compile()` compiles it.
         """
         return self._mean_teacher.network
-
-    @property
-    def sure_shares(self) -> Tensor | None:
-        """Of the last call, and of each class, the share of its pixels that is sure, (classes,); NaN where it has none.
-
-        None before the first. Nothing waits for the device, as in `stats`.
-        """
-        return self._shares
 
     @property
     def ema_decay(self) -> float:
@@ -240,12 +236,13 @@ class CutMixConsistency(Regularizer):
                 f"{self.deep.num_classes}; pass output= with the path to the logits"
             )
         label, confidence = predicted(logits, overlapping=self.overlapping)
-        counts = self._per_class(label, classes)
+        taken = self._per_class(label, classes)
         label = sure_label(label, confidence, self.threshold, self.ignore_index)
+        shares = self._per_class(label, classes) / taken
         mixed, label = self.exchange(images, label)
         mixed = self._perturbed(mixed)
         refuse_not_finite(mixed, {}, "perturb= gave NaN or infinite values for images that are finite", first=first)
-        return Mixed(mixed, label, counts)
+        return Mixed(mixed, label, shares)
 
     def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, *spatial) and their pseudo-label with boxes of others; a subclass may mix them otherwise."""
@@ -277,10 +274,10 @@ class CutMixConsistency(Regularizer):
         Raises:
             ReSegError: `task_loss` fails, or does not leave `ignore_index` out.
         """
-        if prediction.shape[1] != len(y.predicted) and not (prediction.shape[1] == 1 and len(y.predicted) == 2):
+        if prediction.shape[1] != len(y.sure) and not (prediction.shape[1] == 1 and len(y.sure) == 2):
             raise ReSegError(
                 f"the model gave {prediction.shape[1]} channels for the mixed images, its mean teacher "
-                f"{len(y.predicted)} classes; pass output= with the path to the logits"
+                f"{len(y.sure)} classes; pass output= with the path to the logits"
             )
         self._ask(task_loss, prediction, y.label)
         sure = y.label != self.ignore_index
@@ -289,7 +286,7 @@ class CutMixConsistency(Regularizer):
         target = torch.where(counts, y.label, torch.zeros_like(y.label))
         value = counts * value_of(task_loss, prediction, target, "unlabelled images")
         refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
-        self._shares = self._per_class(y.label, prediction.shape[1]) / y.predicted
+        self._shares = y.sure
         self._last = {"sure": sure.float().mean()}
         self._calls += 1
         self._forgotten.check(self._model)
