@@ -22,17 +22,21 @@ _OF_THE_RATE = ("base_lrs", "_last_lr")  # a schedule's entries that follow from
 
 def choices(optimizer: torch.optim.Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
     """What the user chose, as plain values: to be asked before a schedule changes the optimizer's groups."""
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    return {"optimizer": _name_of(optimizer), "groups": plain(_groups(optimizer)), "sizes": sizes, "amp": plain(amp)}
+    return {
+        "optimizer": _name_of(optimizer),
+        "groups": plain(_groups(optimizer)),
+        "sizes": [len(group["params"]) for group in optimizer.param_groups],
+        "amp": plain(amp),
+        "schedule": None,  # see `schedule_choices`
+    }
 
 
-def schedule_choices(scheduler: Any) -> dict[str, Any] | None:
-    """The same of a schedule that has not advanced yet; None without one."""
-    return None if scheduler is None else {"class": _name_of(scheduler), "state": plain(scheduler.state_dict())}
+def schedule_choices(scheduler: Any, kept: bool) -> dict[str, Any] | None:
+    """The same of a schedule that has not advanced yet; None if it is not kept in a file.
 
-
-def check_schedule(scheduler: Any, kept: bool) -> None:
-    """Raise a ReSegError unless `step()` works without arguments and, if it is kept in a file, the state can be had."""
+    Raises:
+        ReSegError: `step()` does not work without arguments, or the state of what is kept cannot be had.
+    """
     needed = ("step", "state_dict", "load_state_dict") if kept else ("step",)
     missing = [name for name in needed if not callable(getattr(scheduler, name, None))]
     if missing:
@@ -50,15 +54,11 @@ def check_schedule(scheduler: Any, kept: bool) -> None:
         ) from error
     except ValueError:  # of what is written in C there is no signature
         pass
+    return {"class": _name_of(scheduler), "state": plain(scheduler.state_dict())} if kept else None
 
 
 def refuse_another_stage_1(
-    resumed: Mapping[str, Any],
-    file: str,
-    settings: Settings,
-    standardize_image: bool,
-    named: Mapping[str, Any],
-    plan: TapPlan | None,
+    resumed: Mapping[str, Any], file: str, settings: Settings, standardize_image: bool, named: Any, plan: TapPlan | None
 ) -> None:
     """Raise a ReSegError if a file's stage 1 had other settings, images or taps than this one.
 

@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..common.dryrun import preserved_modes, preserved_rng
+from ..common.dryrun import preserved_rng
 from ..common.labels import LabelEncoding, plain_label
 from ..common.outputs import select_output
 from ..errors import ReSegError
@@ -259,14 +259,6 @@ def refuse_sharded(model: nn.Module) -> None:
             "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
             "or pass teacher="
         )
-
-
-@contextmanager
-def evaluating(teacher: Teacher) -> Iterator[None]:
-    """Evaluation without gradients; train flags and buffers are as before afterwards."""
-    with preserved_modes(teacher), torch.no_grad(), teacher.unmoved():
-        teacher.eval()
-        yield
 
 
 def _changed(now: Tensor | None, before: Tensor) -> bool:
