@@ -24,15 +24,12 @@ from .settings import Settings, criterion_of
 from .targets import Targets
 from .teacher import Teacher, copy_for_teacher, input_channels, refuse_sharded
 
+CHANNELS = ("in_channels", "out_channels", "image_channels")  # of `Teacher`
 ENTRIES = {  # of the state of `Parts`
     "taps": PLAN,
     "teacher_taps": PLAN,
     "own_teacher": bool,
-    "image_channels": int,
-    "in_channels": int,
-    "out_channels": int,
-    "num_classes": int,
-    "dims": int,
+    **dict.fromkeys((*CHANNELS, "num_classes", "dims"), int),
     "image_map": ({"mean": [float], "std": [float]}, None),
     "teacher": dict,
 }
@@ -91,9 +88,7 @@ class Parts:
             "taps": plan_to_dict(self.student.plan),
             "teacher_taps": plan_to_dict(self.targets.extractor.plan),
             "own_teacher": own_teacher,
-            "image_channels": teacher.image_channels,
-            "in_channels": teacher.in_channels,
-            "out_channels": teacher.out_channels,
+            **{name: getattr(teacher, name) for name in CHANNELS},
             "num_classes": teacher.encoding.num_classes,
             "dims": teacher.encoding.dims,
             "image_map": None if teacher.image_map is None else asdict(teacher.image_map),
@@ -147,7 +142,7 @@ def restore(origin: Origin, state: Mapping[str, Any], settings: Settings, known:
         same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
     ):
         encoding = LabelEncoding(settings.label_input, state["num_classes"], state["dims"], settings.ignore_index)
-        channels = state["in_channels"], state["out_channels"], state["image_channels"]
+        channels = tuple(state[name] for name in CHANNELS)
         bounded = "after.weight" in state["teacher"]  # else its channels alone tell
         parts = _parts(origin, settings, encoding, plan, teacher_plan, channels, bounded)
     try:
@@ -178,10 +173,10 @@ def _parts(
     encoding: LabelEncoding,
     plan: TapPlan,
     teacher_plan: TapPlan,
-    channels: tuple[int, int, int],
+    channels: tuple[int, ...],
     bounded: bool = False,
 ) -> Parts:
-    """With a teacher around a copy of the model, or around the user's module; `channels` in, out, and of the image.
+    """With a teacher around a copy of the model, or around the user's module; `channels` as in `CHANNELS`.
 
     Raises:
         TapError: the two plans have taps of different sizes.
@@ -194,14 +189,12 @@ def _parts(
             + "\n"
             + teacher_plan.draw("teacher")
         )
-    own, (in_channels, out_channels, image_channels) = origin.teacher, channels
+    own = origin.teacher
     with preserved_rng():
         teacher = Teacher(
             copy_for_teacher(origin.model, settings.teacher_init) if own is None else own,
             encoding,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            image_channels=image_channels,
+            **dict(zip(CHANNELS, channels)),
             output=settings.output_path if own is None else None,
             bounded=bounded,
         )

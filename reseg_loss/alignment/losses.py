@@ -32,11 +32,8 @@ class ReconLoss(nn.Module):
 
 def term_names(levels: int) -> list[str]:
     """The names of the terms of eq. 7 for a number of levels, the finest being 1."""
-    return [
-        *(f"encoder_to_decoder_{i + 1}" for i in range(levels)),
-        *(f"decoder_to_encoder_{i + 1}" for i in range(levels)),
-        "bottleneck",
-    ]
+    kinds = ("encoder_to_decoder", "decoder_to_encoder")
+    return [*(f"{kind}_{i + 1}" for kind in kinds for i in range(levels)), "bottleneck"]
 
 
 def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from ..common.state import plain
 from ..errors import ReSegError
@@ -20,7 +21,7 @@ from .settings import STAGE_1, Settings
 _OF_THE_RATE = ("base_lrs", "_last_lr")  # a schedule's entries that follow from the optimizer's learning rate
 
 
-def choices(optimizer: torch.optim.Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
+def choices(optimizer: Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
     """What the user chose, as plain values: to be asked before a schedule changes the optimizer's groups."""
     return {
         "optimizer": _name_of(optimizer),
@@ -84,11 +85,7 @@ def refuse_another_stage_1(
 
 
 def go_on(
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: torch.amp.GradScaler,
-    resumed: dict[str, Any],
-    mine: dict[str, Any],
+    optimizer: Optimizer, scheduler: Any, scaler: torch.amp.GradScaler, resumed: dict[str, Any], mine: dict[str, Any]
 ) -> list[str]:
     """Bring optimizer, schedule and loss scaling to where the file's were; what differs from the file's choices.
 
@@ -169,7 +166,7 @@ def _differing(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> li
     return [f"{key} {_short(old.get(key))} there, {_short(new.get(key))} here" for key in keys]
 
 
-def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 

@@ -64,7 +64,6 @@ class Targets:
         encoded, valid = teacher.encoding.encode(label)
         enabled, dtype = autocast if settings.lower is None else (True, settings.lower)
         dtype = dtype if enabled else teacher.reference.dtype
-        low = dtype.itemsize < 4
         run = teacher.run
         if settings.compile_teacher:
             run = self._compiled = self._compiled or torch.compile(teacher.run)
@@ -75,7 +74,7 @@ class Targets:
             with torch.no_grad(), cast, self._unmoved():
                 return self.extractor.features_of(lambda: run(encoded))
 
-        if device.type == "cuda" and low and not self._tried_channels_last:
+        if device.type == "cuda" and dtype.itemsize < 4 and not self._tried_channels_last:
             # convolutions in low precision are several times faster so, whatever the student's are
             self._tried_channels_last = True
             teacher.to_channels_last()

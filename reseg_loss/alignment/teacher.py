@@ -155,9 +155,7 @@ class Teacher(nn.Module):
         Yields a list, which then holds them as (module, name). `known` is that of an earlier forward: the others are
         not compared.
         """
-        asked = known
-        if asked is None:
-            asked = [(module, name) for module in self.modules() for name in module._buffers]
+        asked = [(module, name) for module in self.modules() for name in module._buffers] if known is None else known
         before = [(m, name, held, held.clone()) for m, name in asked if (held := m._buffers.get(name)) is not None]
         moved: list[tuple[nn.Module, str]] = []
         try:

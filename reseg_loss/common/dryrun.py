@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,28 +97,23 @@ def _version_of(tensor: Tensor) -> int:
 
 
 @contextmanager
-def preserved_globals(devices: Iterable[str]) -> Iterator[None]:
+def preserved_globals(devices: Collection[str]) -> Iterator[None]:
     """Restore autocast, the default dtype and torch's switches of determinism and cudnn."""
-    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices}
-    cache = torch.is_autocast_cache_enabled()
-    dtype = torch.get_default_dtype()
-    strict, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    cudnn = torch.backends.cudnn
-    switches = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    deterministic, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    undo = [
+        partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()),
+        partial(torch.set_default_dtype, torch.get_default_dtype()),
+        partial(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only),
+        *(partial(setattr, cudnn, name, getattr(cudnn, name)) for name in ("enabled", "benchmark", "deterministic")),
+        *(partial(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind)) for kind in devices),
+        *(partial(torch.set_autocast_dtype, kind, torch.get_autocast_dtype(kind)) for kind in devices),
+    ]
     try:
         yield
     finally:
-        for kind, (enabled, lower) in autocast.items():
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, lower)
-        torch.set_autocast_cache_enabled(cache)
-        torch.set_default_dtype(dtype)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-        for name, value in switches.items():
-            setattr(cudnn, name, value)
+        for each in undo:
+            each()
 
 
 def check_module(model: Any) -> None:
