@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -146,7 +146,8 @@ def dry_run(model: nn.Module) -> Iterator[None]:
         preserved_state(model),
         preserved_modes(model),
         torch.no_grad(),
-        _uncompiled(),
+        # compiled modules as they were written, so that their operators are seen; no import of the compiler
+        torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
     ):
         # A weight cast while gradients are off must not be found in the cache by a later forward that needs them.
         torch.set_autocast_cache_enabled(False)
@@ -155,22 +156,11 @@ def dry_run(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            _reshard(model)
-
-
-def _reshard(model: nn.Module) -> None:
-    """Shard what FSDP2 has gathered: its root keeps whole parameters after a forward, and counts on them."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            fsdp.FSDPModule.reshard(module)
-
-
-def _uncompiled() -> AbstractContextManager:
-    """Run compiled modules as they were written, so that their operators are seen; no import of the compiler."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+            fsdp = sys.modules.get("torch.distributed.fsdp")
+            for module in model.modules():
+                # FSDP2's root keeps whole parameters after a forward, and counts on them
+                if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+                    fsdp.FSDPModule.reshard(module)
 
 
 def private_copy(example_input: Any) -> Any:

@@ -43,7 +43,9 @@ def write_atomically(
                 prove(partial)
             os.replace(partial, target)
     except Exception as error:
-        reason = _system_error(error)
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__cause__ or reason.__context__  # torch raises one of its own where a disk is full
         if reason is None:
             raise
         kept = "the file that was there is kept" if os.path.exists(path) else "there was none before"
@@ -86,13 +88,6 @@ def _remove_stale(target: Path, now: float) -> None:
                 with contextlib.suppress(OSError):  # another run was faster, or it is another user's
                     if now - entry.stat().st_mtime > STALE_SECONDS:
                         os.unlink(entry.path)
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error: torch raises one of its own while it handles that of a full disk."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def told(error: OSError) -> str:
