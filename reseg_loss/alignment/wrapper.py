@@ -76,11 +76,7 @@ class ReSegWrapper(Regularizer):
     """
 
     ENTRIES: ClassVar[Mapping[str, Any]] = {
-        "settings": {
-            **{field.name: object for field in fields(Settings) if field.name != "weight"},  # which checks its choices
-            **{"divisor": float, "seed": int, "ignore_index": (int, None)},
-            **{"output": ([(int, str)], int, str, None), "levels": ([(int, [int])], None)},
-        },
+        "settings": {field.name: object for field in fields(Settings) if field.name != "weight"},  # which check theirs
         "ready": bool,
         "parts": (ENTRIES, None),
     }
