@@ -298,8 +298,8 @@ def launches(shapes: tuple[tuple[int, int, int, bool], ...]) -> Launches:
 
 def _layout(batch: int, channels: int, size: int, contiguous: bool) -> Layout:
     if contiguous:
-        return Layout(batch, channels, size, False, min(BLOCK, _power_of_2(size)), 1)
-    columns = min(64, _power_of_2(channels))
+        return Layout(batch, channels, size, False, min(BLOCK, triton.next_power_of_2(size)), 1)
+    columns = min(64, triton.next_power_of_2(channels))
     return Layout(1, channels, batch * size, True, BLOCK // columns, columns)
 
 
@@ -322,10 +322,6 @@ def _rounded(n: int) -> int:
 
 def _parts(n: int, size: int) -> int:
     return -(-n // size)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) -> tuple[Tensor, list[Tensor]]:

@@ -91,7 +91,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {name: plain(value) for name, value in asdict(self).items()}
+        return plain(asdict(self))
 
 
 # what stage 1 depends on: a stage 1 can only go on under the same
