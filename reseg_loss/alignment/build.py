@@ -181,8 +181,8 @@ def _parts(
     Raises:
         TapError: the two plans have taps of different sizes.
     """
-    sizes = ([*(level.spatial for level in each.selected), each.bottleneck.spatial] for each in (plan, teacher_plan))
-    if next(sizes) != next(sizes):
+    mine, theirs = ([*(level.spatial for level in p.selected), p.bottleneck.spatial] for p in (plan, teacher_plan))
+    if mine != theirs:
         raise TapError(
             "student and teacher have taps of different sizes, and features are never resized.\n"
             + plan.draw("student")

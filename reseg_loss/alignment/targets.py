@@ -86,9 +86,7 @@ class Targets:
                 logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
                 teacher.to_channels_last(False)
         if settings.capture_teacher and capture.serves(device):
-            modules, tensors = teacher.made_of()
-            made_of = run, modules, [t.data_ptr() for t in tensors]
-            return self._captured(features, encoded, made_of, (enabled, dtype)), valid
+            return self._captured(features, encoded, (run, teacher.made_of()), (enabled, dtype)), valid
         return features(encoded), valid
 
     def remove(self) -> None:
