@@ -185,9 +185,7 @@ def _parts(
     if mine != theirs:
         raise TapError(
             "student and teacher have taps of different sizes, and features are never resized.\n"
-            + plan.draw("student")
-            + "\n"
-            + teacher_plan.draw("teacher")
+            f"{plan.draw('student')}\n{teacher_plan.draw('teacher')}"
         )
     own = origin.teacher
     with preserved_rng():
