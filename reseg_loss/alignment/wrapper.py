@@ -76,7 +76,11 @@ class ReSegWrapper(Regularizer):
     """
 
     ENTRIES: ClassVar[Mapping[str, Any]] = {
-        "settings": {field.name: object for field in fields(Settings) if field.name != "weight"},  # which check theirs
+        "settings": {
+            **{field.name: object for field in fields(Settings) if field.name != "weight"},  # which checks its choices
+            **{"divisor": float, "seed": int, "ignore_index": (int, None)},
+            **{"output": ([(int, str)], int, str, None), "levels": ([(int, [int])], None)},
+        },
         "ready": bool,
         "parts": (ENTRIES, None),
     }
