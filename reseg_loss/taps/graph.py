@@ -30,7 +30,7 @@ def reached(start: Iterable[int], sources: Callable[[int], Iterable[int]]) -> se
 
 
 def _edge(node: int, sources: Callable[[int], Iterable[int]], inside: Callable[[int], bool]) -> list[int]:
-    """What comes first behind a node that is not inside."""
+    """The nearest nodes behind a node that are not `inside`; those that are, it looks through."""
     found: list[int] = []
     seen, todo = {node}, [node]
     while todo:
