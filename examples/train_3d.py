@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from common.experiment import AMP, Backbone, Setting, Variant, positive, say, trained_and_tested
-from common.metrics import Summary, VolumeScores
+from common.metrics import VolumeScores
 from common.processes import processes, rank, world_size
 from common.recipes import Recipe
+from common.report import scores_table
 from common.volumes import Patch, PatchBatches, evaluate_volumes, fitting_patch, load_volumes
 from monai.networks.nets import DynUNet, UNet
 from torch import nn
@@ -86,21 +87,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> VolumeSetting:
     return VolumeSetting(backbone, data, batches, args, device, args.seed, args.out, patch)
 
 
-def table(results: dict[str, Summary], class_names: Sequence[str]) -> str:
-    """DSC per class and on average, and the average HD95, a run a row."""
-
-    def cell(value: float | None, scale: float = 1) -> str:
-        return "-" if value is None else f"{value * scale:.2f}"
-
-    unit = next(iter(results.values())).unit
-    rows = [["", *(f"DSC {name}" for name in class_names[1:]), "DSC mean", f"HD95 mean in {unit}"]]
-    for name, summary in results.items():
-        dsc = [cell(value, 100) for value in (*summary.dsc, summary.mean_dsc)]
-        rows.append([name, *dsc, cell(summary.mean_hd95)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     reseg = {"preset": args.preset, **({} if args.weight is None else {"weight": args.weight})}
@@ -110,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in args.runs:
             variant = Variant(name, reseg if "reseg" in name else None, "deep" in name)
             _, results[name] = trained_and_tested(variant, setting)
-        say(f"\n{table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
+        say(f"\n{scores_table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
         say("One seed proves nothing: repeat with another --seed.")
         if args.data is None:
             say("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")

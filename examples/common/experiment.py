@@ -106,7 +106,7 @@ class Setting:
 
     def options(self, variant: Variant) -> dict[str, Any]:
         """What the result of a run depends on."""
-        keys = ["small", "paper", "data", "patients", "steps", "batch_size", "size", "lr", "weights", "amp"]
+        keys = ["small", "paper", "data", "patients", "slices", "steps", "batch_size", "size", "lr", "weights", "amp"]
         values: dict[str, Any] = {key: getattr(self.args, key) for key in keys}
         values |= {"seed": self.seed, "deep": variant.deep, "reseg": variant.reseg and dict(variant.reseg)}
         if variant.reseg is not None:
@@ -336,6 +336,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
         "template that comes with nilearn",
     )
     parser.add_argument("--patients", type=positive, help="train on this many patients (default: all)")
+    parser.add_argument("--slices", type=positive, help="use the labels of this many slices alone (default: all)")
 
 
 def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.ArgumentParser) -> None:
@@ -358,7 +359,9 @@ def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.Argu
 def read_data(args: argparse.Namespace, seed: int, parser: argparse.ArgumentParser) -> SegmentationData:
     """The data that was asked for, at the size the network sees."""
     try:
-        return replace(load_data(args.data, patients=args.patients, seed=seed), size=args.size)
+        data = load_data(args.data, patients=args.patients, seed=seed)
+        data = replace(data, size=args.size or data.size)
+        return data if args.slices is None else data.with_labels_of(args.slices)
     except ValueError as error:  # its message says what to do, so a traceback would only hide it
         parser.error(str(error))
 
