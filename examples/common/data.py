@@ -207,6 +207,25 @@ def load_npz(path: Path, *, patients: int | None = None, seed: int = 0) -> Segme
     return SegmentationData(path.stem, _of(cases, train), _of(cases, test), names, size, rest(cases, train, test))
 
 
+def load_images(path: Path, like: Case) -> list[Case]:
+    """Cases without labels from an ``.npz`` with ``images``, slices or volumes: what the case `like` has."""
+    if path.suffix != ".npz" or not path.exists():
+        raise ValueError(f"{path} is no .npz with 'images'.")
+    with np.load(path) as file:
+        if "images" not in file:
+            raise ValueError(f"{path.name} lacks 'images'.")
+        images = file["images"]
+    axes = like.read()[0].ndim
+    if images.ndim == 3 == axes:
+        images = images[None]  # one stack of slices
+    elif images.ndim == 4 == axes:
+        images = images[:, None]  # one channel
+    if images.ndim != axes + 1:
+        raise ValueError(f"{path.name} has images of shape {images.shape}, which are not as those with labels.")
+    unknown = np.zeros(images.shape[1 + (axes == 4) :], np.uint8)
+    return [Case(f"image {i}", f"{path.name} {i}", _in_memory(image, unknown)) for i, image in enumerate(images)]
+
+
 # --- the folders of TransUNet ----------------------------------------------------------------------------------------
 
 

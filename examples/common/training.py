@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from .data import Case, SegmentationData, resize_image
 from .metrics import VolumeScores, score_volume
 from .processes import gather, rank, share, world_size
 from .recipes import poly, segmentation_loss
+
+IGNORED = 255  # in labels of unlabelled images
 
 
 def train(
@@ -68,7 +71,9 @@ def train(
             logits = model(x)
         task = loss = task_loss(logits.float(), label[:, None]) if semi is None else semi.loss_of(logits, y)
         if reseg is not None:
-            loss = loss + reseg.alignment_loss(label)
+            # of the unlabelled images its teacher is told nothing
+            known = F.pad(label, [0, 0] * (label.ndim - 1) + [0, len(x) - len(label)], value=IGNORED)
+            loss = loss + reseg.alignment_loss(known)
         if deep is not None:
             loss = loss + deep.loss(label[:, None], lambda logits, label: task_loss(logits.float(), label))
         optimizer.zero_grad()
