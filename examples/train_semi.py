@@ -35,6 +35,10 @@ STEPS, SMALL_STEPS = 6000, 200
 FEW_SLICES = 5  # of the template, where nothing else is said
 
 
+def network(dims: int, classes: int, *, small: bool) -> nn.Module:
+    return BasicUNet(dims, 1, classes, features=SMALL_WIDTHS if small else WIDTHS, norm="batch")
+
+
 def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argparse.Namespace) -> nn.Module:
     """Train the model, and return its mean teacher, which is the better network: the same class, the same keys."""
     image, _ = next(iter(labelled))
@@ -66,31 +70,30 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
     return semi.average
 
 
-def finish(network: nn.Module, data: SegmentationData, args: argparse.Namespace) -> None:
+def finish(model: nn.Module, data: SegmentationData, args: argparse.Namespace) -> None:
     """Score the test volumes; without any, predict the unlabelled ones."""
     if data.test:
-        summary = summarize(evaluate(network, data))
+        summary = summarize(evaluate(model, data))
         print(f"\n{scores_table({'semi': summary}, data.class_names)}\n\nOne seed proves nothing.")
-        return
-    for case in data.unlabelled:
+        if args.data is None:
+            print("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
+    for case in () if data.test else data.unlabelled:
         image, _ = case.read()
         flat = args.patch is None
-        label = predict(network, image, data.size) if flat else predict_volume(network, image, args.patch)
+        label = predict(model, image, data.size) if flat else predict_volume(model, image, args.patch)
         print(save_prediction(case, label, args.out))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     data: SegmentationData = args.dataset
-    print(
-        f"{data.name}: {len(data.train)} labelled, {len(data.unlabelled)} unlabelled and {len(data.test)} test volumes"
-    )
+    labelled, others = (sum(case.read()[1].shape[0] for case in cases) for cases in (data.train, data.unlabelled))
+    print(f"{data.name}: {labelled} labelled and {others} unlabelled slices, {len(data.test)} test volumes")
     args.out.mkdir(parents=True, exist_ok=True)
     draw = TrainingBatches if args.patch is None else partial(PatchBatches, patch=args.patch)
     sources = [draw(part, batch_size=args.batch_size, seed=args.seed) for part in (data, data.others)]
     torch.manual_seed(args.seed)
-    widths, dims = SMALL_WIDTHS if args.small else WIDTHS, 2 if args.patch is None else 3
-    model = BasicUNet(dims, 1, len(data.class_names), features=widths, norm="batch").to(args.device)
+    model = network(2 if args.patch is None else 3, len(data.class_names), small=args.small).to(args.device)
     labelled, unlabelled = (source.loader(workers=args.workers) for source in sources)
     finish(learn(model, labelled, unlabelled, args), data, args)
 
