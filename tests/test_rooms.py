@@ -17,9 +17,10 @@ FLOORS = (  # a room imports from those below its floor and from itself; those o
     ("functional", "mixing", "task_losses"),
     ("taps",),
     ("recording",),
-    ("regularizer",),
+    ("mean_teacher", "regularizer"),
     ("alignment", "supervision"),
     ("consistency",),
+    ("semi",),
     ("integrations",),
 )
 LATER = {"semi", "task_losses"}  # for few labels
