@@ -209,6 +209,15 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
     reseg = deep = semi = None
     task_loss = recipe.loss()
     parameters = [*model.parameters()]
+    if variant.semi:  # before reseg, which would record the forward that it looks at the model with
+        semi = SemiSupervised(
+            model,
+            example_input=example,
+            rampup_steps=max(1, args.steps * 2 // 5),
+            task_loss=lambda logits, label: task_loss(logits.float(), label),
+            unlabelled_loss=CrossEntropyDiceLoss(IGNORED),
+        )
+        parameters += semi.parameters()
     if variant.reseg is not None:
         ignored = {"ignore_index": IGNORED} if variant.semi else {}
         reseg = ReSegWrapper(model, example_input=example, **ignored, **variant.reseg)
@@ -226,15 +235,6 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
     if variant.deep:
         deep = DeepSupervision(model, num_classes=len(setting.data.class_names), example_input=example)
         parameters += deep.parameters()
-    if variant.semi:
-        semi = SemiSupervised(
-            model,
-            example_input=example,
-            rampup_steps=max(1, args.steps * 2 // 5),
-            task_loss=lambda logits, label: task_loss(logits.float(), label),
-            unlabelled_loss=CrossEntropyDiceLoss(IGNORED),
-        )
-        parameters += semi.parameters()
     optimizer = recipe.make_optimizer(parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler, "reseg": reseg, "deep": deep}

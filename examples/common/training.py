@@ -82,7 +82,7 @@ def train(
         scaler.update()
         if semi is not None:
             semi.update()
-        history.append(task.item())  # waits for the device
+        history.append(task.item() if semi is None else semi.stats()["labelled"])  # waits for the device
         progress.set_postfix(loss=f"{history[-1]:.3f}")
         if after_step is not None:
             after_step(history[-1], time.perf_counter() - begin)
