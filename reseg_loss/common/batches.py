@@ -71,7 +71,7 @@ class batches:  # noqa: N801 - called as zip and range are
             raise ReSegError(f"batch= is a function from a batch to (image, label), got {type(batch).__name__}")
         self._unpack = batch
         self._step = 0
-        self._labelled, self._unlabelled = _Rounds(labelled, "labelled"), _Rounds(unlabelled, "unlabelled")
+        self._labelled, self._unlabelled = Rounds(labelled, "labelled"), Rounds(unlabelled, "unlabelled")
         if labelled is unlabelled:
             raise ReSegError("labelled and unlabelled are the same loader; make two, for each is gone round by itself")
         if {*map(id, self._labelled.generators)} & {*map(id, self._unlabelled.generators)}:
@@ -131,7 +131,7 @@ class batches:  # noqa: N801 - called as zip and range are
         (self._labelled, self._unlabelled), self._step = places, step
 
 
-class _Rounds:
+class Rounds:
     """A loader that is gone round without end."""
 
     def __init__(self, loader: Any, name: str) -> None:
@@ -178,9 +178,9 @@ class _Rounds:
             "loader": dict(self.loader.state_dict()) if self.stateful and self.iterator is not None else None,
         }
 
-    def resumed(self, state: Mapping[str, Any]) -> _Rounds:
+    def resumed(self, state: Mapping[str, Any]) -> Rounds:
         """The same loader at another place; what it draws from is as it was there, or as now if that fails."""
-        other = _Rounds(self.loader, self.name)
+        other = Rounds(self.loader, self.name)
         other.round = check_number("round", state["round"], least=0, whole=True)
         other.used = check_number("used", state["used"], least=0, whole=True)
         other.start = state["start"]

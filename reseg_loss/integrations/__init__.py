@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..alignment.wrapper import ReSegWrapper
 from ..common.distributed import gathered, rank, world_size
 from ..common.dryrun import restore_rng, rng_state
 from ..consistency import CutMixConsistency
 from ..errors import ReSegError
+from ..semi import SemiSupervised
 
-MeanTeacher = CutMixConsistency
+MeanTeacher = CutMixConsistency | SemiSupervised  # what has an `average` that follows by `update`
 
 
 def checked(fit_recon: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +77,11 @@ def follow(trained: MeanTeacher, optimizers: Iterable[torch.optim.Optimizer], ca
         vars(trained).pop("update", None)
 
     return end
+
+
+def version(model: nn.Module) -> int:
+    """A number that grows with whatever is written into the parameters."""
+    return sum(p._version for p in model.parameters())
 
 
 def random_states() -> list[dict[str, Any]]:

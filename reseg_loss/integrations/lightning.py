@@ -10,12 +10,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
 from ..alignment.wrapper import ReSegWrapper
 from ..errors import ReSegError
 from ..regularizer import Regularizer
-from . import MeanTeacher, averaged, checked, follow, random_states, restore_random_states
+from . import MeanTeacher, averaged, checked, follow, random_states, restore_random_states, version
 
 
 class ReSegCallback(Callback):
@@ -105,9 +104,9 @@ class ReSegCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the model the mean teacher's weights."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        for name, version in self._versions.items():
+        for name, left in self._versions.items():
             # after training the module may have got the weights of a checkpoint, which are to be tested then
-            if fitting or version == _version(self._averages()[name].model):
+            if fitting or left == version(self._averages()[name].model):
                 self._swaps[name] = self._averages()[name]
         self._swap_in()
 
@@ -180,7 +179,7 @@ class ReSegCallback(Callback):
         return found if self.validate_average else {}
 
     def _note(self) -> None:
-        self._versions = {name: _version(each.model) for name, each in self._averages().items()}
+        self._versions = {name: version(each.model) for name, each in self._averages().items()}
 
     def _swap_in(self) -> None:
         for each in self._swaps.values():
@@ -196,8 +195,3 @@ class ReSegCallback(Callback):
         for end in self._ends:
             end()
         self._ends = []
-
-
-def _version(model: nn.Module) -> int:
-    """A number that grows with whatever is written into the parameters."""
-    return sum(p._version for p in model.parameters())
