@@ -8,6 +8,7 @@ from .common.batches import batches
 from .consistency import CutMixConsistency
 from .errors import ReSegError, TapError
 from .recording.extractor import FeatureExtractor, Features
+from .semi import SemiSupervised
 from .supervision import DeepSupervision
 from .taps import Level, Tap, TapPlan, find_taps
 
@@ -24,6 +25,7 @@ __all__ = [
     "ReSegError",
     "ReSegWrapper",
     "ReconLoss",
+    "SemiSupervised",
     "Settings",
     "Tap",
     "TapError",
