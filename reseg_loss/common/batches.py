@@ -170,6 +170,7 @@ class Rounds:
         return iter(self.loader)
 
     def state(self) -> dict[str, Any]:
+        """Where it is, for `resumed`."""
         return {
             "round": self.round,
             "used": self.used,

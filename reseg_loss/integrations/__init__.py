@@ -17,7 +17,7 @@ from ..consistency import CutMixConsistency
 from ..errors import ReSegError
 from ..semi import SemiSupervised
 
-MeanTeacher = CutMixConsistency | SemiSupervised  # what has an `average` that follows by `update`
+Averaging = CutMixConsistency | SemiSupervised  # what has an `average` that follows by `update`
 
 
 def checked(fit_recon: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def checked(fit_recon: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def averaged(trained: MeanTeacher) -> Iterator[None]:
+def averaged(trained: Averaging) -> Iterator[None]:
     """The model with the mean teacher's parameters and buffers; afterwards with its own, to the bit.
 
     Values are copied, so that compiled and captured models find them where they were.
@@ -49,7 +49,7 @@ def averaged(trained: MeanTeacher) -> Iterator[None]:
                 mine.copy_(value)
 
 
-def follow(trained: MeanTeacher, optimizers: Iterable[torch.optim.Optimizer], caller: str) -> Callable[[], None]:
+def follow(trained: Averaging, optimizers: Iterable[torch.optim.Optimizer], caller: str) -> Callable[[], None]:
     """Call `update()` after each step of the last optimizer that holds parameters of the model; returns what ends it.
 
     Meanwhile a call by anybody else, after which the mean teacher would follow twice as fast, is refused.

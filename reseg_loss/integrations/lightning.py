@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from ..alignment.wrapper import ReSegWrapper
 from ..errors import ReSegError
 from ..regularizer import Regularizer
-from . import MeanTeacher, averaged, checked, follow, random_states, restore_random_states, version
+from . import Averaging, averaged, checked, follow, random_states, restore_random_states, version
 
 
 class ReSegCallback(Callback):
@@ -52,7 +52,7 @@ class ReSegCallback(Callback):
         self._found: dict[str, Regularizer] = {}
         self._ends: list[Callable[[], None]] = []  # of following
         self._swapped = ExitStack()
-        self._swaps: dict[str, MeanTeacher] = {}  # whose weights the models have at the moment
+        self._swaps: dict[str, Averaging] = {}  # whose weights the models have at the moment
         self._versions: dict[str, int] = {}  # of the models' weights, as training has left them
         self._random: list[dict[str, Any]] | None = None
 
@@ -97,7 +97,7 @@ class ReSegCallback(Callback):
                         "ReSegCallback(loader=...)"
                     )
                 each.fit_recon(loader, **{"progress": trainer.progress_bar_callback is not None, **self.fit_recon})
-            if isinstance(each, MeanTeacher):
+            if isinstance(each, Averaging):
                 self._ends.append(follow(each, trainer.optimizers, type(self).__name__))
         self._note()
 
@@ -173,9 +173,9 @@ class ReSegCallback(Callback):
             if name in weights and id(value) in average:
                 weights[name] = average[id(value)]
 
-    def _averages(self) -> dict[str, MeanTeacher]:
+    def _averages(self) -> dict[str, Averaging]:
         """The mean teachers that are validated."""
-        found = {name: each for name, each in self._found.items() if isinstance(each, MeanTeacher)}
+        found = {name: each for name, each in self._found.items() if isinstance(each, Averaging)}
         return found if self.validate_average else {}
 
     def _note(self) -> None:
@@ -185,7 +185,7 @@ class ReSegCallback(Callback):
         for each in self._swaps.values():
             self._swapped.enter_context(averaged(each))
 
-    def _swap_out(self) -> dict[str, MeanTeacher]:
+    def _swap_out(self) -> dict[str, Averaging]:
         """Returns what was swapped in."""
         self._swapped.close()
         swaps, self._swaps = self._swaps, {}
