@@ -138,7 +138,10 @@ class Rounds:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise ReSegError(f"{name} is a loader that yields batches, got {type(loader).__name__}")
         self.loader, self.name = loader, name
-        self.stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+        # Accelerate's loaders have the methods in any case
+        self.stateful = getattr(loader, "use_stateful_dataloader", True) and all(
+            callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")
+        )
         self.generators = _generators(loader)
         self.round = self.used = 0
         self.start: dict[str, Any] | None = None  # random states at the start of this round

@@ -61,8 +61,8 @@ class ReSegCallback(Callback):
         found = {name: value for name, value in vars(pl_module).items() if isinstance(value, Regularizer)}
         if not found:
             raise ReSegError(
-                f"{type(pl_module).__name__} has no ReSegWrapper, DeepSupervision or CutMixConsistency among its "
-                "attributes; in its __init__ write self.reseg = ReSegWrapper(self.net)"
+                f"{type(pl_module).__name__} has no ReSegWrapper, DeepSupervision, CutMixConsistency or SemiSupervised "
+                "among its attributes; in its __init__ write self.reseg = ReSegWrapper(self.net), or the like"
             )
         if found != self._found:
             self._found, self._versions = found, {}

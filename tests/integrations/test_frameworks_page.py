@@ -154,7 +154,7 @@ def test_accelerates_section_runs_in_one_process_too_on_a_gpu_if_there_is_one(tm
 
 def test_every_section_is_in_the_table_and_every_link_leads_somewhere():
     text = PAGE.read_text()
-    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    titles = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\(([^)]+)\)", text):
         path, _, anchor = target.partition("#")
