@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 
 from ..alignment.wrapper import ReSegWrapper
 from ..errors import ReSegError
@@ -50,6 +49,7 @@ class ReSegCallback(Callback):
     def __init__(self, *, loader: Iterable[Any] | None = None, validate_average: bool = True, **fit_recon: Any) -> None:
         self.loader, self.validate_average, self.fit_recon = loader, validate_average, checked(fit_recon)
         self._found: dict[str, Regularizer] = {}
+        self._fits = False
         self._ends: list[Callable[[], None]] = []  # of following
         self._swapped = ExitStack()
         self._swaps: dict[str, Averaging] = {}  # whose weights the models have at the moment
@@ -64,6 +64,7 @@ class ReSegCallback(Callback):
                 f"{type(pl_module).__name__} has no ReSegWrapper, DeepSupervision, CutMixConsistency or SemiSupervised "
                 "among its attributes; in its __init__ write self.reseg = ReSegWrapper(self.net), or the like"
             )
+        self._fits = stage == "fit"
         if found != self._found:
             self._found, self._versions = found, {}
 
@@ -103,10 +104,9 @@ class ReSegCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the model the mean teacher's weights."""
-        fitting = trainer.state.fn == TrainerFn.FITTING
         for name, left in self._versions.items():
             # after training the module may have got the weights of a checkpoint, which are to be tested then
-            if fitting or left == version(self._averages()[name].model):
+            if self._fits or left == version(self._averages()[name].model):
                 self._swaps[name] = self._averages()[name]
         self._swap_in()
 
@@ -147,7 +147,7 @@ class ReSegCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give every attribute its state back, and the model the weights that it is to be trained from."""
+        """Give every attribute its state back, and to a model that is to be trained on the weights for that."""
         for name, state in state_dict["losses"].items():
             if name not in self._found:
                 raise ReSegError(
@@ -156,9 +156,10 @@ class ReSegCallback(Callback):
                     "parameters, too"
                 )
             self._found[name].load_state_dict(state)
-        for name, weights in state_dict["trained"].items():
-            self._found[name].model.load_state_dict(weights)
-        self._random = state_dict["random"]
+        if self._fits:  # to test a checkpoint, the model has the weights already that are to be tested
+            for name, weights in state_dict["trained"].items():
+                self._found[name].model.load_state_dict(weights)
+            self._random = state_dict["random"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the mean teacher's weights into the checkpoint's "state_dict"."""
