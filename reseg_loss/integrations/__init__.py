@@ -64,7 +64,7 @@ def follow(trained: Averaging, optimizers: Iterable[torch.optim.Optimizer], call
             f"no optimizer has parameters of the model that {type(trained).__name__} averages; is it the one that the "
             "optimizer was made for?"
         )
-    update = trained.update
+    update, of_instance = trained.update, vars(trained).get("update")
 
     def refused() -> None:
         raise ReSegError(f"{caller} calls update() after each step of the optimizer; take out your own call of it")
@@ -75,6 +75,8 @@ def follow(trained: Averaging, optimizers: Iterable[torch.optim.Optimizer], call
     def end() -> None:
         handle.remove()
         vars(trained).pop("update", None)
+        if of_instance is not None:
+            trained.update = of_instance
 
     return end
 
