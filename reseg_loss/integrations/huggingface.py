@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,16 @@ class SemiSupervisedTrainer(Trainer):
             )
         return torch.load(file, map_location="cpu", weights_only=True)
 
-    def _averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
         """The mean teacher's weights in the model, unless it was never trained here or got others since."""
         if not self._began or self._left not in (None, version(self.semi.model)):
-            return nullcontext()
-        return averaged(self.semi)
+            yield
+            return
+        with averaged(self.semi):
+            yield
+        if self._left is not None:
+            self._left = version(self.semi.model)
 
     def _next(self, name: str) -> Tensor:
         batch = self._unlabelled.next_batch()
