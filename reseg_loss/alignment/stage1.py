@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..common.batches import pair_of, set_epoch
 from ..common.distributed import in_step, on_rank_0, rank, world_size
 from ..common.dryrun import restore_rng, rng_state
-from ..common.inputs import check_number, unpack_batch
-from ..common.labels import plain_label
+from ..common.inputs import check_number
 from ..errors import ReSegError
 from ..recording.extractor import FeatureExtractor
 from ..taps.named import module_of
@@ -119,12 +119,10 @@ def fit(
             with suppress(TypeError):  # loaders of iterable data sets have no length
                 bar.total = given.epochs * len(given.loader)  # pyright: ignore[reportArgumentType]
         while len(history) < epochs and step < steps:
-            sampler = getattr(given.loader, "sampler", None)
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(len(history))  # pyright: ignore[reportOptionalMemberAccess]
+            set_epoch(given.loader, len(history))
             total, seen = None, 0
             for batch in in_step(given.loader) if given.steps is None else given.loader:
-                image, label = pair_of(batch, given.batch)
+                image, label = pair_of(batch, given.batch, "fit_recon")
                 if run is None:
                     teacher, taps = prepare(image)
                 else:
@@ -268,28 +266,6 @@ def _check_reached(teacher: Teacher, extractor: FeatureExtractor) -> None:
             "output= the path to the one at the end of its decoder (output=-1, output='main', ...); otherwise name "
             "other taps"
         )
-
-
-def pair_of(batch: Any, unpack: Callable[[Any], Any] | None) -> tuple[Tensor, Tensor]:
-    """(image, label) of a loader's batch as plain tensors, by `unpack` or in one of the forms that are known.
-
-    Raises:
-        ReSegError: the form is another, or there is no tensor where one is expected.
-    """
-    if unpack is not None:
-        pair = unpack(batch)
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            raise ReSegError(f"batch= is a function from a batch to (image, label); it returned {type(pair).__name__}")
-    else:
-        try:
-            pair = unpack_batch(batch)
-        except ReSegError as error:
-            given = "lambda b: (b['image'], b['mask'])" if isinstance(batch, Mapping) else "lambda b: (b[0], b[1])"
-            raise ReSegError(
-                f"{error}. Of another form, give fit_recon(batch=...) a function to (image, label): batch={given}"
-            ) from error
-    image, label = pair
-    return plain_label(image, "an image"), plain_label(label)
 
 
 def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
