@@ -19,20 +19,24 @@ LABELS = {"background": 0, "outer": 1, "inner": 2, "rim": 3}
 CPU = torch.device("cpu")
 
 
-def write_dataset(raw: Path, cases: int = 8, size: int = 32) -> None:
+def write_dataset(raw: Path, cases: int = 8, unlabelled: int = 4, size: int = 32) -> None:
     """Noisy nested ellipsoids."""
     import SimpleITK as sitk  # noqa: N813
 
     folder = raw / DATASET
-    for name in ("imagesTr", "labelsTr", "imagesTs"):
+    for name in ("imagesTr", "labelsTr", "imagesTs", "imagesUn"):
         (folder / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"))
-    for case in range(cases):
+    for case in range(cases + unlabelled):
         center, radius = size / 2 + rng.uniform(-3, 3, 3), rng.uniform(8, 12, 3)
         distance = (((grid - center[:, None, None, None]) / radius[:, None, None, None]) ** 2).sum(0)
         label = np.select([distance < 0.35, distance < 0.8, distance < 1], [2, 1, 3], 0).astype(np.uint8)
         image = (label + rng.normal(0, 0.4, label.shape)).astype(np.float32)
+        if case >= cases:
+            name = f"more_{case - cases:03d}"
+            sitk.WriteImage(sitk.GetImageFromArray(image), folder / "imagesUn" / f"{name}_0000.nii.gz")
+            continue
         name = f"case_{case:03d}"
         sitk.WriteImage(sitk.GetImageFromArray(image), folder / "imagesTr" / f"{name}_0000.nii.gz")
         sitk.WriteImage(sitk.GetImageFromArray(label), folder / "labelsTr" / f"{name}.nii.gz")
