@@ -7,6 +7,7 @@ from .alignment.wrapper import ReSegWrapper
 from .consistency import CutMixConsistency
 from .errors import ReSegError, TapError
 from .recording.extractor import FeatureExtractor, Features
+from .semi import SemiSupervised
 from .supervision import DeepSupervision
 from .taps import Level, Tap, TapPlan, find_taps
 
@@ -23,6 +24,7 @@ __all__ = [
     "ReSegError",
     "ReSegWrapper",
     "ReconLoss",
+    "SemiSupervised",
     "Settings",
     "Tap",
     "TapError",

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .common.distributed import broadcast, refuse_join
-from .common.dryrun import refuse_lazy
-from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
+from .common.distributed import refuse_join
+from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, readable, refuse_not_finite, value_of
 from .common.labels import unwrapped
-from .common.outputs import activation_of, as_path, refuse_probabilities, select_output
+from .common.outputs import activation_of, as_path, full_size, refuse_probabilities
 from .common.state import load_states
 from .errors import ReSegError
-from .mixing import boxes, mix, pseudo_label, ramp_up, random_intensities
-from .recording.copying import copy_model, is_sharded
+from .mean_teacher import MeanTeacher
+from .mixing import boxes, mix, pixels_per_class, predicted, ramp_up, random_intensities, sure_label
+from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss
 
-FORGOTTEN_CALLS = 100  # of `loss` without `update`, after which we warn
+FORGOTTEN_STEPS = 20  # changes of the parameters without `update`, after which we warn
 # before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
 BROADCASTS_TWICE = torch.__version__ >= "2.13"
+
+
+class Mixed(NamedTuple):
+    """Images that the model is to learn on, and as what: (B, C, *spatial), and the pseudo-label in its losses' form.
+
+    `predicted` counts the pixels of each class before those that are not sure were left out, (classes,).
+    """
+
+    images: Tensor
+    label: Tensor
+    predicted: Tensor
 
 
 class CutMixConsistency(Regularizer):
@@ -58,8 +68,11 @@ class CutMixConsistency(Regularizer):
         ema_decay: of the average, per `update`.
         perturb: changes the mixed images, (B, C, *spatial) to the same shape, and must leave everything where it is;
             None leaves them as they are. The default is `perturb_intensities`.
+        overlapping: each channel is a class of its own (sigmoid), sure by itself; labels are (B, C, *spatial).
         output: path to the logits in what the model returns, as an index, a key or a tuple of them; None takes the
-            first tensor of the image's size.
+            first tensor of the image's size, or the only one that is coarser, interpolated. Of a model that ends in a
+            sigmoid or softmax module "in:" and that module's path: its input is the logits, and `task_loss` gets what
+            it gives.
 
     Raises:
         ReSegError: a setting is out of range or does not fit `deep`; the model cannot be copied, is sharded
@@ -71,7 +84,8 @@ class CutMixConsistency(Regularizer):
         "ignore_index": int,
         "threshold": float,
         "ema_decay": float,
-        "output": ([(int, str)], None),
+        "overlapping": bool,
+        "output": ([(int, str)], str, None),
         "started": bool,
         "average": dict,
     }
@@ -87,28 +101,45 @@ class CutMixConsistency(Regularizer):
         threshold: float = 0.95,
         ema_decay: float = 0.99,
         perturb: Callable[[Tensor], Tensor] | None = random_intensities,
+        overlapping: bool = False,
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
         super().__init__(model, weight)
         self._forward = model
-        self.deep, self.perturb = deep, perturb
-        self.rampup_steps, self.threshold, self.ema_decay = _checked(rampup_steps, threshold, ema_decay)
+        self.deep, self.perturb, self.overlapping = deep, perturb, overlapping
+        self.rampup_steps, self.threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
         self.ignore_index = check_number("ignore_index", ignore_index, whole=True)
-        self.output = as_path(output)
         self._check_deep()
-        self._average = _copy(self._model)
-        self._since_update = 0
-        self._started = self._ignoring = False
+        self._mean_teacher = MeanTeacher(model, ema_decay)
+        self._endings: tuple[Ending, Ending] | None = None
+        self._hook(output)
+        self._shares: Tensor | None = None
+        self._forgotten = _Forgotten()
+        self._looked = False  # at values of the first call
+        self._asked = False  # whether the task loss leaves `ignore_index` out
 
     @property
     def average(self) -> nn.Module:
         """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
 
         Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
-        images; at weight 0 they are the model's. `loss` sets its modes back to the model's. `mixed.average.compile()`
-        compiles it.
+        images; at weight 0 they are the model's. `loss` sets its modes back to the model's, dropout included. It is
+        compiled where the model was when this was made; later `mixed.average.compile()` compiles it.
         """
-        return self._average
+        return self._mean_teacher.network
+
+    @property
+    def sure_shares(self) -> Tensor | None:
+        """Of the last call, and of each class, the share of its pixels that is sure, (classes,); NaN where it has none.
+
+        None before the first. Nothing waits for the device, as in `stats`.
+        """
+        return self._shares
+
+    @property
+    def ema_decay(self) -> float:
+        """Of the average, per `update`."""
+        return self._mean_teacher.decay
 
     def factor(self) -> float:
         """The factor of the next call: `weight`, and its ramp."""
@@ -149,16 +180,10 @@ class CutMixConsistency(Regularizer):
                 copies buffers where torch cannot do it twice a step, or is in a join() context.
             TapError: a tap of `deep` did not fire.
         """
-        images = _plain_images(images)
+        images = plain_images(images)
         forward = self._forward if forward is None else forward
         self._refuse_misuse()
-        if isinstance(weight, Tensor):
-            if weight.ndim:
-                raise ReSegError(f"weight= has shape {tuple(weight.shape)}; it is a number or a scalar tensor")
-            refuse_not_finite(weight, {}, "weight= is NaN or infinite")
-        elif weight is not None:
-            check_weight("weight", weight)
-        factor = self.factor() if weight is None else weight
+        factor = self.factor_of(weight)
         if not isinstance(factor, Tensor) and factor == 0:
             self._last = {}
             return nothing(images.device)
@@ -168,138 +193,43 @@ class CutMixConsistency(Regularizer):
                 "a labelled forward still waits for its deep supervision, which the forward of the unlabelled images "
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
-        _refuse_broadcast(forward)
-        if _plain(forward) is not self._model:  # which alone is not reduced at each forward
-            refuse_join(self._model, "two forwards a step are one too many")
-        self._start()
-        label = self._predict(images)
-        mixed, label = self._exchanged(images, label)
-        mixed = self._perturbed(mixed)
+        refuse_two_forwards(forward, self._model)
+        y = self.mix(images)
         # all of it inside the record, which forgets the features if anything fails: no other label may meet them
         with self.deep.record() if self.deep is not None else nullcontext():
-            output = forward(mixed)
-            logits = select_output(output, len(mixed), tuple(mixed.shape[2:]), self.output)
-            made_of = {
-                f"unlabelled {OF_IMAGES}": [images],
-                "perturb= gave NaN or infinite values for images that are finite": [mixed],
-                OF_MODEL: [logits],
-            }
-            refuse_not_finite(logits, made_of, first=not self._ignoring)
-            if not self._ignoring:
-                what = "pseudo-labels are taken from logits (output= names others that it returns)"
-                refuse_probabilities(activation_of(logits), what, self._model)
-                _check_ignoring(task_loss, logits.detach(), label, self.ignore_index)
-                self._ignoring = True
-            side = self.deep.loss(label, task_loss) if self.deep is not None else 0.0
-        sure = label != self.ignore_index
-        counts = sure.any()
-        # most losses are NaN where everything is ignored
-        target = torch.where(counts, label, torch.zeros_like(label))
-        value = side + counts * value_of(task_loss, logits, target, "unlabelled images")
-        refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
-        used = factor.detach() if isinstance(factor, Tensor) else factor
-        self._last = {"loss": value.detach(), "weight": used, "sure": sure.float().mean()}
-        self._calls += 1
-        self._since_update += 1
-        if self._since_update == FORGOTTEN_CALLS:
-            warnings.warn(
-                f"{FORGOTTEN_CALLS} calls of loss without update(): the mean teacher does not learn; call update() "
-                "after each step of the optimizer",
-                stacklevel=2,
-            )
+            prediction, _ = self.select(forward(y.images), y.images)
+            self._ask(task_loss, prediction, y.label)
+            side = self.deep.loss(y.label, task_loss) if self.deep is not None else 0.0
+        value = side + self.value(prediction, y, task_loss)
+        self._last |= {"loss": value.detach(), "weight": factor.detach() if isinstance(factor, Tensor) else factor}
         return factor * value
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Let the mean teacher follow the model; call it once after each step of the optimizer.
+    # --- the parts of `loss`, for loops in which something else runs the model
+
+    def factor_of(self, weight: float | Tensor | None) -> float | Tensor:
+        """What the loss is multiplied with: `weight`, of `loss`, or `factor()`. Raises a ReSegError if it is none."""
+        if isinstance(weight, Tensor):
+            if weight.ndim:
+                raise ReSegError(f"weight= has shape {tuple(weight.shape)}; it is a number or a scalar tensor")
+            refuse_not_finite(weight, {}, "weight= is NaN or infinite")
+        elif weight is not None:
+            check_weight("weight", weight)
+        return self.factor() if weight is None else weight
+
+    def mix(self, images: Any) -> Mixed:
+        """Let the mean teacher label images, exchange boxes between them, and change their intensities.
 
         Raises:
-            ReSegError: the model's parameters are others than when this was made.
+            ReSegError: as `loss`, of the images, the mean teacher's output and `perturb`.
         """
-        _refuse_sharded(self._model)
-        self._start()
-        mine, theirs = list(self._average.parameters()), list(self._model.parameters())
-        _same("parameters", mine, theirs)
-        pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.ema_decay)  # pyright: ignore
-        if self._weight == 0:  # no forward of its own brings its buffers up to date
-            self._take_over("buffers")
-        self._since_update = 0
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0.
-
-        The first `loss` or `update` does it, so that a model may get other weights before.
-
-        Raises:
-            ReSegError: the model's parameters or buffers are others than when this was made.
-        """
-        _refuse_sharded(self._model)
-        self._to_model()
-        for what in ("parameters", "buffers"):
-            self._take_over(what)
-        broadcast(self._average)  # DistributedDataParallel may still have to make the ranks' models equal
-        self._started, self._calls, self._since_update = True, 0, 0
-
-    def stats(self) -> dict[str, float]:
-        """The last call's values for a log: "loss" (unweighted), "weight", and "sure", the share of pixels that count.
-
-        "weight" is what that call's loss was multiplied with, ramp and all. Reading them waits for the device.
-        """
-        return super().stats()
-
-    def _state(self) -> dict[str, Any]:
-        # but for `perturb`. Random numbers are torch's: save its states beside, as for dropout
-        return {
-            "rampup_steps": self.rampup_steps,
-            "ignore_index": self.ignore_index,
-            "threshold": self.threshold,
-            "ema_decay": self.ema_decay,
-            "output": None if self.output is None else list(self.output),
-            "started": self._started,
-            "average": dict(self._average.state_dict()),
-        }
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        settings = _checked(state["rampup_steps"], state["threshold"], state["ema_decay"])
-        load_states((self._average, state["average"]))
-        self.rampup_steps, self.threshold, self.ema_decay = settings
-        self.ignore_index, self.output = state["ignore_index"], as_path(state["output"])
-        self._started = state["started"]
-        self._ignoring = False  # the task loss was asked about another ignore_index
-
-    def _told(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("rampup_steps", "threshold", "ema_decay", "ignore_index")}
-
-    def _beside(self) -> list[nn.Module]:
-        return [self._average]
-
-    def _predict(self, images: Tensor) -> Tensor:
-        """The mean teacher's pseudo-label."""
-        # modes are the model's, so that parts which the user has frozen in evaluation are here, too
-        pairs = [*zip_longest(_uncompiled(self._average), _uncompiled(self._model))]
-        if any(type(mine) is not type(theirs) for mine, theirs in pairs):
-            raise ReSegError(
-                "the model has other modules than when its mean teacher was made; build CutMixConsistency after the "
-                "model is changed"
-            )
-        for mine, theirs in pairs:
-            if mine.training != theirs.training:
-                mine.training = theirs.training
-        try:
-            with torch.no_grad():
-                output = self._average(images)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise ReSegError(
-                f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
-                f"{images.device}; they must be as the model takes the labelled ones: {error}"
-            ) from error
-        logits = select_output(output, len(images), tuple(images.shape[2:]), self.output)
+        images = plain_images(images)
+        self._refuse_misuse()
+        first = not self._looked
+        refuse_not_finite(images, {}, f"unlabelled {OF_IMAGES}", first=first)
+        self._mean_teacher.start()
+        logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
         classes = logits.shape[1]
-        if 0 <= self.ignore_index < max(classes, 2):
+        if 0 <= self.ignore_index < (2 if self.overlapping else max(classes, 2)):
             raise ReSegError(
                 f"ignore_index={self.ignore_index} is one of the model's {max(classes, 2)} classes; it marks the "
                 "pixels that do not count, by a value that is no class, 255 for instance"
@@ -309,15 +239,150 @@ class CutMixConsistency(Regularizer):
                 f"the output that was taken for logits has {classes} channels, the heads of deep supervision have "
                 f"{self.deep.num_classes}; pass output= with the path to the logits"
             )
-        return pseudo_label(logits, self.threshold, self.ignore_index)
+        label, confidence = predicted(logits, overlapping=self.overlapping)
+        counts = self._per_class(label, classes)
+        label = sure_label(label, confidence, self.threshold, self.ignore_index)
+        mixed, label = self.exchange(images, label)
+        mixed = self._perturbed(mixed)
+        refuse_not_finite(mixed, {}, "perturb= gave NaN or infinite values for images that are finite", first=first)
+        return Mixed(mixed, label, counts)
 
-    def _exchanged(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and their label with boxes of others."""
-        box = self._boxes(images)
+    def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, *spatial) and their pseudo-label with boxes of others; a subclass may mix them otherwise."""
+        box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
         return mix(images, box), mix(label, box)
 
-    def _boxes(self, images: Tensor) -> Tensor:
-        return boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+    def select(self, output: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor (B, C, *spatial) in what the model returned for images that is its prediction, and its logits.
+
+        They are one, but where the model ends in a sigmoid or softmax module.
+
+        Raises:
+            ReSegError: there is none, it is not finite, or it ends in a sigmoid or softmax that is no module.
+        """
+        prediction, logits = self._select(output, images, 0)
+        refuse_not_finite(logits, {}, OF_MODEL, first=not self._looked)
+        if not self._looked:
+            self._looked = True
+            what = (
+                "pseudo-labels are taken from logits (output= names others that it returns, or is 'in:' and the path "
+                "of the module that makes probabilities of them)"
+            )
+            refuse_probabilities(activation_of(logits), what, self._model)
+        return prediction, logits
+
+    def value(self, prediction: Tensor, y: Mixed, task_loss: TaskLoss) -> Tensor:
+        """The task loss of the mixed images on what is sure, neither weighted nor ramped; counts the call.
+
+        Raises:
+            ReSegError: `task_loss` fails, or does not leave `ignore_index` out.
+        """
+        if prediction.shape[1] != len(y.predicted) and not (prediction.shape[1] == 1 and len(y.predicted) == 2):
+            raise ReSegError(
+                f"the model gave {prediction.shape[1]} channels for the mixed images, its mean teacher "
+                f"{len(y.predicted)} classes; pass output= with the path to the logits"
+            )
+        self._ask(task_loss, prediction, y.label)
+        sure = y.label != self.ignore_index
+        counts = sure.any()
+        # most losses are NaN where everything is ignored
+        target = torch.where(counts, y.label, torch.zeros_like(y.label))
+        value = counts * value_of(task_loss, prediction, target, "unlabelled images")
+        refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
+        self._shares = self._per_class(y.label, prediction.shape[1]) / y.predicted
+        self._last = {"sure": sure.float().mean()}
+        self._calls += 1
+        self._forgotten.check(self._model)
+        return value
+
+    def update(self) -> None:
+        """Let the mean teacher follow the model; call it once after each step of the optimizer.
+
+        Raises:
+            ReSegError: the model's parameters are others than when this was made.
+        """
+        # at weight 0 no forward of its own brings its buffers up to date
+        self._mean_teacher.update(buffers=self._weight == 0)
+        self._forgotten.updated()
+
+    def reset(self) -> None:
+        """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0.
+
+        The first `loss` or `update` does it, so that a model may get other weights before.
+
+        Raises:
+            ReSegError: the model's parameters or buffers are others than when this was made.
+        """
+        self._mean_teacher.reset()
+        self._calls = 0
+        self._forgotten.updated()
+
+    def remove(self) -> None:
+        """Take all hooks off; the loss raises from now on, and the mean teacher stays. May be called twice."""
+        super().remove()
+        for ending in self._endings or ():
+            ending.remove()
+
+    def stats(self) -> dict[str, float]:
+        """The last call's values for a log: "loss" (unweighted), "weight", and "sure", the share of pixels that count.
+
+        "weight" is what that call's loss was multiplied with, ramp and all. "sure/1" is that share of the pixels which
+        the mean teacher takes for class 1; NaN where it takes none. Reading them waits for the device.
+        """
+        shares = [] if self._shares is None or not self._last else self._shares.tolist()
+        return super().stats() | {f"sure/{c}": share for c, share in enumerate(shares)}
+
+    def _state(self) -> dict[str, Any]:
+        # but for `perturb`. Random numbers are torch's: save its states beside, as for dropout
+        return {
+            "rampup_steps": self.rampup_steps,
+            "ignore_index": self.ignore_index,
+            "threshold": self.threshold,
+            "ema_decay": self.ema_decay,
+            "overlapping": self.overlapping,
+            "output": list(self.output) if isinstance(self.output, tuple) else self.output,
+            "started": self._mean_teacher.started,
+            "average": dict(self.average.state_dict()),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        rampup_steps, threshold, decay = _checked(state["rampup_steps"], state["threshold"], state["ema_decay"])
+        load_states((self.average, state["average"]))
+        self._hook(state["output"])
+        self.rampup_steps, self.threshold, self._mean_teacher.decay = rampup_steps, threshold, decay
+        self.ignore_index, self.overlapping = state["ignore_index"], state["overlapping"]
+        self._mean_teacher.started = state["started"]
+        self._asked = False  # of another ignore_index
+
+    def _told(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("rampup_steps", "threshold", "ema_decay", "ignore_index")}
+
+    def _beside(self) -> list[nn.Module]:
+        return [self.average]
+
+    def _hook(self, output: Any) -> None:
+        """Take `output` over, and where it is the input of a module have that kept, of the model and its average."""
+        path = output.removeprefix("in:") if isinstance(output, str) and output.startswith("in:") else None
+        chosen = output if path is not None else as_path(output)
+        endings = None if path is None else (Ending(self._model, path), Ending(self.average, path))
+        for ending in self._endings or ():
+            ending.remove()
+        self.output, self._endings = chosen, endings
+
+    def _select(self, output: Any, images: Tensor, which: int) -> tuple[Tensor, Tensor]:
+        """Prediction and logits in an output of the model (0) or of the mean teacher (1)."""
+        path = None if isinstance(self.output, str) else self.output
+        prediction = full_size(output, len(images), tuple(images.shape[2:]), path)
+        return prediction, prediction if self._endings is None else self._endings[which].logits(prediction)
+
+    def _per_class(self, label: Tensor, channels: int) -> Tensor:
+        return pixels_per_class(label, max(channels, 2), overlapping=self.overlapping)
+
+    def _ask(self, task_loss: TaskLoss, prediction: Tensor, label: Tensor) -> None:
+        """See at the first call that a task loss leaves `ignore_index` out."""
+        if not self._asked:
+            _check_ignoring(task_loss, prediction.detach(), label, self.ignore_index)
+            self._asked = True
 
     def _perturbed(self, images: Tensor) -> Tensor:
         if self.perturb is None:
@@ -342,32 +407,33 @@ class CutMixConsistency(Regularizer):
                 f"that must not count there either: build DeepSupervision(..., ignore_index={self.ignore_index})"
             )
 
-    def _start(self) -> None:
-        if self._started:
-            self._to_model()
-        else:
-            self.reset()
 
-    def _take_over(self, what: str) -> None:
-        """Give the mean teacher the model's "parameters" or "buffers"."""
-        mine, theirs = (list(getattr(m, what)()) for m in (self._average, self._model))
-        _same(what, mine, theirs)
-        for a, p in zip(mine, theirs):
-            a.copy_(p)
+class _Forgotten:
+    """Warns once if the parameters change 20 times without an `update`, of which every loop needs one for each."""
 
-    def _to_model(self) -> None:
-        """To the model's device, which may have moved since; a ReSegError if its dtype has."""
-        mine, theirs = (next(m.parameters(), None) for m in (self._average, self._model))
-        if mine is None or theirs is None:
+    def __init__(self) -> None:
+        self._calls, self._told = 0, False
+
+    def updated(self) -> None:
+        self._calls = 0
+
+    def check(self, model: nn.Module) -> None:
+        """Count a call, and the changes on the device, which is asked after 20 calls without an update alone."""
+        last = next((p.detach() for p in reversed([*model.parameters()]) if p.requires_grad), None)
+        if last is None or self._told or not readable(last.device, first=True):
             return
-        if mine.device != theirs.device:
-            self._average.to(theirs.device)
-        if theirs.dtype.itemsize < 4:
-            _refuse_low(self._model)
-        if mine.dtype != theirs.dtype:
-            raise ReSegError(
-                f"the model's parameters are {theirs.dtype}, its mean teacher's {mine.dtype}: the model was moved to "
-                f"another dtype, so move the mean teacher, too, by mixed.to({theirs.dtype})"
+        if self._calls == 0:
+            self._seen, self._changes = last.clone(), torch.zeros((), device=last.device)
+        else:  # fused optimizers leave no other mark than the values themselves
+            self._changes += (last != self._seen).any()
+            self._seen.copy_(last)
+        self._calls += 1
+        if self._calls > FORGOTTEN_STEPS and self._calls % FORGOTTEN_STEPS == 1 and self._changes >= FORGOTTEN_STEPS:
+            self._told = True
+            warnings.warn(
+                f"{FORGOTTEN_STEPS} changes of the parameters without update(): the mean teacher does not learn; call "
+                "update() after each step of the optimizer",
+                stacklevel=4,
             )
 
 
@@ -378,29 +444,6 @@ def _checked(rampup_steps: Any, threshold: Any, ema_decay: Any) -> tuple[int | N
         check_number("threshold", threshold, least=0, most=1),
         check_number("ema_decay", ema_decay, least=0, below=1),
     )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """The mean teacher of a model."""
-    _refuse_sharded(model)
-    refuse_lazy(model)
-    _refuse_low(model)
-    return copy_model(model, "the mean teacher", "leave it as it was until this is built").requires_grad_(False)
-
-
-def _refuse_low(model: nn.Module) -> None:
-    """Raise a ReSegError if parameters are too coarse for an average."""
-    low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
-    if low:
-        raise ReSegError(
-            f"the model has {', '.join(map(str, low))} parameters, in which the small steps of an average are rounded "
-            "away; keep them in float32 and use torch.autocast"
-        )
-
-
-def _uncompiled(model: nn.Module) -> Iterator[Any]:
-    """Every module but those that torch.compile put around another."""
-    return (module for module in model.modules() if "_orig_mod" not in module._modules)
 
 
 def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_index: int) -> None:
@@ -434,30 +477,17 @@ def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_in
         raise ReSegError(f"task_loss has a gradient at pixels that do not count, or none that is finite; {must}")
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    """Raise a ReSegError if the model is sharded, now or since its mean teacher was made."""
-    if is_sharded(model):
-        raise ReSegError("the model is sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
-
-
-def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    """Raise a ReSegError unless the mean teacher's tensors fit the model's."""
-    if [t.shape for t in mine] != [t.shape for t in theirs]:
-        raise ReSegError(
-            f"the model has other {what} than when its mean teacher was made; build CutMixConsistency after the "
-            "model is changed"
-        )
-
-
 def _plain(forward: Any) -> Any:
     while isinstance(getattr(forward, "_orig_mod", None), nn.Module):
         forward = forward._orig_mod
     return forward
 
 
-def _refuse_broadcast(forward: Any) -> None:
-    """Raise a ReSegError for a DistributedDataParallel after whose second forward the first's backward fails."""
+def refuse_two_forwards(forward: Any, model: nn.Module) -> None:
+    """Raise a ReSegError for a DistributedDataParallel that cannot run the model twice a step."""
     forward = _plain(forward)
+    if forward is not model:  # which alone is not reduced at each forward
+        refuse_join(model, "two forwards a step are one too many")
     if BROADCASTS_TWICE or not isinstance(forward, DistributedDataParallel):
         return
     if forward.will_sync_module_buffers():
@@ -467,7 +497,7 @@ def _refuse_broadcast(forward: Any) -> None:
         )
 
 
-def _plain_images(images: Any) -> Tensor:
+def plain_images(images: Any) -> Tensor:
     """The images as a plain tensor: element 0 of a list, MetaTensor unwrapped."""
     images = unwrapped(images)
     if not isinstance(images, Tensor) or images.ndim not in (4, 5) or not images.is_floating_point():

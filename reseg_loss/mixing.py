@@ -75,24 +75,50 @@ def random_intensities(image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pseudo_label(logits: Tensor, threshold: float, ignore_index: int) -> Tensor:
-    """The predicted class where its probability is at least `threshold`, else `ignore_index`; int64.
+def predicted(logits: Tensor, *, overlapping: bool = False) -> tuple[Tensor, Tensor]:
+    """The class that is predicted, int64, and its probability.
 
     Args:
         logits: (B, C, *spatial), classes that exclude each other; with one channel a binary model's (sigmoid).
-        threshold: a probability.
-        ignore_index: no class.
+        overlapping: each channel is a class of its own (sigmoid), 0 or 1.
 
     Returns:
-        (B, *spatial), of a binary model (B, 1, *spatial), as its losses want the label in the form of the logits.
+        Both (B, *spatial); of a binary model (B, 1, *spatial), of overlapping classes (B, C, *spatial), as their losses
+        want the label in the form of the logits.
     """
     logits = logits.float()
-    if logits.shape[1] == 1:
+    if overlapping or logits.shape[1] == 1:
         p = logits.sigmoid()
-        label, confidence = (p >= 0.5).long(), torch.maximum(p, 1 - p)
-    else:
-        confidence, label = logits.softmax(1).max(1)
+        return (p >= 0.5).long(), torch.maximum(p, 1 - p)
+    confidence, label = logits.softmax(1).max(1)
+    return label, confidence
+
+
+@torch.no_grad()
+def pseudo_label(logits: Tensor, threshold: float, ignore_index: int, *, overlapping: bool = False) -> Tensor:
+    """The predicted class where its probability is at least `threshold`, else `ignore_index`; int64, as `predicted`.
+
+    Args:
+        logits: as in `predicted`.
+        threshold: a probability.
+        ignore_index: no class.
+        overlapping: as in `predicted`.
+    """
+    return sure_label(*predicted(logits, overlapping=overlapping), threshold, ignore_index)
+
+
+def sure_label(label: Tensor, confidence: Tensor, threshold: float, ignore_index: int) -> Tensor:
+    """The label where its confidence is at least `threshold`, else `ignore_index`."""
     return label.masked_fill(~(confidence >= threshold), ignore_index)  # so, since NaN is not sure
+
+
+def pixels_per_class(label: Tensor, classes: int, *, overlapping: bool = False) -> Tensor:
+    """How many pixels a label has of each class, (classes,) int64; of overlapping classes the ones in each channel."""
+    if overlapping:
+        return (label == 1).transpose(0, 1).flatten(1).sum(1)
+    numbers = torch.arange(classes, device=label.device)
+    # a few classes at a time, for each takes a byte per pixel
+    return torch.cat([(label.flatten() == part[:, None]).sum(1) for part in numbers.split(16)])
 
 
 def ramp_up(call: int, calls: int | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from .common.distributed import UnmovedWarning, distributed, refuse_join, undist
 from .common.dryrun import preserved_rng
 from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
 from .common.labels import LabelEncoding, has_value, plain_label
-from .common.outputs import refuse_probabilities, select_output, trained_activation
+from .common.outputs import activation_function, refuse_probabilities, select_output, trained_ending
 from .common.state import load_states
 from .errors import ReSegError
 from .recording.extractor import FeatureExtractor
@@ -22,6 +23,29 @@ from .taps.named import parse_taps
 from .taps.plain import PLAN, plan_from_dict, plan_to_dict, refuse_other_channels, same_taps
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """What the heads make of one forward, for its whole batch or a part.
+
+    Attributes:
+        logits: of each head by name, (B, classes, *spatial), the finest first.
+        features: what each was made of, (B, C, *spatial).
+        image: of that forward, (B, C, *spatial).
+    """
+
+    logits: dict[str, Tensor]
+    features: dict[str, Tensor]
+    image: Tensor
+
+    def split(self, sizes: Sequence[int]) -> list[HeadOutputs]:
+        """The same for parts of the batch, of these sizes and in this order."""
+        logits, features = (
+            [dict(zip(x, part)) for part in zip(*(value.split(sizes) for value in x.values()))]
+            for x in (self.logits, self.features)
+        )
+        return [HeadOutputs(*parts) for parts in zip(logits, features, self.image.split(sizes))]
 
 
 class DeepSupervision(Regularizer):
@@ -54,13 +78,14 @@ class DeepSupervision(Regularizer):
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
-        ReSegError: weights do not fit the levels, or the model ends in a sigmoid or softmax.
+        ReSegError: weights do not fit the levels, or the model ends in a sigmoid or softmax that is no module.
     """
 
     ENTRIES: ClassVar[Mapping[str, Any]] = {
         "num_classes": int,
         "level_weights": [float],
         "ignore_index": (int, None),
+        "ending": (str, None),
         "taps": PLAN,
         "heads": dict,
     }
@@ -86,13 +111,15 @@ class DeepSupervision(Regularizer):
         self.ignore_index = None if ignore_index is None else check_number("ignore_index", ignore_index, whole=True)
         self._extractor: FeatureExtractor | None = None
         self._heads: nn.Module | None = None
+        self._ending: str | None = None
         self._checked = False
         self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
         if example_input is not None:
             plan, trace = look(self._model, example_input, taps=taps, levels=levels)
-            activation = trained_activation(self._model, example_input, trace.common_activation())
-            what = "your task loss takes probabilities, while the heads give logits"
-            refuse_probabilities(activation, what, self._model)
+            activation, self._ending = trained_ending(self._model, example_input, trace.common_activation())
+            if self._ending is None:
+                what = "your task loss takes probabilities, while the heads give logits"
+                refuse_probabilities(activation, what, self._model)
             if self._num_classes is None:
                 self._num_classes = _channels(trace)
             self._extractor, self._heads = self._make(plan, self._num_classes, self.level_weights)
@@ -118,6 +145,11 @@ class DeepSupervision(Regularizer):
         assert self._heads is not None
         return undistributed(self._heads).heads  # pyright: ignore[reportReturnType]
 
+    @property
+    def ending(self) -> str | None:
+        """The path of the sigmoid or softmax module that the model ends in; the heads' logits pass the same."""
+        return self._ending
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The heads' parameters, for your optimizer."""
         return iter(self.heads.parameters())
@@ -136,7 +168,8 @@ class DeepSupervision(Regularizer):
             label: of that forward's images: (B, *spatial), (B, 1, *spatial) or (B, classes, *spatial). Of a list,
                 element 0.
             task_loss: your loss of logits (B, classes, *spatial) and label. The label comes at the level's size in
-                the form and dtype it was given in.
+                the form and dtype it was given in. Where the model ends in a sigmoid or softmax module, it is a loss
+                of probabilities, and the heads' logits pass the same kind of module first.
 
         Returns:
             A scalar to add to the task loss. At weight 0 a zero on which backward works.
@@ -147,11 +180,78 @@ class DeepSupervision(Regularizer):
             TapError: a tap did not fire.
         """
         try:
-            return self._loss(plain_label(label), task_loss)
+            label = plain_label(label)
+            self._refuse_misuse()
+            if self._weight == 0:
+                self._last = {}
+                return nothing(label.device)
+            total = self.loss_of(self.outputs(), label, self.of_logits(task_loss))
         except BaseException:
             if self._extractor is not None:
                 self._extractor.forget()
             raise
+        self._calls += 1
+        self._last |= {"loss": total.detach(), "weight": self._weight}
+        return self._weight * total
+
+    def outputs(self) -> HeadOutputs:
+        """What the heads make of the one training forward since the last call; for `loss_of`, of all or of parts.
+
+        Raises:
+            ReSegError, TapError: as `loss`, but for the label.
+        """
+        self._refuse_misuse()
+        recorded = self.extractor.take()
+        assert self._heads is not None
+        features, image = recorded.features.decoder, recorded.image
+        device = features[0].device
+        for level, x in zip(self.extractor.plan.selected, features):
+            _check_covers(level.stride, x.shape[2:], image.shape[2:])
+        refuse_join(self._model, "the heads of deep supervision are reduced beside it")
+        enabled, dtype = recorded.autocast
+        if not enabled:
+            _check_dtype(next(self.parameters()).dtype, features)
+        self._heads = distributed(self._heads, device)
+        self._unmoved.check(self._heads.parameters())
+        inputs = {f"decoder_{i + 1}": x for i, x in enumerate(features)}
+        with torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            return HeadOutputs(self._heads(inputs), inputs, image)
+
+    def loss_of(self, outputs: HeadOutputs, label: Tensor, task_loss: TaskLoss) -> Tensor:
+        """The weighted sum over heads of the task loss, without `weight`.
+
+        Args:
+            outputs: what `outputs` gave, or a part of it.
+            label: of that part, as in `loss`.
+            task_loss: as in `loss`, but of logits, also where the model ends in a sigmoid or softmax module.
+
+        Raises:
+            ReSegError: the label does not fit, or the task loss fails on it.
+        """
+        label = label.to(outputs.image.device, non_blocking=True)
+        image = outputs.image.shape
+        LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index).check_shape(label, image)
+        total = torch.zeros((), device=outputs.image.device)
+        self._last = {}
+        for name, x in outputs.logits.items():
+            value = coarse_loss(x, label, task_loss, self.ignore_index, f"the head {name}")
+            made_of = {
+                OF_IMAGES: [outputs.image],
+                OF_MODEL: [outputs.features[name]],
+                f"the head {name} is not finite": [x],
+            }
+            refuse_not_finite(value, made_of, _of_task_loss(name, self.ignore_index), first=not self._checked)
+            total = total + self.weight_of(name) * value
+            self._last[name] = value.detach()
+        self._checked = True
+        return total
+
+    def of_logits(self, task_loss: TaskLoss) -> TaskLoss:
+        """Your task loss as one of logits: of what the model's `ending` makes of them, where it has one."""
+        if self._ending is None:
+            return task_loss
+        activate = activation_function(self._model.get_submodule(self._ending))
+        return lambda logits, label: task_loss(activate(logits), label)
 
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: each head's task loss, "loss" and "weight".
@@ -171,6 +271,7 @@ class DeepSupervision(Regularizer):
             # also where they are the default, so that a state goes on as it was when that changes
             "level_weights": [self.weight_of(name) for name in self.heads],
             "ignore_index": self.ignore_index,
+            "ending": self._ending,
             "taps": plan_to_dict(self.extractor.plan),
             "heads": dict(self.heads.state_dict()),
         }
@@ -180,6 +281,8 @@ class DeepSupervision(Regularizer):
         if known is not None and classes != known:
             raise ReSegError(f"this state is for {classes} classes, not {known}")
         check_number("num_classes", classes, least=1, whole=True)
+        if state["ending"] is not None and state["ending"] not in dict(self._model.named_modules()):
+            raise ReSegError(f"this state is of a model that ends in its module {state['ending']!r}; this one has none")
         plan = plan_from_dict(state["taps"])
         weights = _checked(state["level_weights"])
         if len(weights) != len(plan.selected):
@@ -200,7 +303,7 @@ class DeepSupervision(Regularizer):
         if self._extractor is not None and self._extractor is not extractor:
             self._extractor.remove()
         self._extractor, self._heads, self._num_classes = extractor, heads, classes
-        self.level_weights, self.ignore_index = weights, state["ignore_index"]
+        self.level_weights, self.ignore_index, self._ending = weights, state["ignore_index"], state["ending"]
         self._checked = False
 
     def _told(self) -> dict[str, Any]:
@@ -234,48 +337,6 @@ class DeepSupervision(Regularizer):
     def _arm(self) -> None:
         if self._extractor is not None:
             self._extractor.enabled = self._weight != 0
-
-    def _loss(self, label: Tensor, task_loss: TaskLoss) -> Tensor:
-        self._refuse_misuse()
-        if self._weight == 0:
-            self._last = {}
-            return nothing(label.device)
-        recorded = self.extractor.take()
-        assert self._heads is not None
-        features, device = recorded.features, recorded.features.decoder[0].device
-        label = label.to(device, non_blocking=True)
-        image = recorded.image.shape
-        encoding = LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index)
-        encoding.check_shape(label, image)
-        first = not self._checked
-        inputs = {f"decoder_{i + 1}": x for i, x in enumerate(features.decoder)}
-        for level, x in zip(self.extractor.plan.selected, features.decoder):
-            _check_covers(level.stride, x.shape[2:], image[2:])
-        refuse_join(self._model, "the heads of deep supervision are reduced beside it")
-        enabled, dtype = recorded.autocast
-        if not enabled:
-            _check_dtype(next(self.parameters()).dtype, features.decoder)
-        self._heads = distributed(self._heads, device)
-        self._unmoved.check(self._heads.parameters())
-        with torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            logits = self._heads(inputs)
-        values: dict[str, Tensor] = {}
-        for name, x in logits.items():
-            target, counts = nearest(label, x.shape[2:]), None
-            if self.ignore_index is not None:
-                counts = has_value(target, self.ignore_index).all().logical_not()
-                target = torch.where(counts, target, torch.zeros_like(target))
-            value = value_of(task_loss, x, target, f"the head {name}")
-            values[name] = value if counts is None else value * counts
-            made_of = {OF_IMAGES: [recorded.image], OF_MODEL: [inputs[name]], f"the head {name} is not finite": [x]}
-            refuse_not_finite(value, made_of, _of_task_loss(name, self.ignore_index), first=first)
-        total = torch.zeros((), device=device)
-        for name, value in values.items():
-            total = total + self.weight_of(name) * value
-        self._last = {name: value.detach() for name, value in values.items()}
-        self._last |= {"loss": total.detach(), "weight": self._weight}
-        self._calls, self._checked = self._calls + 1, True
-        return self._weight * total
 
 
 def _channels(trace: Trace) -> int:
@@ -329,6 +390,18 @@ def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[in
             f"{tuple(image)}, so their cells do not lie on the label's: the model seems to pad inside. Pad image and "
             "label yourself, to a multiple of the largest stride"
         )
+
+
+def coarse_loss(logits: Tensor, label: Tensor, task_loss: TaskLoss, ignore_index: int | None, where: str) -> Tensor:
+    """The task loss of logits (B, classes, *size) on a label of the image's size, by nearest neighbour; a scalar.
+
+    It is 0 where every pixel of the label is ignored, for most losses are NaN there. `where` is for messages.
+    """
+    target = nearest(label, logits.shape[2:])
+    if ignore_index is None:
+        return value_of(task_loss, logits, target, where)
+    counts = has_value(target, ignore_index).all().logical_not()
+    return counts * value_of(task_loss, logits, torch.where(counts, target, torch.zeros_like(target)), where)
 
 
 def nearest(label: Tensor, size: Sequence[int]) -> Tensor:

@@ -81,3 +81,52 @@ def alignment(
         total += term(student[1][level], teacher[0][level], valid, normalize)
         total += term(student[0][level], teacher[1][level], valid, normalize)
     return total / 3
+
+
+def dice(label: np.ndarray, p: np.ndarray, counts: np.ndarray) -> float:
+    """1 - Dice of one class: squared denominators, sums over the pixels that count; `label` 0 or 1, flat as `p`."""
+    overlap = squares = size = 0.0
+    for y, q, counted in zip(label, p, counts):
+        if counted:
+            overlap += q * float(y)
+            squares += q * q
+            size += float(y)
+    return 1 - (2 * overlap + 1e-5) / (squares + size + 1e-5)
+
+
+def cross_entropy_dice(
+    logits: np.ndarray, label: np.ndarray, ignore_index: int = 255, weights: Sequence[float] | None = None
+) -> float:
+    """0.5 cross-entropy + 0.5 Dice of (B, C, ...) and (B, ...), pixel by pixel; ignored pixels add 0 to the mean."""
+    classes = logits.shape[1]
+    w = [1.0] * classes if weights is None else [float(v) for v in weights]
+    columns = np.moveaxis(logits, 1, -1).reshape(-1, classes)
+    labels = [int(y) for y in label.reshape(-1)]
+    probabilities = []
+    nll = weight = counting = 0.0
+    for column, y in zip(columns, labels):
+        exps = [math.exp(float(v)) for v in column]
+        probabilities.append([e / sum(exps) for e in exps])
+        if y != ignore_index:
+            nll -= w[y] * math.log(probabilities[-1][y])
+            weight += w[y]
+            counting += 1
+    cross_entropy = 0.0 if weight == 0 else nll / weight * counting / len(labels)
+    counts = np.array([y != ignore_index for y in labels])
+    total = 0.0
+    for c in range(classes):
+        total += w[c] * dice(np.array(labels) == c, np.array(probabilities)[:, c], counts)
+    return 0.5 * cross_entropy + 0.5 * total / sum(w)
+
+
+def binary_cross_entropy_dice(logits: np.ndarray, label: np.ndarray, ignore_index: int = 255) -> float:
+    """0.5 binary cross-entropy + 0.5 Dice per channel of (B, K, ...) both, entry by entry."""
+    p = 1 / (1 + np.exp(-logits))
+    nll = 0.0
+    for q, y in zip(p.reshape(-1), label.reshape(-1)):
+        if y != ignore_index:
+            nll -= math.log(q) if y == 1 else math.log(1 - q)
+    total = 0.0
+    for k in range(logits.shape[1]):
+        total += dice(label[:, k].reshape(-1), p[:, k].reshape(-1), label[:, k].reshape(-1) != ignore_index)
+    return 0.5 * nll / label.size + 0.5 * total / logits.shape[1]

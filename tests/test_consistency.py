@@ -251,7 +251,9 @@ def test_where_nothing_is_sure_the_loss_and_gradients_are_0(with_deep):
     loss.backward()
     assert loss.item() == 0
     assert not any(p.grad.any() for p in model.parameters())
-    assert mixed.stats() == {"loss": 0, "weight": 1, "sure": 0}
+    stats = mixed.stats()
+    assert {name: value for name, value in stats.items() if "/" not in name} == {"loss": 0, "weight": 1, "sure": 0}
+    assert all(value == 0 or math.isnan(value) for name, value in stats.items() if name.startswith("sure/"))
 
 
 def test_ignored_pixels_have_no_gradient():
@@ -700,13 +702,25 @@ def test_what_cannot_work_is_refused():
 
 
 def test_a_forgotten_update_is_warned_about_once():
-    _, mixed = made(UNet(width=1))
+    """After 20 changes of the parameters, however many calls there are for each; fused steps count, too."""
+    model, mixed = made(UNet(width=1))
     image = batch(size=8)[0]
-    for _ in range(99):
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, fused=True)
+
+    def step() -> None:
+        mixed.loss(image, task_loss).backward()
+        mixed.loss(image, task_loss).backward()
+        optimizer.step()
+
+    for _ in range(30):
+        mixed.loss(image, task_loss)  # nothing changes
+    mixed.update()
+    for _ in range(20):
+        step()
+    with pytest.warns(UserWarning, match=r"20 changes of the parameters without update\(\)"):
         mixed.loss(image, task_loss)
-    with pytest.warns(UserWarning, match=r"without update\(\)"):
-        mixed.loss(image, task_loss)
-    mixed.loss(image, task_loss)  # warnings are errors here
+    for _ in range(40):
+        step()  # warnings are errors here
     mixed.update()
 
 

@@ -14,12 +14,13 @@ PACKAGE = ROOT / "reseg_loss"
 FLOORS = (  # a room imports from those below its floor and from itself; those of one floor don't know each other
     ("errors",),
     ("common",),
-    ("functional", "mixing"),
+    ("functional", "mixing", "task_losses"),
     ("taps",),
     ("recording",),
-    ("regularizer",),
+    ("mean_teacher", "regularizer"),
     ("alignment", "supervision"),
     ("consistency",),
+    ("semi",),
     ("integrations",),
 )
 LATER = {"semi", "task_losses"}  # for few labels

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reseg_loss import CutMixConsistency
+from reseg_loss.mixing import boxes
 
 
 class CopyPaste(CutMixConsistency):
@@ -16,8 +17,10 @@ class CopyPaste(CutMixConsistency):
 
     labelled: tuple[Tensor, Tensor]
 
-    def _exchanged(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return pasted(images, label, self.labelled, self._boxes(images))
+    def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """With what is labelled instead of among themselves."""
+        box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+        return pasted(images, label, self.labelled, box)
 
 
 def pasted(images: Tensor, label: Tensor, labelled: tuple[Tensor, Tensor], box: Tensor) -> tuple[Tensor, Tensor]:

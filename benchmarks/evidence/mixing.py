@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency
+from reseg_loss.mixing import mix
 
 CONTRAST = (0.5, 1.5)  # factors of brightness and contrast
 JITTERED, BLURRED = 0.8, 0.5  # shares of the images
@@ -23,8 +24,10 @@ class SizedBoxes(CutMixConsistency):
         super().__init__(model, **keywords)
         self.sides = sides
 
-    def _boxes(self, images: Tensor) -> Tensor:
-        return sized_boxes(images, self.sides)
+    def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """With boxes of these sides."""
+        box = sized_boxes(images, self.sides)
+        return mix(images, box), mix(label, box)
 
 
 def sized_boxes(images: Tensor, sides: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ReSegError, outline
 from .inputs import is_dense
 
-_FEW_OPERATORS = (torch.uint16, torch.uint32, torch.uint64)  # torch compares and adds hardly anything in them
+FEW_OPERATORS = (torch.uint16, torch.uint32, torch.uint64)  # torch compares and adds hardly anything in them
 
 
 def unwrapped(value: Any) -> Any:
@@ -39,7 +39,7 @@ def plain_label(label: Any, what: str = "a label") -> Tensor:
 
 def has_value(label: Tensor, value: int) -> Tensor:
     """Where a label has a value, bool: nowhere if its dtype cannot hold the value, which torch would wrap or round."""
-    if label.dtype in _FEW_OPERATORS:
+    if label.dtype in FEW_OPERATORS:
         label = label.long()
     if label.dtype is torch.bool:
         holds = value in (0, 1)
@@ -117,7 +117,7 @@ class LabelEncoding:
 
         The mask is None without `ignore_index`. Nothing here reads values back from the device.
         """
-        if label.dtype in _FEW_OPERATORS:
+        if label.dtype in FEW_OPERATORS:
             label = label.long()
         if self._per_class(label):
             classes = label.float()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ReSegError
@@ -39,10 +41,7 @@ def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Seque
     for key in path or ():
         if isinstance(key, int) and _is_image(output, batch, spatial):
             break
-        try:
-            output = output[key] if not isinstance(key, str) or hasattr(output, "keys") else getattr(output, key)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ReSegError(f"output={path}: there is no {key!r} in a {type(output).__name__}") from error
+        output = _entry(output, key, path)
     found = list(tensors(output))
     for _, tensor in found:
         if _is_image(tensor, batch, spatial):
@@ -54,6 +53,60 @@ def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Seque
         f"no float output of the image's size {spatial} among {shapes.strip()}; pass output= with the path to it "
         "(an index, a key or a tuple of them), or a model that returns one"
     )
+
+
+def _entry(output: Any, key: int | str, path: Sequence[int | str] | None) -> Any:
+    try:
+        return output[key] if not isinstance(key, str) or hasattr(output, "keys") else getattr(output, key)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ReSegError(f"output={path}: there is no {key!r} in a {type(output).__name__}") from error
+
+
+def full_size(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
+    """As `select_output`; where a model gives logits of a coarser size alone, these, brought to the image's size.
+
+    So SegFormer's, of a quarter of the side: interpolated linearly, as its own loss does.
+
+    Raises:
+        ReSegError: there are none, or several that are coarser.
+    """
+    try:
+        return select_output(output, batch, spatial, path)
+    except ReSegError:
+        for key in path or ():
+            output = _entry(output, key, path)
+        coarse = [x for _, x in tensors(output) if len(set(_strides(x, batch, spatial))) == 1]
+        if len(coarse) != 1:
+            raise
+    mode = "bilinear" if len(spatial) == 2 else "trilinear"
+    return F.interpolate(coarse[0], spatial, mode=mode, align_corners=False)
+
+
+def coarser_outputs(output: Any, chosen: Tensor) -> list[Tensor]:
+    """What a model returns for deep supervision beside its logits `chosen` (B, C, *spatial) of the image's size.
+
+    That is every tensor with as many channels at a coarser size, or the rest of a stack (B, S, C, *spatial) whose
+    element 0 is `chosen`. A model that gives coarse logits alone has none.
+    """
+    batch, spatial = len(chosen), tuple(chosen.shape[2:])
+    returned = [x for _, x in tensors(output)]
+    stacks = [x for x in returned if x.ndim == chosen.ndim + 1 and x[:, 0].shape == chosen.shape]
+    if stacks:
+        return [*stacks[0].unbind(1)[1:]]
+    if not any(_is_image(x, batch, spatial) for x in returned):
+        return []
+    return [x for x in returned if _strides(x, batch, spatial) and x.shape[1] == chosen.shape[1]]
+
+
+def _strides(value: Tensor, batch: int, spatial: tuple[int, ...]) -> list[int]:
+    """Of a float tensor (B, C, *size) coarser than the image how many pixels its cells are wide; of others nothing."""
+    size = tuple(value.shape[2:])
+    if not value.is_floating_point() or value.ndim != len(spatial) + 2 or len(value) != batch or size == spatial:
+        return []
+    # whole numbers, so that what a model has cropped is not taken for coarse
+    strides = [round(full / max(n, 1)) for n, full in zip(size, spatial)]
+    fits = all(s and n in (full // s, -(-full // s)) for n, full, s in zip(size, spatial, strides))
+    return strides if fits else []
 
 
 def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
@@ -82,18 +135,57 @@ def of_all(activations: Iterable[str | None]) -> str | None:
     return found[0] if found and None not in found else None
 
 
-def trained_activation(model: nn.Module, example_input: Any, evaluated: str | None) -> str | None:
-    """`common_activation` of a model in training; None for one that has it (`evaluated`) in evaluation alone."""
-    if evaluated is None:
-        return None
-    try:
-        with dry_run(model), torch.enable_grad():  # the history tells
-            for module in model.modules():
-                module.training = True
+def in_training(model: nn.Module, example_input: Any) -> tuple[Any, dict[str, Any]]:
+    """What a model returns in training, with its history, and what its sigmoid and softmax modules gave, by path.
+
+    Raises:
+        ReSegError: the model fails on the example: one sample may be too few for the statistics of training.
+    """
+    made: dict[str, Any] = {}
+    with dry_run(model), torch.enable_grad():
+        handles = []
+        for name, module in model.named_modules():
+            module.training = True
+            if isinstance(module, tuple(chain(*MODULES.values()))):
+                handles.append(module.register_forward_hook(lambda _, __, out, name=name: made.update({name: out})))
+        try:
             output = call(model, private_copy(example_input))
-        return common_activation(output, tuple(image_of(example_input).shape[2:]))
-    except ReSegError:  # an example of one sample may be too small for the statistics of training
-        return None
+        finally:
+            for handle in handles:
+                handle.remove()
+    return output, made
+
+
+def trained_ending(model: nn.Module, example_input: Any, evaluated: str | None) -> tuple[str | None, str | None]:
+    """The activation that a model ends in when it trains, and the path of the module that does it, where one does.
+
+    `evaluated` is the activation in evaluation: a model may have it there alone.
+    """
+    if evaluated is None:
+        return None, None
+    try:
+        output, made = in_training(model, example_input)
+    except ReSegError:
+        return None, None
+    image = image_of(example_input)
+    activation = common_activation(output, tuple(image.shape[2:]))
+    if activation is None:
+        return None, None
+    chosen = select_output(output, len(image), tuple(image.shape[2:]))
+    return activation, next((name for name, tensor in made.items() if tensor is chosen), None)
+
+
+def activation_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a sigmoid or softmax module does, over the channels where it names no axis, without its hooks."""
+    dim = getattr(module, "dim", None)
+    axis = 1 if dim is None else dim
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "sigmoid": torch.sigmoid,
+        "log-sigmoid": F.logsigmoid,
+        "softmax": lambda x: x.softmax(axis),
+        "log-softmax": lambda x: x.log_softmax(axis),
+    }
+    return next(functions[name] for name, kinds in MODULES.items() if isinstance(module, kinds))
 
 
 def refuse_probabilities(activation: str | None, what: str, model: nn.Module) -> None:

@@ -65,6 +65,16 @@ def is_sharded(model: nn.Module) -> bool:
     return any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters())
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile is among a model's wrappers, or `model.compile()` was called."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module) or model._compiled_call_impl is not None:
+            return True
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            return False
+        model = model.module
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel and torch.compile.
 

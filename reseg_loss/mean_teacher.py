@@ -1,0 +1,155 @@
+"""The mean teacher: a copy of a model, whose weights average those that the model has had in its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .common.distributed import broadcast
+from .common.dryrun import refuse_lazy
+from .errors import ReSegError
+from .recording.copying import copy_model, is_compiled, is_sharded, unwrap
+
+
+class MeanTeacher:
+    """An average of a model over its training, which predicts as the model does in training.
+
+    Its parameters average the model's. Buffers are its own, so its batch normalisation knows the images that it
+    predicts. It starts as the model at the first `start`, so that a model may get other weights before. (Tarvainen and
+    Valpola, NeurIPS 2017.)
+
+    Args:
+        model: the model, or its wrappers. Where torch.compile is one of them, the copy is compiled, too.
+        decay: of the average, per `update`.
+
+    Raises:
+        ReSegError: the model cannot be copied, is sharded (`fully_shard`), lazy, or has parameters in less than 32
+            bits.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = unwrap(model)
+        self.decay, self.started = decay, False
+        _refuse_sharded(self._model)
+        refuse_lazy(self._model)
+        _refuse_low(self._model)
+        copied = copy_model(self._model, "the mean teacher", "leave it as it was until this is built")
+        self.network: nn.Module = copied.requires_grad_(False)
+        if is_compiled(model):
+            self.network.compile()
+
+    def start(self) -> None:
+        """Become the model as it is, unless that was done."""
+        if self.started:
+            self._to_model()
+        else:
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Become the model as it is now, in place. Raises a ReSegError if its parameters or buffers are others."""
+        _refuse_sharded(self._model)
+        self._to_model()
+        for what in ("parameters", "buffers"):
+            self._take_over(what)
+        broadcast(self.network)  # DistributedDataParallel may still have to make the ranks' models equal
+        self.started = True
+
+    @torch.no_grad()
+    def update(self, *, buffers: bool = False) -> None:
+        """Follow the model by one step; with `buffers`, take those over where no forward of its own keeps them.
+
+        Raises:
+            ReSegError: the model's parameters are others than when this was made.
+        """
+        _refuse_sharded(self._model)
+        self.start()
+        mine, theirs = list(self.network.parameters()), list(self._model.parameters())
+        _same("parameters", mine, theirs)
+        pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)  # pyright: ignore
+        if buffers:
+            self._take_over("buffers")
+
+    def predict(self, images: Tensor) -> Any:
+        """What the network returns for images, without gradients, each of its modules in the mode of the model's.
+
+        So it has batch statistics and dropout as the model, and parts that the user has frozen in evaluation are so
+        here, too.
+
+        Raises:
+            ReSegError: the model has other modules than when this was made, or the network fails on the images.
+        """
+        pairs = [*zip_longest(_uncompiled(self.network), _uncompiled(self._model))]
+        if any(type(mine) is not type(theirs) for mine, theirs in pairs):
+            raise ReSegError(
+                "the model has other modules than when its mean teacher was made; build this after the model is changed"
+            )
+        for mine, theirs in pairs:
+            if mine.training != theirs.training:
+                mine.training = theirs.training
+        try:
+            with torch.no_grad():
+                return self.network(images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ReSegError(
+                f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
+                f"{images.device}; they must be as the model takes the labelled ones: {error}"
+            ) from error
+
+    def _take_over(self, what: str) -> None:
+        """Give the network the model's "parameters" or "buffers"."""
+        mine, theirs = (list(getattr(m, what)()) for m in (self.network, self._model))
+        _same(what, mine, theirs)
+        for a, p in zip(mine, theirs):
+            a.copy_(p)
+
+    def _to_model(self) -> None:
+        """To the model's device, which may have moved since; a ReSegError if its dtype has."""
+        mine, theirs = (next(m.parameters(), None) for m in (self.network, self._model))
+        if mine is None or theirs is None:
+            return
+        if mine.device != theirs.device:
+            self.network.to(theirs.device)
+        if theirs.dtype.itemsize < 4:
+            _refuse_low(self._model)
+        if mine.dtype != theirs.dtype:
+            raise ReSegError(
+                f"the model's parameters are {theirs.dtype}, its mean teacher's {mine.dtype}: the model was moved to "
+                f"another dtype, so move the mean teacher, too, by this loss's to({theirs.dtype})"
+            )
+
+
+def _refuse_low(model: nn.Module) -> None:
+    """Raise a ReSegError if parameters are too coarse for an average."""
+    low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if low:
+        raise ReSegError(
+            f"the model has {', '.join(map(str, low))} parameters, in which the small steps of an average are rounded "
+            "away; keep them in float32 and use torch.autocast"
+        )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raise a ReSegError if the model is sharded, now or since its mean teacher was made."""
+    if is_sharded(model):
+        raise ReSegError("the model is sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
+
+
+def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Raise a ReSegError unless the mean teacher's tensors fit the model's."""
+    if [t.shape for t in mine] != [t.shape for t in theirs]:
+        raise ReSegError(
+            f"the model has other {what} than when its mean teacher was made; build this after the model is changed"
+        )
+
+
+def _uncompiled(model: nn.Module) -> Iterator[Any]:
+    """Every module but those that torch.compile put around another."""
+    return (module for module in model.modules() if "_orig_mod" not in module._modules)

@@ -1,0 +1,512 @@
+"""Few labels in one object: deep supervision, and a mean teacher that labels the images which have none."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .common.dryrun import image_of
+from .common.inputs import OF_IMAGES, readable, refuse_not_finite, value_of
+from .common.labels import plain_label, unwrapped
+from .common.outputs import coarser_outputs, common_activation, full_size, in_training, refuse_probabilities
+from .consistency import CutMixConsistency, Mixed, plain_images, refuse_two_forwards
+from .errors import ReSegError, TapError, outline
+from .mixing import pixels_per_class, random_intensities
+from .recording.extractor import FeatureExtractor
+from .regularizer import Regularizer
+from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss
+from .task_losses import BinaryCrossEntropyDiceLoss, CrossEntropyDiceLoss
+
+UNSURE_STEPS = 500  # after the ramp, without a sure pixel of a class that the labels have
+BETWEEN_LOOKS = 100  # steps after which the device is asked
+
+
+class Targets(NamedTuple):
+    """What `SemiSupervised.mix` gives beside the images: what the model is to learn on them."""
+
+    images: Tensor
+    label: Tensor
+    mixed: Mixed | None
+    """The last of the images; None at weight 0."""
+
+
+class SemiSupervised(Regularizer):
+    """The whole loss of a step with labelled and unlabelled images, and the mean teacher that it trains.
+
+    The mean teacher (an average of the model over its training) predicts the unlabelled images. A box of each is
+    exchanged with another's, and the intensities are changed (`CutMixConsistency`). The model runs once on labelled
+    and mixed images together. Its loss is `labelled + weight * ramp * unlabelled`: each of the two is the task loss of
+    the model's output, and of its coarser levels (`DeepSupervision`). Of the pixels without labels those count of
+    which the mean teacher is sure. Keep the mean teacher (`average`): it segments better than the model.
+
+    - **Batch statistics.** In one forward (`joint=True`) batch normalisation sees labelled and mixed images together;
+      with `joint=False` the model runs twice, on each by itself. The mean teacher runs on the unlabelled images by
+      itself in either case, as they are, before they are mixed. Its modules are in the modes of the model's: its batch
+      normalisation takes that batch's statistics and has running ones of its own, and dropout is on.
+    - **Memory.** Where one forward of both does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
+      backward after each part.
+
+    Args:
+        model: as in `CutMixConsistency`. Where torch.compile is among its wrappers, the mean teacher is compiled, too.
+        example_input: an image batch as the model takes it; it may only be left out before `load_state_dict`.
+        rampup_steps: number of steps over which the unlabelled loss grows to its weight, 40 % of the run for instance;
+            None gives it all its weight at once.
+        task_loss: a function of the model's output (B, classes, *spatial) and a label; of a model that ends in a
+            sigmoid or softmax module it gets what that gives. Default: `task_losses.CrossEntropyDiceLoss`, of one
+            channel or of overlapping classes `BinaryCrossEntropyDiceLoss`, which get logits in any case. Pixels that do
+            not count have its `ignore_index`, or 255 if it has none.
+        unlabelled_loss: of the pseudo-labels, where `task_loss` cannot leave a label value out; by default `task_loss`.
+        deep: "auto" takes the coarser outputs that the model returns in training (deep supervision of its own), else
+            heads on its decoder (`DeepSupervision`), else none, of which it warns. None: none. Or a `DeepSupervision`
+            of this model, with the same `ignore_index`.
+        joint: one forward of all images, or one of each kind.
+        overlapping: classes may overlap: labels are (B, classes, *spatial), and each channel is a sigmoid.
+        weight: a factor of the unlabelled loss; it may change between steps. At 0 the mean teacher follows, and the
+            unlabelled images are not used.
+        threshold: the probability from which on a prediction is sure.
+        ema_decay: of the average, per `update`.
+        perturb: as in `CutMixConsistency`.
+        output: as in `CutMixConsistency`; a sigmoid or softmax module at the model's end is found.
+
+    Raises:
+        ReSegError: as `DeepSupervision` and `CutMixConsistency`.
+    """
+
+    ENTRIES: ClassVar[Mapping[str, Any]] = {
+        "joint": bool,
+        "overlapping": bool,
+        "supervised": str,
+        "consistency": dict,
+        "deep": (dict, None),
+        "unsure": ([int], None),
+        "labelled": ([bool], None),
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Any = None,
+        *,
+        rampup_steps: int | None,
+        task_loss: TaskLoss | None = None,
+        unlabelled_loss: TaskLoss | None = None,
+        deep: DeepSupervision | Literal["auto"] | None = "auto",
+        joint: bool = True,
+        overlapping: bool = False,
+        weight: float = 1.0,
+        threshold: float = 0.95,
+        ema_decay: float = 0.99,
+        perturb: Callable[[Tensor], Tensor] | None = random_intensities,
+        output: int | str | Sequence[int | str] | None = None,
+    ) -> None:
+        super().__init__(model, weight)
+        for name, value in (("joint", joint), ("overlapping", overlapping)):
+            if not isinstance(value, bool):
+                raise ReSegError(f"{name}={value!r}; it is True or False")
+        self._forward, self.joint, self.overlapping = model, joint, overlapping
+        self.task_loss, self.unlabelled_loss = task_loss, unlabelled_loss
+        ignore_index = _ignored_value(task_loss, unlabelled_loss)
+        self._deep: DeepSupervision | None = None
+        self._supervised: Literal["heads", "outputs", "nothing", ""] = ""  # "": not known yet
+        if example_input is not None:
+            output, deep = self._look(example_input, output, deep, ignore_index)
+        if isinstance(deep, DeepSupervision):
+            self._deep, self._supervised = _checked(deep, self._model, ignore_index), "heads"
+        elif deep is None:
+            self._supervised = self._supervised or "nothing"
+        elif deep != "auto":
+            raise ReSegError(f"deep={deep!r}; it is 'auto', None or a DeepSupervision")
+        # last, for a copy is large
+        self._consistency = CutMixConsistency(
+            model,
+            rampup_steps=rampup_steps,
+            ignore_index=ignore_index,
+            weight=weight,
+            threshold=threshold,
+            ema_decay=ema_decay,
+            perturb=perturb,
+            overlapping=overlapping,
+            output=output,
+        )
+        self._unsure: Tensor | None = None  # of each class the steps after the ramp since it had a sure pixel
+        self._labelled: Tensor | None = None  # whether a label had it
+        self._told_of: set[int] = set()
+        self._looked = False
+
+    @property
+    def average(self) -> nn.Module:
+        """The mean teacher, a copy of the model with its state_dict keys: `semi.average.eval()(image)` segments."""
+        return self._consistency.average
+
+    @property
+    def deep(self) -> DeepSupervision | None:
+        """The heads on the model's decoder, if there are any."""
+        return self._deep
+
+    @property
+    def consistency(self) -> CutMixConsistency:
+        """What mixes the unlabelled images and holds the mean teacher, and settings that may change."""
+        return self._consistency
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The heads' parameters, for your optimizer; none where the model has deep supervision of its own."""
+        return iter(()) if self._deep is None else self._deep.parameters()
+
+    def loss(
+        self,
+        image: Any,
+        label: Any,
+        unlabelled: Any,
+        *,
+        weight: float | Tensor | None = None,
+        forward: Callable[[Tensor], Any] | None = None,
+    ) -> Tensor:
+        """The whole loss of a step. It runs the mean teacher and the model, in the autocast that this is called in.
+
+        Args:
+            image: (B, C, *spatial), float; as the other two it is moved to the model's device. Of a list, element 0.
+            label: as `task_loss` takes it: (B, *spatial), of one channel (B, 1, *spatial) as well, of overlapping
+                classes (B, classes, *spatial).
+            unlabelled: other images, (N, C, *spatial), N at least 2.
+            weight: instead of `weight` times the ramp. In a step that is captured as a CUDA graph, a tensor, since
+                Python's ramp would stand still.
+            forward: runs the model instead of the `model` that this was made with: a wrapper of it that was made
+                later, for instance.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ReSegError: images or label do not fit each other or the model, or are not finite; gradients are off, or
+                the model is in evaluation; a task loss fails, or does not leave the ignored value out.
+            TapError: a tap of the heads did not fire.
+        """
+        forward = self._forward if forward is None else forward
+        if self.joint:
+            x, y = self.mix(image, label, unlabelled)
+            with self.record():
+                return self.loss_of(forward(x), y, weight=weight)
+        image, label = self._labelled_part(image, label)
+        with self.record():
+            first = self._parts(forward(image), image, [len(image)])[0]
+        if self.weight == 0:
+            return self._sum(first, label, None, None, 0.0)
+        refuse_two_forwards(forward, self._model)
+        mixed = self._consistency.mix(self._moved(unlabelled))
+        with self.record():
+            second = self._parts(forward(mixed.images), mixed.images, [len(mixed.images)])[0]
+        return self._sum(first, label, second, mixed, self._consistency.factor_of(weight))
+
+    def mix(self, image: Any, label: Any, unlabelled: Any) -> tuple[Tensor, Targets]:
+        """The images that the model is to run on in this step, and what it is to learn: for `loss_of`.
+
+        For loops in which something else runs the model: `x, y = semi.mix(image, label, unlabelled)`, then
+        `semi.loss_of(model(x), y)`. Labelled images come first, as they are.
+
+        Args:
+            image: as in `loss`.
+            label: as in `loss`.
+            unlabelled: as in `loss`, of the labelled images' size.
+
+        Returns:
+            (B + N, C, *spatial), and what belongs to it.
+
+        Raises:
+            ReSegError: as `loss`, or `joint` is False.
+        """
+        if not self.joint:
+            raise ReSegError(
+                "with joint=False the model runs twice a step, which loss() does: mix() is for one forward"
+            )
+        image, label = self._labelled_part(image, label)
+        if self.weight == 0:
+            return image, Targets(image, label, None)
+        unlabelled = self._moved(plain_images(unlabelled))
+        if (unlabelled.shape[1:], unlabelled.dtype) != (image.shape[1:], image.dtype):
+            raise ReSegError(
+                f"labelled images are {outline(image)}, the others {outline(unlabelled)}; for one forward they must be "
+                "of one size and dtype: crop them alike, or build SemiSupervised(..., joint=False)"
+            )
+        mixed = self._consistency.mix(unlabelled)
+        x = torch.cat([image, mixed.images])
+        return x, Targets(x, label, mixed)
+
+    def loss_of(self, output: Any, y: Targets, *, weight: float | Tensor | None = None) -> Tensor:
+        """The whole loss of what the model returned for the images that `mix` gave.
+
+        Args:
+            output: what the model returned, with its gradients.
+            y: what `mix` gave with the images.
+            weight: as in `loss`.
+
+        Returns, Raises: as `loss`.
+        """
+        if not isinstance(y, Targets):
+            raise ReSegError(f"y= is what mix() gave beside the images, got {outline(y)}")
+        images, label, mixed = y
+        if mixed is None:
+            return self._sum(self._parts(output, images, [len(images)])[0], label, None, None, 0.0)
+        sizes = [len(images) - len(mixed.images), len(mixed.images)]
+        labelled, unlabelled = self._parts(output, images, sizes)
+        return self._sum(labelled, label, unlabelled, mixed, self._consistency.factor_of(weight))
+
+    def update(self) -> None:
+        """Let the mean teacher follow the model; call it once after each step of the optimizer.
+
+        Raises:
+            ReSegError: the model's parameters are others than when this was made.
+        """
+        self._consistency.update()
+
+    def reset(self) -> None:
+        """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0."""
+        self._consistency.reset()
+        self._calls, self._unsure, self._labelled = 0, None, None
+
+    def remove(self) -> None:
+        """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
+        super().remove()
+        self._consistency.remove()
+
+    def stats(self) -> dict[str, float]:
+        """The last call's values for a log. Reading them waits for the device.
+
+        "labelled" and "unlabelled" are the task losses of the model's output, "labelled/deep" and "unlabelled/deep"
+        those of its coarser levels together. "weight" is what the unlabelled ones were multiplied with, ramp and all.
+        "sure" is the share of the unlabelled pixels that count, "sure/1" that of those which the mean teacher takes for
+        class 1, NaN where it takes none.
+        """
+        found = super().stats()
+        sure = {name: value for name, value in self._consistency.stats().items() if name.startswith("sure")}
+        return found | (sure if "unlabelled" in found else {})
+
+    # --- the step
+
+    def _labelled_part(self, image: Any, label: Any) -> tuple[Tensor, Tensor]:
+        self._refuse_misuse()
+        if not self._supervised:
+            raise ReSegError("the model is not known: pass example_input= (an image batch), or call load_state_dict")
+        image = unwrapped(image)
+        if not isinstance(image, Tensor) or image.ndim not in (4, 5) or not image.is_floating_point() or not len(image):
+            raise ReSegError(
+                f"images are a float tensor (B, C, H, W) or (B, C, D, H, W), not empty, got {outline(image)}"
+            )
+        image, label = self._moved(image), self._moved(plain_label(label))
+        if len(label) != len(image) or label.shape[-(image.ndim - 2) :] != image.shape[2:]:
+            raise ReSegError(f"a label {outline(label)} does not fit images {outline(image)}")
+        refuse_not_finite(image, {}, OF_IMAGES, first=not self._looked)
+        self._looked = True
+        return image, label
+
+    def _moved(self, tensor: Any) -> Any:
+        parameter = next(self._model.parameters(), None)
+        moves = isinstance(tensor, Tensor) and parameter is not None
+        return tensor.to(parameter.device, non_blocking=True) if moves else tensor
+
+    def _parts(self, output: Any, images: Tensor, sizes: list[int]) -> list[_Part]:
+        """An output for images, split along the batch, and what the coarser levels have for each part."""
+        try:
+            self._refuse_misuse()
+            prediction, logits = self._consistency.select(output, images)
+            deep: Sequence[HeadOutputs | list[Tensor] | None] = [None] * len(sizes)
+            if self._supervised == "outputs":
+                levels = coarser_outputs(output, prediction)
+                deep = [list(part) for part in zip(*(level.split(sizes) for level in levels))]
+            elif self._deep is not None and self._deep.weight:
+                deep = self._deep.outputs().split(sizes)
+        except BaseException:
+            extractor = self._extractor_if_any()
+            if extractor is not None:
+                extractor.forget()
+            raise
+        return [_Part(*parts) for parts in zip(prediction.split(sizes), logits.split(sizes), deep)]
+
+    def _sum(
+        self, labelled: _Part, label: Tensor, unlabelled: _Part | None, mixed: Mixed | None, factor: float | Tensor
+    ) -> Tensor:
+        task_loss, ours = self._task_loss(labelled.logits)
+        main = value_of(task_loss, labelled.logits if ours else labelled.prediction, label, "labelled images")
+        said = "the task loss is NaN or infinite for labelled images, whose logits are finite: look at the label"
+        refuse_not_finite(main, {}, said, first=self._calls == 0)
+        levels = self._levels_loss(labelled.deep, label, task_loss, ours)
+        total = main + levels
+        self._last = {"labelled": main.detach(), "labelled/deep": levels.detach(), "weight": 0.0}
+        if unlabelled is not None and mixed is not None:
+            other_loss, ours = (task_loss, ours) if self.unlabelled_loss is None else (self.unlabelled_loss, False)
+            prediction = unlabelled.logits if ours else unlabelled.prediction
+            main = self._consistency.value(prediction, mixed, other_loss)
+            levels = self._levels_loss(unlabelled.deep, mixed.label, other_loss, ours)
+            total = total + factor * (main + levels)
+            self._last |= {"unlabelled": main.detach(), "unlabelled/deep": levels.detach()}
+            self._last["weight"] = factor.detach() if isinstance(factor, Tensor) else factor
+            self._look_at_classes(label, prediction)
+        self._calls += 1
+        return total
+
+    def _task_loss(self, logits: Tensor) -> tuple[TaskLoss, bool]:
+        """The task loss, and whether it is ours, which takes logits in any case."""
+        if self.task_loss is not None:
+            return self.task_loss, False
+        return (_BINARY if self.overlapping or logits.shape[1] == 1 else _CLASSES), True
+
+    def _levels_loss(
+        self, deep: HeadOutputs | list[Tensor] | None, label: Tensor, task_loss: TaskLoss, ours: bool
+    ) -> Tensor:
+        """The task loss of the coarser levels, summed, each with the weight of its head."""
+        if isinstance(deep, HeadOutputs):
+            assert self._deep is not None
+            return self._deep.weight * self._deep.loss_of(
+                deep, label, task_loss if ours else self._deep.of_logits(task_loss)
+            )
+        ignored = self._consistency.ignore_index
+        values = [
+            coarse_loss(x, label, task_loss, ignored, f"coarser output {i + 1}") for i, x in enumerate(deep or [])
+        ]
+        return torch.stack(values).sum() if values else torch.zeros((), device=label.device)
+
+    def _look_at_classes(self, label: Tensor, prediction: Tensor) -> None:
+        """Count for how long each class has had no sure pixel since the ramp, and warn of one that labels have."""
+        shares, ramp = self._consistency.sure_shares, self._consistency.rampup_steps or 0
+        assert shares is not None
+        classes, device = len(shares), shares.device
+        if self._unsure is None or self._labelled is None or len(self._unsure) != classes:
+            self._unsure = torch.zeros(classes, dtype=torch.int64, device=device)
+            self._labelled = torch.zeros(classes, dtype=torch.bool, device=device)
+        per_channel = label.shape == prediction.shape and prediction.shape[1] > 1
+        self._labelled |= pixels_per_class(label, classes, overlapping=per_channel) > 0
+        steps = self._consistency.calls - ramp
+        if steps <= 0:
+            return
+        self._unsure.add_(1).mul_(~(shares > 0))
+        if steps % BETWEEN_LOOKS or not readable(device, first=True):
+            return
+        wrong = (self._labelled & (self._unsure >= UNSURE_STEPS)).nonzero().flatten().tolist()
+        for c in (c for c in wrong if c not in self._told_of):
+            self._told_of.add(c)
+            warnings.warn(
+                f"the labels have class {c}, but the mean teacher was not sure of any pixel of it for {UNSURE_STEPS} "
+                "steps after the ramp: the model learns it from the labels alone, and may lose it. A longer "
+                "rampup_steps or a lower threshold may help",
+                stacklevel=4,
+            )
+
+    # --- what the model is
+
+    def _look(
+        self, example: Any, output: Any, deep: DeepSupervision | Literal["auto"] | None, ignore_index: int
+    ) -> tuple[Any, DeepSupervision | Literal["auto"] | None]:
+        """`output` and `deep` as the model wants them, by one forward in training."""
+        batch = torch.cat([example, example]) if isinstance(example, Tensor) and len(example) == 1 else example
+        returned, made = in_training(self._model, batch)
+        image = image_of(batch)
+        spatial = tuple(image.shape[2:])
+        named = isinstance(output, str) and output.startswith("in:")
+        path = None if output is None or named else output if isinstance(output, (list, tuple)) else (output,)
+        logits = full_size(returned, len(image), spatial, path)
+        activation = None if output is not None else common_activation(returned, spatial)
+        if activation is not None:
+            module = next((name for name, tensor in made.items() if tensor is logits), None)
+            if module is None:
+                refuse_probabilities(activation, "pseudo-labels are taken from logits", self._model)
+            output = f"in:{module}"
+        if deep != "auto":
+            return output, deep
+        if not isinstance(output, str) and coarser_outputs(returned, logits):
+            self._supervised = "outputs"
+            return output, None
+        try:
+            return output, DeepSupervision(self._model, example, num_classes=logits.shape[1], ignore_index=ignore_index)
+        except TapError as error:
+            warnings.warn(f"no heads of deep supervision on this model, it trains without: {error}", stacklevel=4)
+            return output, None
+
+    # --- of the base
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "joint": self.joint,
+            "overlapping": self.overlapping,
+            "supervised": self._supervised,
+            "consistency": self._consistency.state_dict(),
+            "deep": None if self._deep is None else self._deep.state_dict(),
+            "unsure": None if self._unsure is None else self._unsure.tolist(),
+            "labelled": None if self._labelled is None else self._labelled.tolist(),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        supervised, deep = state["supervised"], self._deep
+        if supervised not in ("heads", "outputs", "nothing") or (supervised == "heads") != (state["deep"] is not None):
+            raise ReSegError(f"this state of a SemiSupervised is not whole: it has {supervised!r} for coarser levels")
+        if self._supervised not in ("", supervised):
+            raise ReSegError(f"this state has {supervised} for coarser levels, this SemiSupervised {self._supervised}")
+        before = None if deep is None else copy.deepcopy(deep.state_dict())
+        if supervised == "heads":
+            deep = DeepSupervision(self._model) if deep is None else deep
+            deep.load_state_dict(state["deep"])
+        try:
+            self._consistency.load_state_dict(state["consistency"])
+        except Exception:
+            if deep is not None:
+                deep.remove() if before is None else deep.load_state_dict(before)
+            raise
+        self._deep, self._supervised = deep, supervised
+        self.joint, self.overlapping = state["joint"], state["overlapping"]
+        device = next((p.device for p in self.average.parameters()), None)
+        unsure, labelled = state["unsure"], state["labelled"]
+        self._unsure = None if unsure is None else torch.tensor(unsure, dtype=torch.int64, device=device)
+        self._labelled = None if labelled is None else torch.tensor(labelled, dtype=torch.bool, device=device)
+
+    def _told(self) -> dict[str, Any]:
+        told = {"joint": self.joint, "deep": self._supervised or None}
+        names = ("rampup_steps", "threshold", "ema_decay", "ignore_index")
+        return told | {name: getattr(self._consistency, name) for name in names}
+
+    def _beside(self) -> list[nn.Module]:
+        return [self.average] if self._deep is None else [self.average, self._deep.heads]
+
+    def _extractor_if_any(self) -> FeatureExtractor | None:
+        return None if self._deep is None else self._deep.extractor
+
+    def _arm(self) -> None:
+        self._consistency.weight = self._weight
+
+
+class _Part(NamedTuple):
+    """Of labelled or of mixed images: the model's output, its logits, and what its coarser levels have."""
+
+    prediction: Tensor
+    logits: Tensor
+    deep: HeadOutputs | list[Tensor] | None
+
+
+_CLASSES, _BINARY = CrossEntropyDiceLoss(), BinaryCrossEntropyDiceLoss()
+
+
+def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
+    """The label value that does not count: the task loss's own, or 255. Raises a ReSegError if there are two."""
+    values = {}
+    for name, loss in (("task_loss", task_loss), ("unlabelled_loss", unlabelled_loss)):
+        if loss is not None and not callable(loss):
+            raise ReSegError(f"{name} is a function of the model's output and a label, got {type(loss).__name__}")
+        value = getattr(loss, "ignore_index", None)
+        if isinstance(value, int):
+            values[name] = value
+    if len(set(values.values())) > 1:
+        raise ReSegError(f"the two losses leave different label values out, {values}; give both the same ignore_index")
+    return next(iter(values.values()), CrossEntropyDiceLoss().ignore_index)
+
+
+def _checked(deep: DeepSupervision, model: nn.Module, ignore_index: int) -> DeepSupervision:
+    if deep.model is not model:
+        raise ReSegError("deep= is the deep supervision of another model; build it for this one")
+    if deep.ignore_index != ignore_index:
+        raise ReSegError(
+            f"deep supervision has ignore_index={deep.ignore_index}, and pixels that are not sure have {ignore_index}, "
+            f"which must not count there either: build DeepSupervision(..., ignore_index={ignore_index})"
+        )
+    return deep
