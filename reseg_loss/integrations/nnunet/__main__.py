@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m reseg_loss.integrations.nnunet",
-        description="Without a command: print the line that shows nnU-Net our trainers, and PowerShell's on a terminal.",
+        description="Without a command: print the line that shows nnU-Net our trainers.",
     )
     command = parser.add_subparsers(dest="command").add_parser(
         "prepare", help="preprocess images without labels (nnUNet_raw/DATASET/imagesUn) by nnU-Net's plans"
