@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from common.data import SegmentationData, TrainingBatches
-from common.experiment import AMP, data_options, positive, read_data, write_atomically
+from common.experiment import AMP, FEW_SLICES, data_options, positive, read_data, write_atomically
 from common.metrics import summarize
 from common.nifti import load_folders, save_prediction
 from common.recipes import poly, sgd
@@ -30,9 +30,8 @@ from torch import nn
 
 from reseg_loss import SemiSupervised, batches
 
-WIDTHS, SMALL_WIDTHS = (32, 32, 64, 128, 256, 32), (16, 16, 32, 64, 128, 16)
-STEPS, SMALL_STEPS = 6000, 200
-FEW_SLICES = 5  # of the template, where nothing else is said
+WIDTHS, SMALL_WIDTHS = (32, 32, 64, 128, 256, 32), (8, 8, 16, 32, 64, 8)
+STEPS, SMALL_STEPS = 6000, 500
 
 
 def network(dims: int, classes: int, *, small: bool) -> nn.Module:
@@ -106,8 +105,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, help=f"folder of NIfTI files: {what}")
     parser.add_argument("--patch", type=positive, nargs=3, metavar=("D", "H", "W"), help="3D; multiples of 16")
     parser.add_argument("--size", type=positive, help="side of the square a 2D network sees (default: of the data)")
-    parser.add_argument("--steps", type=positive, help="(default: 6000, small 200)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="labelled, and as many others (default: 8)")
+    parser.add_argument("--steps", type=positive, help="(default: 6000, small 500)")
+    parser.add_argument("--batch-size", type=positive, default=4, help="labelled, and as many others (default: 4)")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate (default: %(default)s)")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision (default: off)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
