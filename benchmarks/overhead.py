@@ -254,8 +254,6 @@ class Bench:
         semi = SemiSupervised(model, self.image[:1], rampup_steps=1, task_loss=IGNORING, joint=joint)
         optimizer = torch.optim.SGD([*model.parameters(), *semi.parameters()], 0.01, momentum=0.9)
         run = torch.compile(model) if self.group.compiled else model
-        if self.group.compiled:
-            semi.average.compile()
 
         def step() -> Tensor:
             with self.autocast():
@@ -275,8 +273,6 @@ class Bench:
         mixed = CutMixConsistency(model, deep=deep, rampup_steps=1, ignore_index=IGNORING.ignore_index)
         optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.01, momentum=0.9)
         run = torch.compile(model) if self.group.compiled else model
-        if self.group.compiled:
-            mixed.average.compile()
 
         def step() -> Tensor:
             optimizer.zero_grad(set_to_none=True)

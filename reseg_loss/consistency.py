@@ -19,6 +19,7 @@ from .common.state import load_states
 from .errors import ReSegError
 from .mean_teacher import MeanTeacher
 from .mixing import boxes, mix, pixels_per_class, predicted, ramp_up, random_intensities, sure_label
+from .recording.copying import is_compiled
 from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss
@@ -127,8 +128,7 @@ class CutMixConsistency(Regularizer):
         """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
 
         Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
-        images; at weight 0 they are the model's. `loss` sets its modes back to the model's, dropout included. It is
-        compiled where the model was when this was made; later `mixed.average.compile()` compiles it.
+        images; at weight 0 they are the model's. `loss` sets its modes back to the model's, dropout included.
         """
         return self._mean_teacher.network
 
@@ -190,6 +190,8 @@ class CutMixConsistency(Regularizer):
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
         refuse_two_forwards(forward, self._model)
+        if isinstance(forward, nn.Module) and is_compiled(forward):
+            self.compile()
         y = self.mix(images)
         # all of it inside the record, which forgets the features if anything fails: no other label may meet them
         with self.deep.record() if self.deep is not None else nullcontext():
@@ -199,6 +201,13 @@ class CutMixConsistency(Regularizer):
         value = side + self.value(prediction, y, task_loss)
         self._last |= {"loss": value.detach(), "weight": factor.detach() if isinstance(factor, Tensor) else factor}
         return factor * value
+
+    def compile(self, **options: Any) -> None:
+        """Compile the mean teacher for `loss`, with the options of torch.compile; does nothing if it was done.
+
+        Where what runs the model is compiled (the `model` that was given, `forward` of `loss`) that is done anyway.
+        """
+        self._mean_teacher.compile(**options)
 
     # --- the parts of `loss`, for loops in which something else runs the model
 

@@ -17,6 +17,7 @@ from .common.outputs import coarser_outputs, common_activation, full_size, in_tr
 from .consistency import CutMixConsistency, Mixed, plain_images, refuse_two_forwards
 from .errors import ReSegError, TapError, outline
 from .mixing import pixels_per_class, random_intensities
+from .recording.copying import is_compiled
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer
 from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss
@@ -189,6 +190,8 @@ class SemiSupervised(Regularizer):
             TapError: a tap of the heads did not fire.
         """
         forward = self._forward if forward is None else forward
+        if isinstance(forward, nn.Module) and is_compiled(forward):
+            self._consistency.compile()
         if self.joint:
             x, y = self.mix(image, label, unlabelled)
             with self.record():
