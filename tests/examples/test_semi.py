@@ -128,7 +128,7 @@ def test_an_npz_is_learnt_with_the_other_patients_as_unlabelled_images(slices, c
 
 @pytest.mark.parametrize("patch", [(), ("--patch", "16", "32", "16")])
 def test_folders_end_in_predictions_of_the_unlabelled_images(folders, tmp_path, patch):
-    more = [*folders, *patch, "--steps", "60", "--lr", "0.1"]
+    more = [*folders, *patch, "--steps", "30", "--lr", "0.1"]
     train_semi.main(options(tmp_path / "out", *more))
     for index in (3, 4):
         prediction, truth = (nib.load(tmp_path / name / f"case{index}.nii.gz") for name in ("out", "truth"))
@@ -139,14 +139,14 @@ def test_folders_end_in_predictions_of_the_unlabelled_images(folders, tmp_path, 
 
 def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(slices):
     out = slices.parent / "out"
-    more = ["--data", str(slices), "--patients", "2", "--steps", "30", "--save-every", "3"]
+    more = ["--data", str(slices), "--patients", "2", "--steps", "12", "--save-every", "2"]
     command = [sys.executable, str(ROOT / "examples" / "train_semi.py"), *options(out, *more)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()) as process:
         while not (out / "training.pt").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    assert 3 <= torch.load(out / "training.pt", weights_only=True)["data"]["step"] < 30
+    assert 2 <= torch.load(out / "training.pt", weights_only=True)["data"]["step"] < 12
     run(*command)
     whole = slices.parent / "whole"
     run(*command, "--out", whole)
