@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common.data import SegmentationData, TrainingBatches, beside, resize_image, resize_label
-from common.experiment import data_options, positive, read_data
+from common.experiment import FEW_SLICES, data_options, positive, read_data
 from common.metrics import VolumeScores, summarize
 from common.plots import WayPicture, save_figure, ways_figure
 from common.recipes import sgd
@@ -32,10 +32,9 @@ from torch import nn
 
 from reseg_loss import PRESETS, DeepSupervision, ReSegWrapper, SemiSupervised
 
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 LEARNING_RATE = 0.05  # five times the published one: there are only a few steps
-STEPS = 150
-FEW_SLICES = 5  # labelled, of the template
+STEPS = 600
 WAYS = ("bare", "reseg", "deep", "semi")
 TITLES = {
     "bare": "bare",
@@ -50,7 +49,7 @@ def unet(classes: int) -> nn.Module:
 
     Batch instead of instance normalization: that one would hide from the network how much of a slice is brain.
     """
-    return BasicUNet(2, 1, classes, features=(16, 16, 32, 64, 128, 16), norm="batch")
+    return BasicUNet(2, 1, classes, features=(8, 8, 16, 32, 64, 8), norm="batch")
 
 
 @dataclass

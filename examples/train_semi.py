@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from common.data import SegmentationData, TrainingBatches
-from common.experiment import AMP, data_options, positive, read_data, write_atomically
+from common.experiment import AMP, FEW_SLICES, data_options, positive, read_data, refuse_other_options, write_atomically
 from common.metrics import summarize
 from common.nifti import load_folders, save_prediction
 from common.recipes import poly, sgd
@@ -30,9 +30,10 @@ from torch import nn
 
 from reseg_loss import SemiSupervised, batches
 
-WIDTHS, SMALL_WIDTHS = (32, 32, 64, 128, 256, 32), (16, 16, 32, 64, 128, 16)
-STEPS, SMALL_STEPS = 6000, 200
-FEW_SLICES = 5  # of the template, where nothing else is said
+WIDTHS, SMALL_WIDTHS = (32, 32, 64, 128, 256, 32), (8, 8, 16, 32, 64, 8)
+STEPS, SMALL_STEPS = 6000, 500
+SETTINGS = ("small", "data", "patients", "slices", "images", "labels", "unlabelled", "patch", "size")
+OPTIONS = (*SETTINGS, "steps", "batch_size", "lr", "amp", "seed")  # what a run depends on
 
 
 def network(dims: int, classes: int, *, small: bool) -> nn.Module:
@@ -46,17 +47,19 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
     optimizer = sgd([*model.parameters(), *semi.parameters()], args.lr)
     data = batches(labelled, unlabelled, steps=args.steps)
     parts = {"model": model, "semi": semi, "optimizer": optimizer, "data": data}
-    checkpoint = args.out / "training.pt"
+    checkpoint, options = args.out / "training.pt", {key: str(vars(args)[key]) for key in OPTIONS}
     if checkpoint.exists():
-        for name, state in torch.load(checkpoint, map_location="cpu", weights_only=True).items():
-            parts[name].load_state_dict(state)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        refuse_other_options(checkpoint, state["options"], options)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     model.train()
     for image, label, other in data:
         torch.manual_seed(args.seed * 1_000_003 + data.step)  # so that the same command goes on exactly where it was
         for group in optimizer.param_groups:
             group["lr"] = args.lr * poly(data.step - 1, args.steps)
         with torch.autocast(args.device, dtype=AMP[args.amp], enabled=args.amp != "off"):
-            loss = semi.loss(image.to(args.device), label.to(args.device), other.to(args.device))
+            loss = semi.loss(image, label, other)  # moves them to the model's device
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,7 +67,8 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
         if data.step % 50 == 0:
             print(f"step {data.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in semi.stats().items()))
         if data.step % args.save_every == 0 or data.step == args.steps:
-            write_atomically({name: part.state_dict() for name, part in parts.items()}, checkpoint)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            write_atomically({"options": options, **states}, checkpoint)
     semi.remove()
     torch.save(semi.average.state_dict(), args.out / "model.pt")
     return semi.average
@@ -77,21 +81,21 @@ def finish(model: nn.Module, data: SegmentationData, args: argparse.Namespace) -
         print(f"\n{scores_table({'semi': summary}, data.class_names)}\n\nOne seed proves nothing.")
         if args.data is None:
             print("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
-    for case in () if data.test else data.unlabelled:
+        return
+    for case in data.unlabelled:
         image, _ = case.read()
-        flat = args.patch is None
-        label = predict(model, image, data.size) if flat else predict_volume(model, image, args.patch)
+        label = predict_volume(model, image, args.patch) if args.patch else predict(model, image, data.size)
         print(save_prediction(case, label, args.out))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     data: SegmentationData = args.dataset
-    labelled, others = (sum(case.read()[1].shape[0] for case in cases) for cases in (data.train, data.unlabelled))
-    print(f"{data.name}: {labelled} labelled and {others} unlabelled slices, {len(data.test)} test volumes")
+    draw = partial(PatchBatches, patch=args.patch) if args.patch else TrainingBatches
+    sources = [draw(part, batch_size=args.batch_size, seed=args.seed + i) for i, part in enumerate((data, data.others))]
+    labelled, others = (len(source.images) for source in sources)
+    print(f"{data.name}: {labelled} labelled and {others} unlabelled {'volumes' if args.patch else 'slices'}")
     args.out.mkdir(parents=True, exist_ok=True)
-    draw = TrainingBatches if args.patch is None else partial(PatchBatches, patch=args.patch)
-    sources = [draw(part, batch_size=args.batch_size, seed=args.seed) for part in (data, data.others)]
     torch.manual_seed(args.seed)
     model = network(2 if args.patch is None else 3, len(data.class_names), small=args.small).to(args.device)
     labelled, unlabelled = (source.loader(workers=args.workers) for source in sources)
@@ -106,9 +110,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, help=f"folder of NIfTI files: {what}")
     parser.add_argument("--patch", type=positive, nargs=3, metavar=("D", "H", "W"), help="3D; multiples of 16")
     parser.add_argument("--size", type=positive, help="side of the square a 2D network sees (default: of the data)")
-    parser.add_argument("--steps", type=positive, help="(default: 6000, small 200)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="labelled, and as many others (default: 8)")
-    parser.add_argument("--lr", type=float, default=0.05, help="learning rate (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, help="(default: 6000, small 500)")
+    parser.add_argument("--batch-size", type=positive, default=4, help="labelled, and as many others (default: 4)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: 0.01, small 0.05)")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision (default: off)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default: 0)")
@@ -119,14 +123,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.steps = args.steps or (SMALL_STEPS if args.small else STEPS)
+    args.lr = args.lr or (0.05 if args.small else 0.01)
     folders = [args.images, args.labels, args.unlabelled]
     if any(folders) and not all(folders):
         parser.error("--images, --labels and --unlabelled come together")
     if args.patch and (not all(folders) or any(n % 16 for n in args.patch)):
         parser.error("--patch is for folders of NIfTI files, and the network halves it four times: multiples of 16")
     if not any(folders):
-        few = args.slices or (FEW_SLICES if args.data is None and not args.patients else None)
-        args.dataset = read_data(argparse.Namespace(**{**vars(args), "slices": few}), args.seed, parser)
+        if args.data is None and not args.slices:
+            args.slices = FEW_SLICES
+        args.dataset = read_data(args, args.seed, parser)
         if not args.dataset.unlabelled:
             parser.error("no image is left without a label; use fewer with --patients or --slices")
         return args

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -155,6 +156,29 @@ def load_mni152(side_mm: int = 192, size: int = 96) -> SegmentationData:
             cases[index % 2].append(Case(name, group=name, read=read, spacing=(1.0, pixel, pixel)))
     names = ("background", "grey matter", "white matter")
     return SegmentationData("MNI152 template", tuple(cases[0]), tuple(cases[1]), names, size)
+
+
+def scanned(data: SegmentationData) -> SegmentationData:
+    """The template with every slice as another scanner might show it: gamma, bias field and noise of its own, made up.
+
+    Without, its grey values alone tell the tissues, and the labels of a slice or two are enough for any network.
+    """
+    train, unlabelled, test = (tuple(map(_scanned, cases)) for cases in (data.train, data.unlabelled, data.test))
+    return replace(data, name=f"{data.name}, with made-up noise", train=train, unlabelled=unlabelled, test=test)
+
+
+def _scanned(case: Case) -> Case:
+    image, label = case.read()
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    slices = np.stack([_scan(part, rng) for part in image])
+    return replace(case, read=lambda: (slices, label))
+
+
+def _scan(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    grid = np.meshgrid(*[np.linspace(-1, 1, n) for n in image.shape], indexing="ij")
+    waves = [np.cos(rng.uniform(0, 2 * np.pi) + np.tensordot(rng.normal(0, 1.5, 2), grid, 1)) for _ in range(3)]
+    shown = image ** np.exp(rng.uniform(-0.4, 0.4)) * np.exp(0.15 * np.sum(waves, axis=0))
+    return np.clip(shown + rng.normal(0, 0.1, image.shape), 0, 1.5).astype(np.float32)
 
 
 # --- one .npz --------------------------------------------------------------------------------------------------------

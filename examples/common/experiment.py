@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from reseg_loss import PRESETS, DeepSupervision, ReSegWrapper, SemiSupervised
 from reseg_loss.task_losses import CrossEntropyDiceLoss
 
-from .data import SegmentationData, TrainingBatches, beside, load_data, load_images
+from .data import SegmentationData, TrainingBatches, beside, load_data, load_images, scanned
 from .metrics import Summary, VolumeScores, summarize
 from .plots import OverlayRow, overlays_figure, save_figure
 from .processes import processes, rank, share_buffers, world_size
@@ -34,12 +34,13 @@ from .recipes import Recipe
 from .report import comparison_table
 from .training import IGNORED, evaluate, predict, train
 
-SMALL_STEPS, SMALL_RECON_STEPS = 60, 40
+SMALL_STEPS, SMALL_RECON_STEPS = 150, 100
+SMALL_SEMI_STEPS = 500  # the mean teacher is an average over some hundreds of steps
 STEPS, RECON_STEPS = 1500, 800
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 5  # steps that say nothing about speed
 CASES = 4  # rows of the picture
-FEW_SLICES = 5  # labelled ones of the template, where nothing else is said
+FEW_SLICES = 4  # labelled ones of the template, where nothing else is said: one in each slab
 
 
 @dataclass(frozen=True)
@@ -411,7 +412,8 @@ def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.Argu
     if args.paper and args.weights is None and backbone.load is not None:
         say(f"note: {backbone.name} was published from pretrained weights; give them with --weights {backbone.weights}")
     recipe = backbone.small_recipe if args.small else backbone.recipe
-    args.steps = args.steps or (SMALL_STEPS if args.small else STEPS)
+    small = SMALL_STEPS if args.unlabelled is None else SMALL_SEMI_STEPS
+    args.steps = args.steps or (small if args.small else STEPS)
     args.recon_steps = args.recon_steps or (SMALL_RECON_STEPS if args.small else RECON_STEPS)
     args.batch_size = args.batch_size or recipe.batch_size
     args.lr = args.lr or recipe.lr
@@ -424,7 +426,9 @@ def read_data(args: argparse.Namespace, seed: int, parser: argparse.ArgumentPars
     try:
         data = load_data(args.data, patients=args.patients, seed=seed)
         data = replace(data, size=args.size or data.size)
-        return data if args.slices is None else data.with_labels_of(args.slices)
+        if args.slices is None:
+            return data
+        return (data if args.data is not None else scanned(data)).with_labels_of(args.slices)
     except ValueError as error:  # its message says what to do, so a traceback would only hide it
         parser.error(str(error))
 

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from .metrics import Summary
 
+UNITS = {"mm": "mm", "px": "pixels"}
+
 
 def comparison_table(
     title: str, class_names: Sequence[str], bare: Summary, reseg: Summary, ours: str = "with reseg"
 ) -> str:
     """DSC and HD95 per foreground class and on average, without | with reseg-loss (the run named `ours`)."""
     width = max(len(title), *map(len, class_names), len("mean of classes")) + 2
-    unit = {"mm": "mm", "px": "pixels"}[bare.unit]
+    unit = UNITS[bare.unit]
     lines = [
         f"{title:{width}} {'DSC in %':^21}   {f'HD95 in {unit}':^21}",
         f"{'':{width}} {'bare':>8} | {ours:>10}   {'bare':>8} | {ours:>10}",
@@ -31,7 +33,7 @@ def comparison_table(
 
 def scores_table(results: Mapping[str, Summary], class_names: Sequence[str]) -> str:
     """DSC per class and on average, and the average HD95, a run a row."""
-    unit = next(iter(results.values())).unit
+    unit = UNITS[next(iter(results.values())).unit]
     rows = [["", *(f"DSC {name}" for name in class_names[1:]), "DSC mean", f"HD95 mean in {unit}"]]
     for name, summary in results.items():
         dsc = [_number(value, 100) for value in (*summary.dsc, summary.mean_dsc)]

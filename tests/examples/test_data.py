@@ -23,6 +23,7 @@ from common.data import (
     load_data,
     load_images,
     load_mni152,
+    scanned,
     slabs,
     split_groups,
 )
@@ -93,6 +94,21 @@ def test_template_at_its_default_size(part):
         assert case.spacing == (1.0, 192 / data.size, 192 / data.size)
         np.testing.assert_array_equal(image, same.read()[0])
         np.testing.assert_array_equal(label, same.read()[1])
+
+
+def test_the_scanned_template_is_the_template_with_noise_of_each_slice_s_own():
+    plain = load_mni152()
+    data, again = scanned(plain), scanned(plain)
+    for part in ("train", "test"):
+        for before, after, once_more in zip(
+            getattr(plain, part), getattr(data, part), getattr(again, part), strict=True
+        ):
+            (image, label), (noisy, same) = before.read(), after.read()
+            assert np.array_equal(label, same)
+            assert np.array_equal(noisy, once_more.read()[0])
+            assert noisy.dtype == np.float32
+            assert 0.03 < np.abs(noisy - image).mean() < 0.3
+            assert all(0 < np.corrcoef(a.ravel(), b.ravel())[0, 1] < 0.999 for a, b in zip(image, noisy))
 
 
 def test_template_has_no_patients_to_choose():
