@@ -85,7 +85,18 @@ class ReSegCallback(Callback):
             )
         if self._random is not None:  # before the loaders' iterators are made
             restore_random_states(self._random)
+            if hasattr(trainer.fit_loop, "is_resuming"):
+                self._random = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before 2.5.5 a resumed run makes the loaders' iterators once more."""
+        if self._random is not None:
+            restore_random_states(self._random)
             self._random = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A run that goes on within an epoch begins none before."""
+        self._random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stage 1, unless the checkpoint had the teacher."""

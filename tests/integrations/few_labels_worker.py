@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from reseg_loss import SemiSupervised
 
-EARLY = {"rampup_steps=2000": "rampup_steps=4, threshold=0.35", "10_000": "9", "% 500": "% 2"}
+EARLY = {"rampup_steps=2000": "rampup_steps=4, threshold=0.34", "10_000": "9", "% 500": "% 2"}
 
 
 class Run:

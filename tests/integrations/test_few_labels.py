@@ -58,6 +58,13 @@ def test_a_run_that_is_killed_at_some_step_goes_on_to_the_same_bits(framework, t
             assert all(torch.equal(rest[part][name], whole[part][name]) for name in names), part
         assert all(torch.equal(a, b) for a, b in zip(rest["heads"], whole["heads"], strict=True))
         assert any(value > 0 for value in whole["unlabelled"]), "unlabelled images count"
+    if framework == "torchrun":
+        zero, one = (load(tmp_path / f"whole_{rank}.pt") for rank in range(2))
+        assert zero["losses"] != one["losses"], "each process has a part of the batches"
+        for part in ("model", "average"):
+            names = [name for name in zero[part] if "running" not in name]
+            assert all(torch.equal(zero[part][name], one[part][name]) for name in names), part
+        assert all(torch.equal(a, b) for a, b in zip(zero["heads"], one["heads"], strict=True))
 
 
 def load(file: Path) -> Any:
