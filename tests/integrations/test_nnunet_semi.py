@@ -254,8 +254,7 @@ def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch,
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     done = tmp_path / "preprocessed" / tiny.DATASET
     folder = done / "unlabelled" / "nnUNetPlans_2d"
-    for file in folder.glob("more_001*"):
-        file.unlink()
+    (folder / "more_001.pkl").unlink()
     with pytest.raises(
         ReSegError, match=f"not have the 4 images that nnUNetPlans_2d.json names: run .* {tiny.DATASET}"
     ):
@@ -272,13 +271,14 @@ def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("configuration", "batch", "labels"),
-    [("2d", 5, None), ("3d_fullres", 2, None), ("3d_fullres", 2, REGIONS)],
-    ids=["2d, halves", "3d, whole batches", "regions"],
+    ("configuration", "batch", "labels", "deep"),
+    [("2d", 5, None, True), ("3d_fullres", 2, None, True), ("3d_fullres", 2, REGIONS, True), ("2d", 2, None, False)],
+    ids=["2d, halves", "3d, whole batches", "regions", "no deep supervision"],
 )
-def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, monkeypatch, tmp_path):
+def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, deep, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     made = make(configuration, batch=batch, labels=labels)
+    made.enable_deep_supervision = deep
     made.on_train_start()
     made.on_train_epoch_start()
     made.rampup = 0.0
@@ -294,13 +294,14 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, mo
     output = made.train_step({name: copy.deepcopy(value) for name, value in labelled.items()})
 
     torch.manual_seed(1)
-    target = naive_pseudo_label(teacher(images)[0].detach(), made.threshold, labels is not None)
+    target = naive_pseudo_label(levels(teacher(images))[0].detach(), made.threshold, labels is not None)
     box = boxes(torch.rand(len(images), images.ndim - 1), images.shape[2:])
     mixed, target = mix(images, box), mix(target, box)
     mixed = perturb_intensities(mixed, torch.rand(len(images), 3), torch.randn_like(mixed))
-    outputs = student(torch.cat([labelled["data"], mixed]))
-    n, weights = len(labelled["data"]), [2 / 3, 1 / 3]
-    assert len(outputs) == len(labelled["target"]) == 3, "nnU-Net gives the coarsest no weight"
+    outputs = levels(student(torch.cat([labelled["data"], mixed])))
+    labelled["target"] = levels(labelled["target"])
+    n, weights = len(labelled["data"]), [2 / 3, 1 / 3] if deep else [1.0]
+    assert len(outputs) == len(labelled["target"]) == (3 if deep else 1)  # nnU-Net gives the coarsest no weight
     first, second = torch.zeros(()), torch.zeros(())
     for level, (logits, weight) in enumerate(zip(outputs, weights)):
         batch_dice = made.configuration_manager.batch_dice
@@ -333,10 +334,14 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, mo
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
+def levels(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [*outputs]
+
+
 def naive_sum(student: Any, labelled: Any, weights: list[float], labels: Any, batch_dice: bool) -> Tensor:
     """The labelled images' loss alone."""
     total = torch.zeros(())
-    for logits, target, weight in zip(student(labelled["data"]), labelled["target"], weights):
+    for logits, target, weight in zip(levels(student(labelled["data"])), labelled["target"], weights):
         counts = torch.ones_like(target[:, :1], dtype=torch.bool)
         total = total + weight * naive_loss(logits, target.long(), counts, labels is not None, batch_dice)
     return total
@@ -452,6 +457,9 @@ def test_weight_0_and_a_run_without_images_are_the_stock_trainers_to_the_bit(
     )
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "none"))
+    with pytest.raises(ReSegError, match="imagesUn are not preprocessed for this configuration: run `python -m"):
+        make(configuration).on_train_start()
+    monkeypatch.delenv("nnUNet_raw")  # as on a machine that has what is preprocessed alone
     none = tiny.train(make(configuration, batch=4))
     assert f"are used after `python -m reseg_loss.integrations.nnunet prepare {tiny.DATASET}`" in log_of(none)
     for other in (made, none):

@@ -92,6 +92,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         """What `prepare` has preprocessed, and cases of imagesTr with the label "ignore" alone; None without any."""
         dataset = Path(self.preprocessed_dataset_folder_base)
         sources = unlabelled.prepared(dataset, self.plans_manager, self.configuration_manager)
+        if not sources:
+            unlabelled.refuse_unprepared(dataset.name)
         sources |= dict.fromkeys(self.without_labels, self.dataset_class(self.preprocessed_dataset_folder))
         if sources:
             return unlabelled.Images(sources)
@@ -170,7 +172,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         """Plot what is logged."""
         super().on_epoch_end()
         if self.mean_teacher is not None and self.local_rank == 0:
-            progress.plot(self.logger, [*LOGGED], self.output_folder)
+            progress.plot(self.logger, LOGGED, self.output_folder)
 
     def on_train_end(self) -> None:
         """Leave the mean teacher's weights in the network, which nnU-Net validates then."""

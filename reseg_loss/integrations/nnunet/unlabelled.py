@@ -10,6 +10,7 @@ from typing import Any
 
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -56,10 +57,20 @@ def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
     again = f"run `{PREPARE} {dataset.name}` again"
     if about["preprocessing"] != preprocessing(plans, configuration):
         raise ReSegError(f"the unlabelled images in {folder} were preprocessed by other plans than these: {again}")
-    images = infer_dataset_class(str(folder))(str(folder))
-    if sorted(images.identifiers) != sorted(about["cases"]):
+    if {file.stem for file in folder.glob("*.pkl")} != {*about["cases"]}:
         raise ReSegError(f"{folder} does not have the {len(about['cases'])} images that {record.name} names: {again}")
-    return dict.fromkeys(images.identifiers, images)
+    return dict.fromkeys(about["cases"], infer_dataset_class(str(folder))(str(folder)))
+
+
+def refuse_unprepared(dataset: str) -> None:
+    """Raise a ReSegError if nnUNet_raw has images without labels of a data set, where none are prepared."""
+    if nnUNet_raw.is_set():
+        folder = Path(nnUNet_raw) / dataset / "imagesUn"
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ReSegError(
+                f"the images in {folder} are not preprocessed for this configuration: run `{PREPARE} {dataset}`, or "
+                "move them away to train without them"
+            )
 
 
 def without_labels(dataset: Any, labels: Any) -> set[str]:
