@@ -114,12 +114,12 @@ class MeanTeacher:
         try:
             with torch.no_grad():
                 return run(images)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ReSegError):
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise ReSegError(
                 f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
-                f"{images.device}; they must be as the model takes the labelled ones: {error}"
+                f"{images.device}; they must be as the model takes the labelled ones ({type(error).__name__}: {error})"
             ) from error
 
     def _take_over(self, what: str) -> None:
