@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from common.experiment import (
     AMP,
+    TOO_SHORT,
     Backbone,
     Setting,
     Variant,
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _, results[name] = trained_and_tested(variant, setting)
         say(f"\n{scores_table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
         say("One seed proves nothing: repeat with another --seed.")
+        if args.small:
+            say(TOO_SHORT)
         if args.data is None:
             say("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
 

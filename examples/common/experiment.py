@@ -34,6 +34,7 @@ from .recipes import Recipe
 from .report import comparison_table
 from .training import IGNORED, evaluate, predict, train
 
+TOO_SHORT = "A --small run shows that all works. It is too short for its differences to mean anything."
 SMALL_STEPS, SMALL_RECON_STEPS = 150, 100
 SMALL_SEMI_STEPS = 500  # the mean teacher is an average over some hundreds of steps
 STEPS, RECON_STEPS = 1500, 800
@@ -142,6 +143,8 @@ def main(backbone: Backbone, argv: Sequence[str] | None = None) -> None:
         print(
             f"\n{table}\n\nScores and pictures are in {args.out}/. One seed proves nothing: repeat with another --seed."
         )
+        if args.small:
+            print(TOO_SHORT)
         if args.data is None:
             print("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
 
