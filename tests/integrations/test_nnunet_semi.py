@@ -74,8 +74,8 @@ from reseg_loss.integrations.nnunet.semi import nnUNetTrainerSemi
 
 class nnUNetTrainerSemiTiny(nnUNetTrainerSemi):
     threshold = 0.4
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):  # as nnU-Net reads them
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 4, 3, 1
         self.save_every = 1
     def on_epoch_start(self):
