@@ -76,6 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"), help="folder of checkpoints and results")
     args = parser.parse_args(argv)
+    args.unlabelled = None
     args.network = importlib.import_module(f"train_{args.backbone}").BACKBONE
     complete(args, args.network, parser)
     args.datasets = {seed: read_data(args, seed, parser) for seed in args.seeds}

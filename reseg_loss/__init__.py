@@ -4,6 +4,7 @@ from .alignment.losses import CrossAlignmentLoss, ReconLoss
 from .alignment.settings import PRESETS, Settings
 from .alignment.teacher import Teacher
 from .alignment.wrapper import ReSegWrapper
+from .common.batches import batches
 from .consistency import CutMixConsistency
 from .errors import ReSegError, TapError
 from .recording.extractor import FeatureExtractor, Features
@@ -30,5 +31,6 @@ __all__ = [
     "TapError",
     "TapPlan",
     "Teacher",
+    "batches",
     "find_taps",
 ]

@@ -19,6 +19,7 @@ from .common.state import load_states
 from .errors import ReSegError
 from .mean_teacher import MeanTeacher
 from .mixing import boxes, mix, pixels_per_class, predicted, ramp_up, random_intensities, sure_label
+from .recording.copying import is_compiled
 from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss
@@ -29,14 +30,18 @@ BROADCASTS_TWICE = torch.__version__ >= "2.13"
 
 
 class Mixed(NamedTuple):
-    """Images that the model is to learn on, and as what: (B, C, *spatial), and the pseudo-label in its losses' form.
+    """Images that the model is to learn on, and as what.
 
-    `predicted` counts the pixels of each class before those that are not sure were left out, (classes,).
+    Attributes:
+        images: (B, C, *spatial).
+        label: the pseudo-label, in the form of `mixing.predicted`.
+        sure: of the pixels that the mean teacher takes for a class the share that is sure, (classes,); NaN where it
+            takes none.
     """
 
     images: Tensor
     label: Tensor
-    predicted: Tensor
+    sure: Tensor
 
 
 class CutMixConsistency(Regularizer):
@@ -123,18 +128,9 @@ class CutMixConsistency(Regularizer):
         """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
 
         Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
-        images; at weight 0 they are the model's. `loss` sets its modes back to the model's, dropout included. It is
-        compiled where the model was when this was made; later `mixed.average.compile()` compiles it.
+        images; at weight 0 they are the model's. `loss` sets its modes back to the model's, dropout included.
         """
         return self._mean_teacher.network
-
-    @property
-    def sure_shares(self) -> Tensor | None:
-        """Of the last call, and of each class, the share of its pixels that is sure, (classes,); NaN where it has none.
-
-        None before the first. Nothing waits for the device, as in `stats`.
-        """
-        return self._shares
 
     @property
     def ema_decay(self) -> float:
@@ -194,6 +190,8 @@ class CutMixConsistency(Regularizer):
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
         refuse_two_forwards(forward, self._model)
+        if isinstance(forward, nn.Module) and is_compiled(forward):
+            self.compile()
         y = self.mix(images)
         # all of it inside the record, which forgets the features if anything fails: no other label may meet them
         with self.deep.record() if self.deep is not None else nullcontext():
@@ -203,6 +201,13 @@ class CutMixConsistency(Regularizer):
         value = side + self.value(prediction, y, task_loss)
         self._last |= {"loss": value.detach(), "weight": factor.detach() if isinstance(factor, Tensor) else factor}
         return factor * value
+
+    def compile(self, **options: Any) -> None:
+        """Compile the mean teacher for `loss`, with the options of torch.compile; does nothing if it was done.
+
+        Where what runs the model is compiled (the `model` that was given, `forward` of `loss`) that is done anyway.
+        """
+        self._mean_teacher.compile(**options)
 
     # --- the parts of `loss`, for loops in which something else runs the model
 
@@ -240,12 +245,13 @@ class CutMixConsistency(Regularizer):
                 f"{self.deep.num_classes}; pass output= with the path to the logits"
             )
         label, confidence = predicted(logits, overlapping=self.overlapping)
-        counts = self._per_class(label, classes)
+        taken = self._per_class(label, classes)
         label = sure_label(label, confidence, self.threshold, self.ignore_index)
+        shares = self._per_class(label, classes) / taken
         mixed, label = self.exchange(images, label)
         mixed = self._perturbed(mixed)
         refuse_not_finite(mixed, {}, "perturb= gave NaN or infinite values for images that are finite", first=first)
-        return Mixed(mixed, label, counts)
+        return Mixed(mixed, label, shares)
 
     def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, *spatial) and their pseudo-label with boxes of others; a subclass may mix them otherwise."""
@@ -277,10 +283,10 @@ class CutMixConsistency(Regularizer):
         Raises:
             ReSegError: `task_loss` fails, or does not leave `ignore_index` out.
         """
-        if prediction.shape[1] != len(y.predicted) and not (prediction.shape[1] == 1 and len(y.predicted) == 2):
+        if prediction.shape[1] != len(y.sure) and not (prediction.shape[1] == 1 and len(y.sure) == 2):
             raise ReSegError(
                 f"the model gave {prediction.shape[1]} channels for the mixed images, its mean teacher "
-                f"{len(y.predicted)} classes; pass output= with the path to the logits"
+                f"{len(y.sure)} classes; pass output= with the path to the logits"
             )
         self._ask(task_loss, prediction, y.label)
         sure = y.label != self.ignore_index
@@ -289,7 +295,7 @@ class CutMixConsistency(Regularizer):
         target = torch.where(counts, y.label, torch.zeros_like(y.label))
         value = counts * value_of(task_loss, prediction, target, "unlabelled images")
         refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
-        self._shares = self._per_class(y.label, prediction.shape[1]) / y.predicted
+        self._shares = y.sure
         self._last = {"sure": sure.float().mean()}
         self._calls += 1
         self._forgotten.check(self._model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -23,7 +23,7 @@ class MeanTeacher:
     Valpola, NeurIPS 2017.)
 
     Args:
-        model: the model, or its wrappers. Where torch.compile is one of them, the copy is compiled, too.
+        model: the model, or its wrappers. Where it is compiled, the copy is, too.
         decay: of the average, per `update`.
 
     Raises:
@@ -39,8 +39,24 @@ class MeanTeacher:
         _refuse_low(self._model)
         copied = copy_model(self._model, "the mean teacher", "leave it as it was until this is built")
         self.network: nn.Module = copied.requires_grad_(False)
-        if is_compiled(model):
-            self.network.compile()
+        self._run: Callable[[Tensor], Any] | None = None  # compiled
+        self._given = model
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network, with the options of torch.compile; does nothing if it was done."""
+        if self._run is not None:
+            return
+        network = self.network
+
+        # a function of its own, for torch keeps what it knows of sizes by code, of which a model and its copy have the
+        # same: the model's batches would become dynamic, and slow, by the sizes of the mean teacher's
+        def run(images: Tensor) -> Any:
+            return network(images)
+
+        self._run = torch.compile(run, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}  # a copy's would run the original's network
 
     def start(self) -> None:
         """Become the model as it is, unless that was done."""
@@ -92,9 +108,12 @@ class MeanTeacher:
         for mine, theirs in pairs:
             if mine.training != theirs.training:
                 mine.training = theirs.training
+        if is_compiled(self._given):
+            self.compile()
+        run = self.network if self._run is None else self._run
         try:
             with torch.no_grad():
-                return self.network(images)
+                return run(images)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

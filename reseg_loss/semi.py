@@ -17,11 +17,13 @@ from .common.outputs import coarser_outputs, common_activation, full_size, in_tr
 from .consistency import CutMixConsistency, Mixed, plain_images, refuse_two_forwards
 from .errors import ReSegError, TapError, outline
 from .mixing import pixels_per_class, random_intensities
+from .recording.copying import is_compiled
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer
 from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss
 from .task_losses import BinaryCrossEntropyDiceLoss, CrossEntropyDiceLoss
 
+IGNORED = 255  # the label value of pixels that do not count, unless the task loss has its own
 UNSURE_STEPS = 500  # after the ramp, without a sure pixel of a class that the labels have
 BETWEEN_LOOKS = 100  # steps after which the device is asked
 
@@ -110,6 +112,7 @@ class SemiSupervised(Regularizer):
                 raise ReSegError(f"{name}={value!r}; it is True or False")
         self._forward, self.joint, self.overlapping = model, joint, overlapping
         self.task_loss, self.unlabelled_loss = task_loss, unlabelled_loss
+        self._ours = (CrossEntropyDiceLoss(IGNORED), BinaryCrossEntropyDiceLoss(IGNORED))
         ignore_index = _ignored_value(task_loss, unlabelled_loss)
         self._deep: DeepSupervision | None = None
         self._supervised: Literal["heads", "outputs", "nothing", ""] = ""  # "": not known yet
@@ -187,6 +190,8 @@ class SemiSupervised(Regularizer):
             TapError: a tap of the heads did not fire.
         """
         forward = self._forward if forward is None else forward
+        if isinstance(forward, nn.Module) and is_compiled(forward):
+            self._consistency.compile()
         if self.joint:
             x, y = self.mix(image, label, unlabelled)
             with self.record():
@@ -344,7 +349,7 @@ class SemiSupervised(Regularizer):
             total = total + factor * (main + levels)
             self._last |= {"unlabelled": main.detach(), "unlabelled/deep": levels.detach()}
             self._last["weight"] = factor.detach() if isinstance(factor, Tensor) else factor
-            self._look_at_classes(label, prediction)
+            self._look_at_classes(label, prediction, mixed.sure)
         self._calls += 1
         return total
 
@@ -352,7 +357,7 @@ class SemiSupervised(Regularizer):
         """The task loss, and whether it is ours, which takes logits in any case."""
         if self.task_loss is not None:
             return self.task_loss, False
-        return (_BINARY if self.overlapping or logits.shape[1] == 1 else _CLASSES), True
+        return self._ours[self.overlapping or logits.shape[1] == 1], True
 
     def _levels_loss(
         self, deep: HeadOutputs | list[Tensor] | None, label: Tensor, task_loss: TaskLoss, ours: bool
@@ -369,20 +374,18 @@ class SemiSupervised(Regularizer):
         ]
         return torch.stack(values).sum() if values else torch.zeros((), device=label.device)
 
-    def _look_at_classes(self, label: Tensor, prediction: Tensor) -> None:
+    def _look_at_classes(self, label: Tensor, prediction: Tensor, sure: Tensor) -> None:
         """Count for how long each class has had no sure pixel since the ramp, and warn of one that labels have."""
-        shares, ramp = self._consistency.sure_shares, self._consistency.rampup_steps or 0
-        assert shares is not None
-        classes, device = len(shares), shares.device
+        classes, device = len(sure), sure.device
         if self._unsure is None or self._labelled is None or len(self._unsure) != classes:
             self._unsure = torch.zeros(classes, dtype=torch.int64, device=device)
             self._labelled = torch.zeros(classes, dtype=torch.bool, device=device)
         per_channel = label.shape == prediction.shape and prediction.shape[1] > 1
         self._labelled |= pixels_per_class(label, classes, overlapping=per_channel) > 0
-        steps = self._consistency.calls - ramp
+        steps = self._consistency.calls - (self._consistency.rampup_steps or 0)
         if steps <= 0:
             return
-        self._unsure.add_(1).mul_(~(shares > 0))
+        self._unsure.add_(1).mul_(~(sure > 0))
         if steps % BETWEEN_LOOKS or not readable(device, first=True):
             return
         wrong = (self._labelled & (self._unsure >= UNSURE_STEPS)).nonzero().flatten().tolist()
@@ -484,9 +487,6 @@ class _Part(NamedTuple):
     deep: HeadOutputs | list[Tensor] | None
 
 
-_CLASSES, _BINARY = CrossEntropyDiceLoss(), BinaryCrossEntropyDiceLoss()
-
-
 def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
     """The label value that does not count: the task loss's own, or 255. Raises a ReSegError if there are two."""
     values = {}
@@ -498,7 +498,7 @@ def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
             values[name] = value
     if len(set(values.values())) > 1:
         raise ReSegError(f"the two losses leave different label values out, {values}; give both the same ignore_index")
-    return next(iter(values.values()), CrossEntropyDiceLoss().ignore_index)
+    return next(iter(values.values()), IGNORED)
 
 
 def _checked(deep: DeepSupervision, model: nn.Module, ignore_index: int) -> DeepSupervision:

@@ -51,9 +51,6 @@ def in_step(loader: Iterable[Any]) -> Iterator[Any]:
     Raises:
         ReSegError: the numbers differ; on every process, and at the same batch.
     """
-    if world_size() == 1:
-        yield from loader
-        return
     lengths = gathered(_length(loader))
     if None not in lengths:
         _refuse_uneven(lengths)
@@ -94,16 +91,15 @@ _T = TypeVar("_T")
 def on_rank_0(action: Callable[[], _T]) -> _T:
     """What `action` gives on rank 0, on every rank; so too a ReSegError that it raises, for the others wait."""
     outcome: list[Any] = [None, None]
-    failure: ReSegError | None = None
     if rank() == 0:
         try:
             outcome[0] = action()
         except ReSegError as error:
-            failure, outcome[1] = error, str(error)
+            outcome[1] = error
     if world_size() > 1:
         dist.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
-        raise failure or ReSegError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..alignment.wrapper import ReSegWrapper
 from ..errors import ReSegError
 from ..regularizer import Regularizer
-from . import checked
+from . import Averaging, averaged, checked, follow, random_states, restore_random_states, version
 
 
 class ReSegCallback(Callback):
-    """Runs stage 1 before the first training step; keeps teacher, heads and mean teacher in the checkpoint.
+    """Runs stage 1 before the first training step; keeps teacher, heads and mean teacher, and lets the last follow.
 
-    It serves every `ReSegWrapper`, `DeepSupervision` and `CutMixConsistency` that is an attribute of the
-    LightningModule when `setup` is called. Their states lie in `checkpoint["callbacks"]`, never in the module's
+    It serves every `ReSegWrapper`, `DeepSupervision`, `CutMixConsistency` and `SemiSupervised` that is an attribute of
+    the LightningModule when `setup` is called. Their states lie in `checkpoint["callbacks"]`, never in the module's
     state_dict, and a resumed run has no stage 1. A wrapper whose weight is 0 when training starts gets none either.
+    Random states are in the checkpoint, too, and are restored when a run goes on with as many processes.
+
+    A mean teacher follows after each step of the optimizer (of several, the last that trains the model): its `update()`
+    is called here, and a call in the module raises. With `validate_average` the model has the mean teacher's weights
+    while it validates, and its own again afterwards, to the bit. So what `ModelCheckpoint(monitor=...)` compares is the
+    mean teacher, and a checkpoint's "state_dict" is the mean teacher's, too; the weights in training, from which a
+    resumed run (`ckpt_path=`) goes on, lie in `checkpoint["callbacks"]`. `trainer.test` and `trainer.predict` after
+    `trainer.fit` see the mean teacher as well, unless the module got other weights since.
 
     The checkpoint's weights load without this library. To resume from one (`trainer.fit(..., ckpt_path=...)`) takes it
     if the optimizer has parameters of the heads: without them torch says that a parameter group
@@ -26,31 +37,66 @@ class ReSegCallback(Callback):
 
     Args:
         loader: batches for stage 1; None takes the trainer's training loader, if it is one.
+        validate_average: False validates and saves the model in training, as without this callback.
         **fit_recon: of `ReSegWrapper.fit_recon`, `epochs=` or `steps=` above all.
 
     Raises:
         ReSegError: the module has none of them, or not those of the checkpoint; stage 1 finds several training
-            loaders.
+            loaders; two mean teachers average one model; ModelCheckpoint has `save_weights_only`, which would save
+            other weights than those that are validated.
     """
 
-    def __init__(self, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
-        self.loader, self.fit_recon = loader, checked(fit_recon)
+    def __init__(self, *, loader: Iterable[Any] | None = None, validate_average: bool = True, **fit_recon: Any) -> None:
+        self.loader, self.validate_average, self.fit_recon = loader, validate_average, checked(fit_recon)
         self._found: dict[str, Regularizer] = {}
+        self._fits = False
+        self._ends: list[Callable[[], None]] = []  # of following
+        self._swapped = ExitStack()
+        self._swaps: dict[str, Averaging] = {}  # whose weights the models have at the moment
+        self._versions: dict[str, int] = {}  # of the models' weights, as training has left them
+        self._random: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find them."""
-        self._found = {name: value for name, value in vars(pl_module).items() if isinstance(value, Regularizer)}
-        if not self._found:
+        found = {name: value for name, value in vars(pl_module).items() if isinstance(value, Regularizer)}
+        if not found:
             raise ReSegError(
-                f"{type(pl_module).__name__} has no ReSegWrapper, DeepSupervision or CutMixConsistency among its "
-                "attributes; in its __init__ write self.reseg = ReSegWrapper(self.net)"
+                f"{type(pl_module).__name__} has no ReSegWrapper, DeepSupervision, CutMixConsistency or SemiSupervised "
+                "among its attributes; in its __init__ write self.reseg = ReSegWrapper(self.net), or the like"
             )
+        self._fits = stage == "fit"
+        if found != self._found:
+            self._found, self._versions = found, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring heads and mean teacher to where the module is, before the optimizer's state is restored."""
         for each in self._found.values():
             if not isinstance(each, ReSegWrapper):  # which may have no teacher yet, and moves it itself
                 each.to(pl_module.device, pl_module.dtype)
+        models = [id(each.model) for each in self._averages().values()]
+        if len(set(models)) < len(models):
+            raise ReSegError("two mean teachers average one model; keep one, or pass validate_average=False")
+        if models and any(
+            isinstance(each, ModelCheckpoint) and each.save_weights_only for each in trainer.checkpoint_callbacks
+        ):
+            raise ReSegError(
+                "ModelCheckpoint(save_weights_only=True) would save the weights in training, not those of the mean "
+                "teacher that are validated: leave it out, or pass ReSegCallback(validate_average=False)"
+            )
+        if self._random is not None:  # before the loaders' iterators are made
+            restore_random_states(self._random)
+            if hasattr(trainer.fit_loop, "is_resuming"):
+                self._random = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before 2.5.5 a resumed run makes the loaders' iterators once more."""
+        if self._random is not None:
+            restore_random_states(self._random)
+            self._random = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A run that goes on within an epoch begins none before."""
+        self._random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stage 1, unless the checkpoint had the teacher."""
@@ -63,18 +109,57 @@ class ReSegCallback(Callback):
                         "ReSegCallback(loader=...)"
                     )
                 each.fit_recon(loader, **{"progress": trainer.progress_bar_callback is not None, **self.fit_recon})
+            if isinstance(each, Averaging):
+                self._ends.append(follow(each, trainer.optimizers, type(self).__name__))
+        self._note()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the model the mean teacher's weights."""
+        for name, left in self._versions.items():
+            # after training the module may have got the weights of a checkpoint, which are to be tested then
+            if self._fits or left == version(self._averages()[name].model):
+                self._swaps[name] = self._averages()[name]
+        self._swap_in()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give it its own again."""
+        if self._swaps:
+            self._swap_out()
+            self._note()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model with its own weights, and `update()` to the module."""
+        self._swap_out()
+        self._end()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave `update()` to the module."""
+        self._end()
+        self._note()
 
     def state_dict(self) -> dict[str, Any]:
-        """{attribute: its state}, without teachers that are not trained yet."""
+        """States of the attributes, without teachers that are not trained yet; weights in training; random states."""
+        swaps = self._swap_out()
+        trained = {name: self._averages()[name].model.state_dict() for name in self._versions}
+        if swaps:  # saved while it validates
+            trained, self._swaps = copy.deepcopy(trained), swaps
+            self._swap_in()
         return {
-            name: each.state_dict()
-            for name, each in self._found.items()
-            if not isinstance(each, ReSegWrapper) or each.ready
+            "losses": {
+                name: each.state_dict()
+                for name, each in self._found.items()
+                if not isinstance(each, ReSegWrapper) or each.ready
+            },
+            "trained": trained,
+            "random": random_states(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give every attribute its state back."""
-        for name, state in state_dict.items():
+        """Give every attribute its state back, and to a model that is to be trained on the weights for that."""
+        for name, state in state_dict["losses"].items():
             if name not in self._found:
                 raise ReSegError(
                     f"the checkpoint has a state for self.{name}, the module has {list(self._found)}. To go on without "
@@ -82,3 +167,43 @@ class ReSegCallback(Callback):
                     "parameters, too"
                 )
             self._found[name].load_state_dict(state)
+        if self._fits:  # to test a checkpoint, the model has the weights already that are to be tested
+            for name, weights in state_dict["trained"].items():
+                self._found[name].model.load_state_dict(weights)
+            self._random = state_dict["random"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the mean teacher's weights into the checkpoint's "state_dict"."""
+        average = {
+            id(mine): theirs.detach()
+            for each in map(self._averages().__getitem__, self._versions)
+            for what in ("parameters", "buffers")
+            for mine, theirs in zip(getattr(each.model, what)(), getattr(each.average, what)())
+        }
+        weights = checkpoint["state_dict"]
+        for name, value in pl_module.state_dict(keep_vars=True).items():
+            if name in weights and id(value) in average:
+                weights[name] = average[id(value)]
+
+    def _averages(self) -> dict[str, Averaging]:
+        """The mean teachers that are validated."""
+        found = {name: each for name, each in self._found.items() if isinstance(each, Averaging)}
+        return found if self.validate_average else {}
+
+    def _note(self) -> None:
+        self._versions = {name: version(each.model) for name, each in self._averages().items()}
+
+    def _swap_in(self) -> None:
+        for each in self._swaps.values():
+            self._swapped.enter_context(averaged(each))
+
+    def _swap_out(self) -> dict[str, Averaging]:
+        """Returns what was swapped in."""
+        self._swapped.close()
+        swaps, self._swaps = self._swaps, {}
+        return swaps
+
+    def _end(self) -> None:
+        for end in self._ends:
+            end()
+        self._ends = []

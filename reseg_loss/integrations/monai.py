@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..alignment.wrapper import ReSegWrapper
+from ..common.batches import Rounds, unlabelled_image
+from ..common.distributed import world_size
+from ..common.state import check_state
 from ..errors import ReSegError
+from ..recording.copying import unwrap
+from ..semi import SemiSupervised
 from ..supervision import DeepSupervision
-from . import checked
+from . import checked, follow, random_states, restore_random_states
 
 if TYPE_CHECKING:
     from monai.engines.trainer import SupervisedTrainer
@@ -84,6 +90,119 @@ class DeepSupervisionHandler:
 
         output = engine.state.output
         output["loss"] = output["loss"] + self.ds.loss(output["label"], task_loss)
+
+
+class SemiSupervisedHandler:
+    """Gives each step of a SupervisedTrainer a batch of unlabelled images, too, with one forward for both.
+
+    The trainer's loss function is the object's own, `loss_function=semi.loss_of`, and its optimizer has
+    `semi.parameters()`. Its batches stay the labelled ones, and so does its output: image, label and prediction are of
+    these alone. The mean teacher follows after each step of the optimizer. It is a network like any other, so an
+    evaluator sees it by `network=semi.average`, and a CheckpointSaver of its best by {"net": semi.average}.
+
+    Give the handler to CheckpointSaver and CheckpointLoader under a name of its own, beside network, optimizer and
+    trainer: its state has that of `semi`, the place in the unlabelled batches and the random states, which a resumed
+    run gets back when its first epoch starts. Let CheckpointSaver be the last of the handlers. With several processes,
+    whose states Ignite does not gather, only that of `semi` is kept.
+
+    Args:
+        semi: around the trainer's network, with `joint=True`.
+        unlabelled: a loader of image batches: tensors (B, C, *spatial), tuples or lists whose element 0 is one, or
+            dicts with "image" or "data". It is gone round without end.
+
+    Raises:
+        ReSegError: `semi` is none.
+    """
+
+    def __init__(self, semi: SemiSupervised, unlabelled: Iterable[Any]) -> None:
+        _check_kind(self, semi, SemiSupervised)
+        self.semi = semi
+        self._unlabelled = Rounds(unlabelled, "unlabelled")
+        self._targets: Any = None
+        self._random: list[dict[str, Any]] | None = None
+        self._remove: Callable[[], None] = lambda: None
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        """Called by the trainer."""
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.STARTED, self.start)  # the engine has no optimizer before
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
+        engine.add_event_handler(Events.COMPLETED, self.complete)
+
+    def start(self, engine: SupervisedTrainer) -> None:
+        """Take the trainer's forward over.
+
+        Raises:
+            ReSegError: the engine is no SupervisedTrainer, has another loss function or another network; no optimizer
+                has the network's parameters.
+        """
+        self._remove()  # where a run before has failed
+        network, inferer, loss = (getattr(engine, name, None) for name in ("network", "inferer", "loss_function"))
+        if inferer is None or loss is None or network is None:
+            raise ReSegError(
+                f"{type(engine).__name__} is no SupervisedTrainer of MONAI; use semi.loss in your own update function"
+            )
+        if loss != self.semi.loss_of:
+            raise ReSegError(
+                "the whole loss is that of SemiSupervised: give the trainer loss_function=semi.loss_of, and your own "
+                "loss to SemiSupervised(task_loss=...)"
+            )
+        if unwrap(network) is not self.semi.model:
+            raise ReSegError("SemiSupervised is around another model than the trainer's network; build both with one")
+
+        def mixed(inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
+            unlabelled = unlabelled_image(self._unlabelled.next_batch())
+            x, self._targets = self.semi.mix(inputs, engine.state.output["label"], unlabelled)
+            return inferer(x, network, *args, **kwargs)
+
+        def loss_of(output: Any, label: Tensor) -> Tensor:
+            value, self._targets = self.semi.loss_of(output, self._targets), None
+            engine.state.output["pred"] = tree_map(lambda x: x[: len(label)] if isinstance(x, Tensor) else x, output)
+            return value
+
+        engine.inferer, engine.loss_function = mixed, loss_of
+        end = follow(self.semi, [engine.optimizer], type(self).__name__)
+
+        def remove() -> None:
+            engine.inferer, engine.loss_function = inferer, loss
+            end()
+
+        self._remove = remove
+
+    def start_epoch(self, engine: SupervisedTrainer) -> None:
+        """Set the random states of the checkpoint, if one was loaded since."""
+        if self._random is not None:
+            restore_random_states(self._random)
+            self._random = None
+
+    def complete(self, engine: SupervisedTrainer) -> None:
+        """Leave the trainer as it was."""
+        self._remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on beside network, optimizer and trainer."""
+        alone = world_size() == 1
+        return {
+            "kind": "SemiSupervisedHandler",
+            "format": 1,
+            "semi": self.semi.state_dict(),
+            "unlabelled": self._unlabelled.state() if alone else None,
+            "random": random_states() if alone else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ReSegError: the state is of another kind, or does not fit.
+        """
+        entries = {"semi": dict, "unlabelled": (dict, None), "random": ([dict], None)}
+        check_state(state, "SemiSupervisedHandler", 1, entries)
+        self.semi.load_state_dict(state["semi"])
+        if state["unlabelled"] is not None:
+            self._unlabelled = self._unlabelled.resumed(state["unlabelled"])
+        self._random = state["random"]
 
 
 def _check_kind(handler: object, value: Any, kind: type) -> None:

@@ -10,10 +10,10 @@ SHORTER = {"epochs=50": "steps=4, progress=False", "range(first, 100)": "range(f
 
 
 def section(title: str) -> str:
-    text = PAGE.read_text()
-    start = text.index(f"\n## {title}\n")
-    end = text.find("\n## ", start + 1)
-    return text[start : end if end > 0 else None]
+    """The text below a heading of either size, as far as the next."""
+    (heading,) = re.findall(rf"^##+ {re.escape(title)}\n", PAGE.read_text(), re.MULTILINE)
+    _, text = PAGE.read_text().split(f"\n{heading}")
+    return re.split(r"^##+ ", text, flags=re.MULTILINE)[0]
 
 
 def code_after_the_diff(title: str, **more: str) -> str:

@@ -146,6 +146,24 @@ def test_monais_section_runs(tmp_path, monkeypatch):
     assert handler.fit_recon == {"epochs": 50}
 
 
+def test_the_bundles_config_with_unlabelled_images_trains():
+    pytest.importorskip("ignite")
+    pytest.importorskip("monai")
+    from monai.bundle import ConfigParser
+
+    (config,) = re.findall(r"```json\n(.*?)```", section("Few labels in MONAI"), re.DOTALL)
+    parser = ConfigParser(json.loads("{" + config.replace("100", "2").replace("2000", "4") + "}"))
+    image, label = batch(n=4)
+    parser["network"], parser["device"], parser["example"] = UNet(), torch.device("cpu"), image
+    parser["train_loader"] = parser["val_loader"] = [{"image": image, "label": label[:, None]}] * 3
+    parser["unlabelled_loader"] = [image] * 2
+    parser.parse()
+    parser.get_parsed_content("trainer").run()
+    semi = parser.get_parsed_content("semi")
+    assert semi.calls == 6
+    assert parser.get_parsed_content("evaluator").network is semi.average
+
+
 def test_accelerates_section_runs_in_one_process_too_on_a_gpu_if_there_is_one(tmp_path, monkeypatch):
     accelerate = pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
@@ -162,7 +180,7 @@ def test_accelerates_section_runs_in_one_process_too_on_a_gpu_if_there_is_one(tm
 
 def test_every_section_is_in_the_table_and_every_link_leads_somewhere():
     text = PAGE.read_text()
-    titles = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    titles = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\(([^)]+)\)", text):
         path, _, anchor = target.partition("#")

@@ -10,7 +10,7 @@ import torch
 from models import IGNORED, UNet, batch, ignoring, task_loss
 from torch import Tensor
 
-from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
+from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, SemiSupervised
 
 L = pytest.importorskip("lightning.pytorch")
 from reseg_loss.integrations.lightning import ReSegCallback  # noqa: E402
@@ -149,8 +149,10 @@ def test_the_checkpoint_is_a_bare_modules_with_the_teacher_under_callbacks(tmp_p
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     bare = Bare()
     assert list(checkpoint["state_dict"]) == list(bare.state_dict())
-    assert set(checkpoint["callbacks"]["ReSegCallback"]) == {"reseg", "ds"}
-    assert checkpoint["callbacks"]["ReSegCallback"]["reseg"]["calls"] == 3
+    state = checkpoint["callbacks"]["ReSegCallback"]
+    assert set(state) == {"losses", "trained", "random"}
+    assert (set(state["losses"]), state["trained"]) == ({"reseg", "ds"}, {})
+    assert state["losses"]["reseg"]["calls"] == 3
     loaded = Bare.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu")
     image, _ = batch()
     assert torch.equal(loaded.eval().net(image), module.cpu().eval().net(image))
@@ -212,11 +214,7 @@ class Unlabelled(Bare):
         self.mixed = CutMixConsistency(self.net, rampup_steps=6, ignore_index=IGNORED, threshold=0.4)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        torch.manual_seed(self.mixed.calls)
         return super().training_step(batch, batch_idx) + self.mixed.loss(batch[0], ignoring)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.mixed.update()
 
 
 def test_a_mean_teacher_is_in_the_checkpoint_and_goes_on(tmp_path):
@@ -272,14 +270,220 @@ def test_a_failed_stage_1_leaves_no_half_trained_teacher_in_a_checkpoint():
     module = segmenter()
     callback = ReSegCallback(steps=2)
     callback.setup(None, module, "fit")  # pyright: ignore[reportArgumentType]
-    assert "reseg" not in callback.state_dict()
+    assert "reseg" not in callback.state_dict()["losses"]
     module.reseg = ReSegWrapper(module.net, example_input=batch()[0])
     callback.setup(None, module, "fit")  # pyright: ignore[reportArgumentType]
-    assert "reseg" not in callback.state_dict()
+    assert "reseg" not in callback.state_dict()["losses"]
     module.reseg.freeze_teacher()
-    assert "reseg" in callback.state_dict()
+    assert "reseg" in callback.state_dict()["losses"]
 
 
 def test_a_keyword_that_fit_recon_has_not_is_refused_when_the_callback_is_made():
     with pytest.raises(TypeError, match="epoch"):
         ReSegCallback(epoch=5)
+
+
+# --- few labels
+
+
+class FewLabels(Bare):
+    """Notes what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        image = batch()[0]
+        self.semi = SemiSupervised(self.net, image, rampup_steps=None, threshold=0.35)
+        self.validated: list[list[Tensor]] = []
+        self.trained: list[list[Tensor]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.trained.append(weights(self.net))
+        (image, label), (unlabelled, _) = batch["labelled"], batch["unlabelled"]
+        return self.semi.loss(image, label, unlabelled)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(weights(self.net))
+        super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(weights(self.net))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.parameters(), *self.semi.parameters()], 0.05, momentum=0.9)
+
+
+def weights(model: torch.nn.Module) -> list[Tensor]:
+    return [value.detach().cpu().clone() for value in model.state_dict().values()]
+
+
+def few_labels(seed: int = 0) -> FewLabels:
+    torch.manual_seed(seed)
+    return FewLabels()
+
+
+def two_loaders() -> dict[str, Any]:
+    unlabelled = torch.utils.data.TensorDataset(*batch(n=10, seed=1))
+    return {"labelled": data(), "unlabelled": torch.utils.data.DataLoader(unlabelled, batch_size=2)}
+
+
+def trainer_of(folder: Path, *callbacks: Any, **kwargs: Any) -> Any:
+    arguments = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(callbacks=[*callbacks], default_root_dir=folder, **{**arguments, **kwargs})
+
+
+def test_the_step_is_the_plain_loops_step_and_an_epoch_goes_through_the_longer_loader(tmp_path):
+    class Seeded(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            torch.manual_seed(batch_idx)
+
+    module = few_labels()
+    trainer_of(tmp_path, ReSegCallback(), Seeded(), max_epochs=1, accelerator="cpu").fit(module, two_loaders())
+    plain, loaders = few_labels(), two_loaders()
+    optimizer, labelled = plain.configure_optimizers(), [*loaders["labelled"]]
+    for step, (unlabelled, _) in enumerate(loaders["unlabelled"]):
+        torch.manual_seed(step)
+        loss = plain.semi.loss(*labelled[step % 3], unlabelled)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plain.semi.update()
+    assert module.semi.calls == plain.semi.calls == 5
+    assert same(weights(module.net), weights(plain.net))
+    assert same(weights(module.semi.average), weights(plain.semi.average))
+    assert same(module.semi.parameters(), plain.semi.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_mean_teacher_follows_once_after_each_step_of_the_optimizer(tmp_path, accumulate):
+    module = few_labels()
+    seen: list[int] = []
+    update = module.semi.update
+    module.semi.update = lambda: (seen.append(module.semi.calls), update())  # pyright: ignore
+    trainer = trainer_of(tmp_path, ReSegCallback(), max_epochs=1, accumulate_grad_batches=accumulate)
+    trainer.fit(module, two_loaders())
+    assert seen == {1: [1, 2, 3, 4, 5], 2: [2, 4, 5]}[accumulate]
+
+
+def test_a_call_of_update_in_the_module_raises_during_training_only(tmp_path):
+    class Twice(FewLabels):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.semi.update()
+
+    module = Twice()
+    with pytest.raises(ReSegError, match=r"ReSegCallback calls update\(\) after each step of the optimizer; take out"):
+        trainer_of(tmp_path, ReSegCallback()).fit(module, two_loaders())
+    module.semi.update()
+
+
+def test_validation_sees_the_mean_teacher_and_the_model_gets_its_own_weights_back(tmp_path):
+    class Around(L.Callback):
+        """Placed before ours: what the module has before and after."""
+
+        def __init__(self) -> None:
+            self.before: list[list[Tensor]] = []
+            self.after: list[list[Tensor]] = []
+
+        def on_validation_start(self, trainer: Any, module: Any) -> None:
+            self.before.append(weights(module.net))
+
+        def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            assert same(weights(module.net), weights(module.semi.average))
+
+    around, module = Around(), few_labels()
+    trainer = trainer_of(tmp_path, around, ReSegCallback(), num_sanity_val_steps=0)
+    trainer.fit(module, two_loaders(), data())
+    assert len(around.before) == 2
+    assert not same(around.before[0], module.validated[0])
+    assert same(module.trained[5], around.before[0])  # the first step of the next epoch
+    assert same(weights(module.net), around.before[1])
+    other = few_labels()
+    trainer_of(tmp_path, ReSegCallback(validate_average=False), num_sanity_val_steps=0).fit(
+        other, two_loaders(), data()
+    )
+    assert same(other.trained[5], other.validated[0])
+
+
+def test_the_best_checkpoint_is_the_mean_teacher_that_was_validated(tmp_path):
+    class Scores(FewLabels):
+        """Best in the middle."""
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            self.log("score", float(abs(self.trainer.current_epoch - 1)))
+
+    torch.manual_seed(0)
+    module = Scores()
+    best = L.callbacks.ModelCheckpoint(tmp_path, monitor="score")
+    trainer = trainer_of(tmp_path, best, ReSegCallback(), max_epochs=3, num_sanity_val_steps=0)
+    trainer.fit(module, two_loaders(), data())
+    checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+    bare = Bare()
+    bare.load_state_dict(checkpoint["state_dict"])
+    assert list(checkpoint["state_dict"]) == list(bare.state_dict())
+    assert same(weights(bare.net), module.validated[3])
+    trained = checkpoint["callbacks"]["ReSegCallback"]["trained"]["semi"]
+    assert same(module.trained[10], trained.values())
+    # what is tested: without a checkpoint the mean teacher as it is, with one that of the checkpoint
+    own, average = weights(module.net), weights(module.semi.average)
+    for _ in range(2):
+        module.validated.clear()
+        trainer.test(module, data(), verbose=False)
+        assert same(module.validated[0], average)
+        assert same(weights(module.net), own)
+    module.validated.clear()
+    trainer.test(module, data(), ckpt_path=best.best_model_path, verbose=False)
+    assert same(module.validated[0], checkpoint["state_dict"].values())
+    module.validated.clear()
+    trainer.test(module, data(), verbose=False)
+    assert same(module.validated[0], checkpoint["state_dict"].values()), "they are the module's now"
+
+
+def save(trainer: Any, module: FewLabels, folder: Path) -> None:
+    if not (folder / "whenever.ckpt").exists():
+        trainer.save_checkpoint(folder / "whenever.ckpt")
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end", "on_validation_end"])
+def test_a_checkpoint_of_any_moment_has_both_weights(tmp_path, hook):
+    saver = L.Callback()
+    setattr(saver, hook, lambda trainer, module, *_: save(trainer, module, tmp_path))
+    module = few_labels()
+    trainer = trainer_of(tmp_path, saver, ReSegCallback(), max_epochs=2, num_sanity_val_steps=0)
+    trainer.fit(module, two_loaders(), data())
+    checkpoint = torch.load(tmp_path / "whenever.ckpt", weights_only=True, map_location="cpu")
+    at = 1 if hook == "on_train_batch_end" else 5
+    trained = checkpoint["callbacks"]["ReSegCallback"]["trained"]["semi"]
+    assert same(module.trained[at], trained.values())
+    average = checkpoint["callbacks"]["ReSegCallback"]["losses"]["semi"]["consistency"]["average"]
+    assert same(checkpoint["state_dict"].values(), average.values())
+    if at == 5:
+        assert same(module.validated[0], average.values())
+
+
+def test_a_failure_while_it_validates_leaves_the_model_with_its_own_weights(tmp_path):
+    class Fails(FewLabels):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            raise KilledError
+
+    module = Fails()
+    with pytest.raises(KilledError):
+        trainer_of(tmp_path, ReSegCallback(), num_sanity_val_steps=0).fit(module, two_loaders(), data())
+    assert not same(weights(module.net), weights(module.semi.average))
+
+
+def test_uses_that_would_save_or_validate_something_else_are_refused(tmp_path):
+    only = L.callbacks.ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.raises(ReSegError, match=r"save_weights_only=True.*ReSegCallback\(validate_average=False\)"):
+        trainer_of(tmp_path, only, ReSegCallback()).fit(few_labels(), two_loaders())
+    trainer_of(tmp_path, only, ReSegCallback(validate_average=False), max_epochs=1).fit(few_labels(), two_loaders())
+    module = few_labels()
+    module.other = CutMixConsistency(module.net, rampup_steps=None, ignore_index=IGNORED)
+    with pytest.raises(ReSegError, match="two mean teachers average one model"):
+        trainer_of(tmp_path, ReSegCallback()).fit(module, two_loaders())
+
+    class Others(FewLabels):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+
+    with pytest.raises(ReSegError, match="no optimizer has parameters of the model that SemiSupervised averages"):
+        trainer_of(tmp_path, ReSegCallback()).fit(Others(), two_loaders())

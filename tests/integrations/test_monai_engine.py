@@ -12,8 +12,8 @@ import torch
 from models import UNet, batch, task_loss
 from torch import Tensor
 
-from reseg_loss import DeepSupervision, ReSegError, ReSegWrapper
-from reseg_loss.integrations.monai import DeepSupervisionHandler, ReSegHandler
+from reseg_loss import DeepSupervision, ReSegError, ReSegWrapper, SemiSupervised
+from reseg_loss.integrations.monai import DeepSupervisionHandler, ReSegHandler, SemiSupervisedHandler
 
 pytest.importorskip("ignite")
 monai = pytest.importorskip("monai")
@@ -21,8 +21,8 @@ monai = pytest.importorskip("monai")
 from ignite.engine import Engine, Events  # noqa: E402
 from monai.bundle import ConfigParser  # noqa: E402
 from monai.data import DataLoader, Dataset  # noqa: E402
-from monai.engines import SupervisedTrainer  # noqa: E402
-from monai.handlers import CheckpointLoader, CheckpointSaver  # noqa: E402
+from monai.engines import SupervisedEvaluator, SupervisedTrainer  # noqa: E402
+from monai.handlers import CheckpointLoader, CheckpointSaver, MeanDice  # noqa: E402
 from monai.losses import DiceCELoss  # noqa: E402
 from monai.networks.nets import UNet as MonaiUNet  # noqa: E402
 
@@ -252,3 +252,140 @@ def test_a_run_killed_in_stage_1_does_not_go_on_with_half_a_teacher(tmp_path, mo
     assert not fresh.reseg.ready
     fresh.run(tmp_path / "again", epochs=1)
     assert fresh.reseg.ready
+
+
+# --- few labels
+
+
+def unlabelled_images() -> list[Tensor]:
+    return [*batch(n=10, seed=1)[0].split(4)]  # 4, 4 and 2
+
+
+class FewLabels:
+    """A trainer with unlabelled images, newly made."""
+
+    def __init__(self, epochs: int = 1, handlers: Any = (), task_loss: Any = None, **kwargs: Any) -> None:
+        torch.manual_seed(0)
+        self.net = MonaiUNet(2, 1, 3, (4, 8, 16, 32), (2, 2, 2)).to(DEVICE)
+        image, label = batch(n=8)
+        options = {"rampup_steps": None, "threshold": 0.35, "task_loss": task_loss}
+        self.semi = SemiSupervised(self.net, image[:2].to(DEVICE), **options)
+        self.optimizer = torch.optim.SGD([*self.net.parameters(), *self.semi.parameters()], 0.05, momentum=0.9)
+        self.loader = DataLoader(Dataset([{"image": x, "label": y[None]} for x, y in zip(image, label)]), batch_size=2)
+        self.handler = SemiSupervisedHandler(self.semi, unlabelled_images())
+        self.outputs: list[Any] = []
+        arguments = {"loss_function": self.semi.loss_of, "train_handlers": [self.handler, *handlers], **kwargs}
+        self.trainer = SupervisedTrainer(DEVICE, epochs, self.loader, self.net, self.optimizer, **arguments)
+
+    def run(self) -> FewLabels:
+        self.trainer.add_event_handler(
+            Events.ITERATION_STARTED, lambda engine: torch.manual_seed(engine.state.iteration)
+        )
+        self.trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda engine: self.outputs.append(engine.state.output)
+        )
+        self.trainer.run()
+        return self
+
+
+def test_a_step_with_unlabelled_images_is_the_plain_loops_step():
+    engine, plain = FewLabels().run(), FewLabels()
+    unlabelled = unlabelled_images()
+    losses = []
+    for step, part in enumerate(plain.loader):
+        torch.manual_seed(step + 1)
+        loss = plain.semi.loss(part["image"], part["label"], unlabelled[step % 3])
+        plain.optimizer.zero_grad()
+        loss.backward()
+        plain.optimizer.step()
+        plain.semi.update()
+        losses.append(loss.detach().cpu())
+    assert same([torch.as_tensor(out[0]["loss"]).detach().cpu() for out in engine.outputs], losses)
+    assert same(engine.net.parameters(), plain.net.parameters())
+    assert same(engine.semi.average.state_dict().values(), plain.semi.average.state_dict().values())
+    assert engine.semi.stats()["unlabelled"] > 0
+
+
+def test_the_trainers_output_is_of_the_labelled_images_and_the_trainer_is_left_as_it_was():
+    dice = MeanDice(num_classes=3, output_transform=classes)
+    few = FewLabels(key_train_metric={"dice": dice}).run()
+    for part, out in zip(few.loader, few.outputs):
+        assert [tuple(x["pred"].shape) for x in out] == [(3, 16, 16)] * 2
+        assert same([x["image"].cpu() for x in out], part["image"])
+        assert same([x["label"].cpu() for x in out], part["label"])
+    assert 0 <= few.trainer.state.metrics["dice"] <= 1
+    assert few.trainer.loss_function == few.semi.loss_of
+    few.semi.update()  # nobody else calls it now
+    few.trainer.state.max_epochs = 2
+    few.trainer.run()
+    assert few.semi.calls == 8
+
+
+def classes(output: Any) -> Any:
+    return [x["pred"].argmax(0, keepdim=True) for x in output], [x["label"] for x in output]
+
+
+def test_the_mean_teacher_follows_after_each_step_of_the_optimizer(monkeypatch):
+    if "accumulation_steps" not in inspect.signature(SupervisedTrainer).parameters:
+        pytest.skip("this MONAI's trainer does not accumulate gradients")
+    few, seen = FewLabels(accumulation_steps=3), []
+    update = few.semi.update
+    monkeypatch.setattr(few.semi, "update", lambda: (seen.append(few.semi.calls), update()))
+    few.run()
+    assert seen == [3, 4]
+
+    class Twice:
+        def attach(self, engine: Any) -> None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: few.semi.update())
+
+    few = FewLabels(handlers=[Twice()])
+    with pytest.raises(ReSegError, match=r"SemiSupervisedHandler calls update\(\) after each step"):
+        few.run()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"amp": True, "amp_kwargs": {"dtype": torch.bfloat16}}, {"compile": True, "compile_kwargs": {"backend": "eager"}}],
+    ids=["amp", "compile"],
+)
+def test_amp_and_a_trainer_that_compiles_are_served_with_unlabelled_images(kwargs):
+    few = FewLabels(**kwargs).run()
+    assert few.semi.calls == 4
+    assert all(torch.as_tensor(out[0]["loss"]).isfinite() for out in few.outputs)
+
+
+def test_the_evaluator_sees_the_mean_teacher_and_saves_its_best(tmp_path):
+    few = FewLabels().run()
+    dice = MeanDice(num_classes=3, output_transform=classes)
+    saver = CheckpointSaver(str(tmp_path), {"net": few.semi.average}, save_key_metric=True)
+    seen = []
+    evaluator = SupervisedEvaluator(
+        DEVICE, few.loader, few.semi.average, key_val_metric={"dice": dice}, val_handlers=[saver]
+    )
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: seen.append(engine.state.output[0]["pred"]))
+    evaluator.run()
+    image = next(iter(few.loader))["image"].to(DEVICE)
+    with torch.no_grad():
+        assert same([seen[0]], few.semi.average.eval()(image)[:1])
+    (file,) = tmp_path.glob("*.pt")
+    state = torch.load(file, weights_only=True, map_location=DEVICE)
+    assert list(state) == list(few.net.state_dict())
+    assert same(state.values(), few.semi.average.state_dict().values())
+
+
+def test_wrong_uses_with_unlabelled_images_say_what_to_do():
+    with pytest.raises(ReSegError, match=r"give the trainer loss_function=semi.loss_of.*task_loss="):
+        FewLabels(loss_function=dice_ce).run()
+    other = FewLabels()
+    few = FewLabels()
+    few.trainer.network = other.net
+    with pytest.raises(ReSegError, match="another model than the trainer's network"):
+        few.run()
+    with pytest.raises(ReSegError, match="SemiSupervisedHandler is made with a SemiSupervised, got UNet"):
+        SemiSupervisedHandler(few.net, unlabelled_images())  # pyright: ignore[reportArgumentType]
+    engine = Engine(lambda engine, x: None)
+    few.handler.attach(engine)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ReSegError, match=r"use semi.loss in your own update function"):
+        engine.run([0])
+    with pytest.raises(ReSegError, match="state is of a SemiSupervised, and a SemiSupervisedHandler is to load"):
+        few.handler.load_state_dict(few.semi.state_dict())
