@@ -72,16 +72,20 @@ import random
 import numpy, torch
 from reseg_loss.integrations.nnunet.semi import nnUNetTrainerSemi
 
+def seed(number):
+    for function in (random.seed, numpy.random.seed, torch.manual_seed):
+        function(number)
+
 class nnUNetTrainerSemiTiny(nnUNetTrainerSemi):
     threshold = 0.4
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):  # as nnU-Net reads them
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 4, 3, 1
         self.save_every = 1
+        seed(0)
     def on_epoch_start(self):
         super().on_epoch_start()
-        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-            seed(self.current_epoch)
+        seed(self.current_epoch)
 """
 SLOW = """
 class nnUNetTrainerSemiTiny(nnUNetTrainerSemiTiny):
