@@ -27,7 +27,7 @@ from .common.state import load_states
 from .errors import ReSegError, outline, warn
 from .mean_teacher import MeanTeacher
 from .mixing import boxes, mix, pixels_per_class, predicted, ramp_up, random_intensities, sure_label
-from .recording.copying import is_compiled
+from .recording.copying import compiler_of
 from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss
@@ -209,8 +209,9 @@ class CutMixConsistency(Regularizer):
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
         refuse_two_forwards(forward, self._model)
-        if isinstance(forward, nn.Module) and is_compiled(forward):
-            self.compile()
+        compiler = compiler_of(forward)
+        if compiler is not None:
+            self.compile(compiler)
         y = self.mix(images)
         # all of it inside the record, which forgets the features if anything fails: no other label may meet them
         with self.deep.record() if self.deep is not None else nullcontext():
@@ -221,12 +222,12 @@ class CutMixConsistency(Regularizer):
         self._last |= {"loss": value.detach(), "weight": factor.detach() if isinstance(factor, Tensor) else factor}
         return factor * value
 
-    def compile(self, **options: Any) -> None:
-        """Compile the mean teacher for `loss`, with the options of torch.compile; does nothing if it was done.
+    def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
+        """Compile the mean teacher for `loss`, by torch.compile or a function like it; only once.
 
-        Where what runs the model is compiled (the `model` that was given, `forward` of `loss`) that is done anyway.
+        Where what runs the model is compiled (the `model` that was given, or `forward` of `loss`) that is done anyway.
         """
-        self._mean_teacher.compile(**options)
+        self._mean_teacher.compile(compiler)
 
     # --- the parts of `loss`, for loops in which something else runs the model
 

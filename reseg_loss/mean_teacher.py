@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .common.distributed import broadcast
 from .common.dryrun import refuse_lazy
 from .errors import ReSegError
-from .recording.copying import copy_model, is_compiled, is_sharded, unwrap
+from .recording.copying import compiler_of, copy_model, is_sharded, unwrap
 
 
 class MeanTeacher:
@@ -42,8 +42,8 @@ class MeanTeacher:
         self._run: Callable[[Tensor], Any] | None = None  # compiled
         self._given = model
 
-    def compile(self, **options: Any) -> None:
-        """Compile the network, with the options of torch.compile; does nothing if it was done."""
+    def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
+        """Let `predict` run compiled, by torch.compile or what stands for it; does nothing if it was done."""
         if self._run is not None:
             return
         network = self.network
@@ -53,7 +53,7 @@ class MeanTeacher:
         def run(images: Tensor) -> Any:
             return network(images)
 
-        self._run = torch.compile(run, **options)
+        self._run = compiler(run)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}  # a copy's would run the original's network
@@ -108,8 +108,9 @@ class MeanTeacher:
         for mine, theirs in pairs:
             if mine.training != theirs.training:
                 mine.training = theirs.training
-        if is_compiled(self._given):
-            self.compile()
+        compiler = compiler_of(self._given)
+        if compiler is not None:
+            self.compile(compiler)
         run = self.network if self._run is None else self._run
         try:
             with torch.no_grad():

@@ -23,7 +23,7 @@ from .common.outputs import (
 from .consistency import CutMixConsistency, Mixed, plain_images, refuse_two_forwards
 from .errors import ReSegError, TapError, outline, warn
 from .mixing import pixels_per_class, random_intensities
-from .recording.copying import is_compiled
+from .recording.copying import compiler_of
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer
 from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss
@@ -201,8 +201,9 @@ class SemiSupervised(Regularizer):
             TapError: a tap of the heads did not fire.
         """
         forward = self._forward if forward is None else forward
-        if isinstance(forward, nn.Module) and is_compiled(forward):
-            self._consistency.compile()
+        compiler = compiler_of(forward)
+        if compiler is not None:
+            self._consistency.compile(compiler)
         if self.joint:
             x, y = self.mix(image, label, unlabelled)
             with self.record():

@@ -134,7 +134,7 @@ class Machine:
     def compile_average(self, mixed: CutMixConsistency) -> None:
         """Compile the mean teacher."""
         if self.compile == "all":
-            mixed.compile(dynamic=False, backend=self.backend)
+            mixed.compile(self.network)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
