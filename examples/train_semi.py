@@ -1,6 +1,6 @@
 """Few labels and many images without: one network that learns from both, with `SemiSupervised`.
 
-    python examples/train_semi.py --small                            # the packaged template, about a minute on 2 cores
+    python examples/train_semi.py --small                            # the packaged template, a few minutes on 2 cores
     python examples/train_semi.py --data acdc.npz --patients 3 --amp bf16     # the other patients without their labels
     python examples/train_semi.py --images imagesTr --labels labelsTr --unlabelled imagesTs --patch 32 96 96
 
