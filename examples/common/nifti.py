@@ -19,7 +19,7 @@ def load_folders(images: Path, labels: Path, unlabelled: Path, *, channels: bool
 
     Args:
         images: a folder of .nii or .nii.gz.
-        labels: a folder with a file of the same name for each, whole numbers from 0.
+        labels: a folder with a file of the same name for each, whole numbers from 0 to 254.
         unlabelled: a folder of images without labels.
         channels: whether images are (1, D, H, W), as 3D networks take them, or (D, H, W).
     """
@@ -27,7 +27,7 @@ def load_folders(images: Path, labels: Path, unlabelled: Path, *, channels: bool
     missing = [label.name for _, label in pairs if not label.exists()]
     if missing:
         raise ValueError(f"{labels} has no {', '.join(missing[:5])}; a label has the name of its image.")
-    classes = 1 + max(int(_array(label).max()) for _, label in pairs)
+    classes = 1 + max(int(_label(label).max()) for _, label in pairs)
     train = [_case(image, label, channels) for image, label in pairs]
     others = [_case(image, None, channels) for image in _files(unlabelled)]
     names = ("background", *(f"class {index}" for index in range(1, classes)))
@@ -67,6 +67,16 @@ def _array(path: Path) -> np.ndarray:
     return array.transpose(2, 1, 0)
 
 
+def _label(path: Path) -> np.ndarray:
+    array = _array(path)
+    label = array.astype(np.uint8)
+    if not np.array_equal(label, array) or label.max() == 255:
+        raise ValueError(
+            f"{path} has values from {array.min():g} to {array.max():g}; labels are 0, 1, 2, ... up to 254."
+        )
+    return label
+
+
 def _case(image: Path, label: Path | None, channels: bool) -> Case:
     voxel = nib.as_closest_canonical(nib.load(image)).header.get_zooms()[:3]
     spacing = (float(voxel[2]), float(voxel[1]), float(voxel[0]))
@@ -76,7 +86,7 @@ def _case(image: Path, label: Path | None, channels: bool) -> Case:
 def _reader(image: Path, label: Path | None, channels: bool) -> Callable[[], Volume]:
     def read() -> Volume:
         volume = np.asarray(SCALE(_array(image).astype(np.float32)[None]), dtype=np.float32)
-        classes = np.zeros(volume.shape[1:], np.uint8) if label is None else _array(label).astype(np.uint8)
+        classes = np.zeros(volume.shape[1:], np.uint8) if label is None else _label(label)
         if classes.shape != volume.shape[1:]:
             raise ValueError(f"{image} has shape {volume.shape[1:]}, its label {classes.shape}.")
         return volume if channels else volume[0], classes
