@@ -30,6 +30,7 @@ from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss
 from .task_losses import BinaryCrossEntropyDiceLoss, CrossEntropyDiceLoss
 
 OURS = (CrossEntropyDiceLoss, BinaryCrossEntropyDiceLoss)  # which take logits, whatever a model ends in
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 IGNORED = 255  # the label value of pixels that do not count, unless the task loss has its own
 UNSURE_STEPS = 500  # after the ramp, without a sure pixel of a class that the labels have
 BETWEEN_LOOKS = 100  # steps after which the device is asked
@@ -48,15 +49,18 @@ class SemiSupervised(Regularizer):
     """The whole loss of a step with labelled and unlabelled images, and the mean teacher that it trains.
 
     The mean teacher (an average of the model over its training) predicts the unlabelled images. A box of each is
-    exchanged with another's, and the intensities are changed (`CutMixConsistency`). The model runs once on labelled
-    and mixed images together. Its loss is `labelled + weight * ramp * unlabelled`: each of the two is the task loss of
+    exchanged with another's, and the intensities are changed (`CutMixConsistency`). The model runs on labelled and on
+    mixed images. Its loss is `labelled + weight * ramp * unlabelled`: each of the two is the task loss of
     the model's output, and of its coarser levels (`DeepSupervision`). Of the pixels without labels those count of
     which the mean teacher is sure. Keep the mean teacher (`average`): it segments better than the model.
 
-    - **Batch statistics.** In one forward (`joint=True`) batch normalisation sees labelled and mixed images together;
-      with `joint=False` the model runs twice, on each by itself. The mean teacher runs on the unlabelled images by
-      itself in either case, as they are, before they are mixed. Its modules are in the modes of the model's: its batch
-      normalisation takes that batch's statistics and has running ones of its own, and dropout is on.
+    - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together, which
+      gives what two forwards would. One with it runs twice, on each kind by itself, as in all that was measured:
+      together the noise on the mixed images changes the statistics of the labelled ones, and the mean teacher lost 7
+      points and the model 2 (benchmarks/results/ssl4mis.jsonl, joint statistics). `joint` says it otherwise. The mean
+      teacher runs on the unlabelled images by itself in either case, as they are, before they are mixed. Its modules
+      are in the modes of the model's: its batch normalisation takes that batch's statistics and has running ones of its
+      own, and dropout is on.
     - **Memory.** Where one forward of both does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
       backward after each part.
 
@@ -73,7 +77,8 @@ class SemiSupervised(Regularizer):
         deep: "auto" takes the coarser outputs that the model returns in training (deep supervision of its own), else
             heads on its decoder (`DeepSupervision`), else none, of which it warns. None: none. Or a `DeepSupervision`
             of this model, with the same `ignore_index`.
-        joint: one forward of all images, or one of each kind.
+        joint: one forward of all images, or one of each kind; None is one, but two where the model has batch
+            normalisation.
         overlapping: classes may overlap: labels are (B, classes, *spatial), and each channel is a sigmoid.
         weight: a factor of the unlabelled loss; it may change between steps. At 0 the mean teacher follows, buffers
             and all, and the unlabelled images are not used.
@@ -104,7 +109,7 @@ class SemiSupervised(Regularizer):
         task_loss: TaskLoss | None = None,
         unlabelled_loss: TaskLoss | None = None,
         deep: DeepSupervision | Literal["auto"] | None = "auto",
-        joint: bool = True,
+        joint: bool | None = None,
         overlapping: bool = False,
         weight: float = 1.0,
         threshold: float = 0.95,
@@ -113,9 +118,10 @@ class SemiSupervised(Regularizer):
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
         super().__init__(model, weight)
-        if not isinstance(joint, bool):
-            raise ReSegError(f"joint={joint!r}; it is True or False")
-        self._forward, self.joint = model, joint
+        if not (joint is None or isinstance(joint, bool)):
+            raise ReSegError(f"joint={joint!r}; it is True, False, or None for what suits the model")
+        self._forward = model
+        self.joint = not any(isinstance(m, BATCH_NORM) for m in self._model.modules()) if joint is None else joint
         self.task_loss, self.unlabelled_loss = task_loss, unlabelled_loss
         self._ours = tuple(loss(IGNORED) for loss in OURS)
         ignore_index = _ignored_value(task_loss, unlabelled_loss)
@@ -222,8 +228,8 @@ class SemiSupervised(Regularizer):
     def mix(self, image: Any, label: Any, unlabelled: Any) -> tuple[Tensor, Targets]:
         """The images that the model is to run on in this step, and what it is to learn: for `loss_of`.
 
-        For loops in which something else runs the model: `x, y = semi.mix(image, label, unlabelled)`, then
-        `semi.loss_of(model(x), y)`. Labelled images come first, as they are.
+        For loops in which something else runs the model, and once (`joint`): `x, y = semi.mix(image, label,
+        unlabelled)`, then `semi.loss_of(model(x), y)`. Labelled images come first, as they are.
 
         Args:
             image: as in `loss`.
@@ -238,7 +244,9 @@ class SemiSupervised(Regularizer):
         """
         if not self.joint:
             raise ReSegError(
-                "with joint=False the model runs twice a step, which loss() does: mix() is for one forward"
+                "the model runs twice a step here (it has batch normalisation, or joint=False), which loss() does: "
+                "mix() is for one forward. Call loss(image, label, unlabelled), with forward= where it is not the "
+                "model itself that is to run"
             )
         image, label = self._labelled_part(image, label)
         if self.weight == 0:

@@ -33,7 +33,7 @@ def made(model: nn.Module | None = None, example: Any = None, **kwargs: Any) -> 
     """A threshold of which a new model is sure of about half."""
     model = UNet() if model is None else model
     example = batch()[0] if example is None else example
-    return model, SemiSupervised(model, example, **{"rampup_steps": None, "threshold": 0.4, **kwargs})
+    return model, SemiSupervised(model, example, **{"rampup_steps": None, "threshold": 0.4, "joint": True, **kwargs})
 
 
 def step(seed: int = 0, n: int = 2, others: int = 3, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +181,16 @@ def test_with_batch_statistics_they_differ():
         torch.manual_seed(1)
         values.append(ours.loss(*step()))
     assert not torch.allclose(*values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_model_with_batch_statistics_runs_twice_unless_told(norm):
+    model = UNet(norm=norm)
+    assert [made(model, joint=joint)[1].joint for joint in (None, True, False)] == [
+        norm is not nn.BatchNorm2d,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("joint", [True, False])
@@ -1019,7 +1029,7 @@ def test_sizes_may_differ_in_two_forwards():
     _, ours = made(joint=False)
     image, label, others = step()
     ours.loss(image, label, [others[..., :8], None]).backward()
-    refused(lambda: ours.mix(image, label, others), r"joint=False.*loss\(\)")
+    refused(lambda: ours.mix(image, label, others), r"runs twice a step.*Call loss\(image, label, unlabelled\)")
 
 
 def test_steps_that_are_none_are_refused():
@@ -1072,7 +1082,7 @@ def test_of_several_forwards_a_module_at_the_end_knows_its_own():
         ({"rampup_steps": 0}, "rampup_steps=0"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
-        ({"joint": 1}, "joint=1; it is True or False"),
+        ({"joint": 1}, "joint=1; it is True, False, or None"),
         ({"overlapping": None}, "overlapping=None; it is True or False"),
         ({"perturb": 3}, "perturb=3"),
         ({"example": torch.tensor(1.0)}, "no float image"),

@@ -428,7 +428,13 @@ class Stage2:
             options = {"threshold": SURE, "ema_decay": EMA, **options}
             if variant.mixing is not None and variant.mixing.get("joint"):
                 self.semi = SemiSupervised(
-                    self.student, example, rampup_steps=None, deep=deep, task_loss=self._logged_loss, **options
+                    self.student,
+                    example,
+                    rampup_steps=None,
+                    deep=deep,
+                    task_loss=self._logged_loss,
+                    joint=True,
+                    **options,
                 )
                 self.mixed = self.semi.consistency
             else:
