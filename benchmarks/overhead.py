@@ -35,7 +35,7 @@ from examples.backbones.swin_unet import SwinUNet
 from examples.backbones.transunet import TransUNet
 from examples.backbones.unet import UNet
 from examples.backbones.vm_unet import VMUNet
-from reseg_loss import DeepSupervision, FeatureExtractor, ReSegWrapper
+from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, ReSegWrapper, SemiSupervised
 from reseg_loss.alignment import terms
 
 FORMAT = 2
@@ -58,7 +58,14 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "standardized, captured teacher": {"preset": "standardized", "capture_teacher": True},
     "deep supervision": None,
     "paper, every=8": {"every": 8},
+    # half of the batch without labels
+    "semi-supervised": None,
+    "semi-supervised, two forwards": None,
+    # and for who is short of memory: the labelled half, and the other half with a backward of its own
+    "bare, half the batch": None,
+    "deep supervision and CutMix in turn": None,
 }
+SEMI = [row for row in ROWS if row.startswith("semi")]
 # what each means saves or costs, on the U-Net in eager mode
 MEANS: dict[str, dict[str, Any] | None] = {
     "paper, whole teacher": {},
@@ -126,11 +133,14 @@ def task_loss(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), label)
 
 
+IGNORING = nn.CrossEntropyLoss(ignore_index=255)
+
+
 class Bench:
     """One group: a fresh model, optimizer and batch for every row."""
 
-    def __init__(self, group: Group, batch: int, size: int, width: int) -> None:
-        self.group, self.size, self.width = group, size, width
+    def __init__(self, group: Group, batch: int, size: int, width: int, only: list[str] | None = None) -> None:
+        self.group, self.size, self.width, self.only = group, size, width, only
         self.image = torch.randn(batch, 3, size, size, device=DEVICE)
         self.label = torch.randint(0, CLASSES, (batch, size, size), device=DEVICE)
         self.channels_last = "channels_last" in group.precision
@@ -146,6 +156,10 @@ class Bench:
         return torch.autocast(DEVICE.type, dtype=torch.bfloat16) if "bf16" in self.group.precision else nullcontext()
 
     def rows(self) -> dict[str, dict[str, Any] | None]:
+        rows = self.all_rows()
+        return {row: rows[row] for row in rows if self.only is None or row in self.only}
+
+    def all_rows(self) -> dict[str, dict[str, Any] | None]:
         if self.group.compiled:
             return {row: values for row, values in ROWS.items() if row not in NOT_COMPILED}
         if self.group.model == "VM-UNet" or (self.group.model != "U-Net" and self.group.precision != PRECISIONS[-1]):
@@ -156,7 +170,7 @@ class Bench:
 
     def extra(self, row: str, model: nn.Module) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
         """What a row adds to the loss, and its parameters beside the model's."""
-        if row == "bare":
+        if row.startswith("bare"):
             return lambda: torch.zeros((), device=DEVICE), []
         if row == "naive":
             return self.naive(model), []
@@ -212,6 +226,12 @@ class Bench:
         return loss
 
     def step(self, row: str) -> Callable[[], Tensor]:
+        if row in SEMI:
+            return self.semi(joint="two" not in row)
+        if row == "deep supervision and CutMix in turn":
+            return self.in_turn()
+        half = len(self.image) // 2 if "half" in row else len(self.image)
+        image, label = self.image[:half], self.label[:half]
         model = self.model().train()
         extra, parameters = self.extra(row, model)
         optimizer = torch.optim.SGD([*model.parameters(), *parameters], 0.01, momentum=0.9)
@@ -219,12 +239,56 @@ class Bench:
 
         def step() -> Tensor:
             with self.autocast():
-                logits = run(self.image)
-            loss = task_loss(logits, self.label) + extra()
+                logits = run(image)
+            loss = task_loss(logits, label) + extra()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             return loss.detach()
+
+        return step
+
+    def semi(self, joint: bool) -> Callable[[], Tensor]:
+        """A step of `SemiSupervised` with as many images as the bare one, half of them without labels."""
+        half, model = len(self.image) // 2, self.model().train()
+        semi = SemiSupervised(model, self.image[:1], rampup_steps=1, task_loss=IGNORING, joint=joint)
+        optimizer = torch.optim.SGD([*model.parameters(), *semi.parameters()], 0.01, momentum=0.9)
+        run = torch.compile(model) if self.group.compiled else model
+
+        def step() -> Tensor:
+            with self.autocast():
+                loss = semi.loss(self.image[:half], self.label[:half], self.image[half:], forward=run)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            semi.update()
+            return loss.detach()
+
+        return step
+
+    def in_turn(self) -> Callable[[], Tensor]:
+        """A step of its two parts, with a backward after each, so that one graph at a time is in memory."""
+        half, model = len(self.image) // 2, self.model().train()
+        deep = DeepSupervision(model, self.image[:1], ignore_index=IGNORING.ignore_index)
+        mixed = CutMixConsistency(model, deep=deep, rampup_steps=1, ignore_index=IGNORING.ignore_index)
+        optimizer = torch.optim.SGD([*model.parameters(), *deep.parameters()], 0.01, momentum=0.9)
+        run = torch.compile(model) if self.group.compiled else model
+
+        def step() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            with self.autocast():
+                logits = run(self.image[:half])
+                loss = IGNORING(logits, self.label[:half]) + deep.loss(self.label[:half], IGNORING)
+            del logits
+            loss.backward()
+            value = loss.detach()
+            del loss
+            with self.autocast():
+                other = mixed.loss(self.image[half:], IGNORING, forward=run)
+            other.backward()
+            optimizer.step()
+            mixed.update()
+            return value
 
         return step
 
@@ -299,7 +363,8 @@ def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
                     times[row].append(timed(step, cycle[row]))
     finally:  # a group that fails is not the last one
         gc.enable()
-    base = {row: median(times[row]) for row in ("bare", "naive")}
+    base = {row: median(times[row]) for row in ("bare", "naive") if row in times}
+    added = base.get("naive", 0.0) - base["bare"]
     results = []
     for row, values in times.items():
         low, _, high = quantiles(values, n=4)
@@ -314,7 +379,7 @@ def measure(bench: Bench, steps: int, warmup: int) -> list[dict[str, Any]]:
                 "steps_per_sample": cycle[row],
                 "ratio": ms / base["bare"],
                 # of what the naive way adds
-                "share": (ms - base["bare"]) / (base["naive"] - base["bare"]) if base["naive"] > base["bare"] else None,
+                "share": (ms - base["bare"]) / added if added > 0 else None,
                 "peak_mib": memory[row] / 2**20 if CUDA else None,
                 "peak_ratio": memory[row] / memory["bare"] if CUDA else None,
             }
@@ -447,6 +512,9 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=8, help="no group is begun later than that")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", choices=ROWS, help="these alone, and no wall clock; with bare"
+    )
     parser.add_argument("--profile", nargs="+", metavar="ROW", help="print the kernels of these rows and stop")
     parser.add_argument("--plot-only", action="store_true", help="draw what --out has")
     args = parser.parse_args()
@@ -454,6 +522,8 @@ def main() -> None:
         parser.error("--plot-only draws the file that --out names, and there is no --out")
     if args.plot_only and not args.out.exists():
         parser.error(f"--plot-only: {args.out} is not there")
+    if args.rows is not None and "bare" not in args.rows:
+        parser.error("--rows: a ratio needs the row bare")
     begin = time.monotonic()
     set_up()
     if args.profile:
@@ -493,7 +563,7 @@ def main() -> None:
             parser.error(f"--plot-only: {args.out} has no results yet")
         plot(report, args.out.with_suffix(".png"))
         return
-    if not report["stages"] and "U-Net" in args.models:
+    if not report["stages"] and "U-Net" in args.models and args.rows is None:
         report["stages"] = both_stages(Group("U-Net", PRECISIONS[-1] if CUDA else "fp32", False), args)
         save()
     seen = {tuple(r[k] for k in Group._fields) for r in (*report["results"], *report["failed"])}
@@ -502,7 +572,7 @@ def main() -> None:
             continue
         torch._dynamo.reset()
         try:
-            rows = measure(Bench(group, args.batch, args.size, args.width), args.steps, args.warmup)
+            rows = measure(Bench(group, args.batch, args.size, args.width, args.rows), args.steps, args.warmup)
         except (RuntimeError, ImportError, ValueError) as error:  # another model may still run
             rows = []
             report["failed"].append({**group._asdict(), "error": f"{type(error).__name__}: {error}"[:500]})

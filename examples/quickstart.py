@@ -1,10 +1,12 @@
-"""Train two U-Nets without and with reseg-loss, and show both side by side.
+"""Train one U-Net four ways with few labelled slices, and show what each makes of a slice that none has seen.
 
     pip install '.[examples]'
-    python examples/quickstart.py                        # the MNI152 brain template, about 4 minutes on 2 cores
-    python examples/quickstart.py --data my_slices.npz   # your own data, split by patient
+    python examples/quickstart.py                                  # the MNI152 brain template, minutes on 2 cores
+    python examples/quickstart.py --data my_slices.npz --patients 3   # your own data, split by patient
 
-The lines that matter are in `compare` and, inside the loop, in `common/training.py`.
+The four: the network alone; with the alignment of ReSeg-UNet; with deep supervision; and with deep supervision and the
+unlabelled images, too (`SemiSupervised`). They have the same initial weights and labelled batches. The lines that
+matter are in `trained` and, inside the loop, in `common/training.py`.
 """
 
 from __future__ import annotations
@@ -12,128 +14,84 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
-from common.data import SegmentationData, TrainingBatches, load_data, resize_image, resize_label
-from common.experiment import data_options, positive
+from common.data import SegmentationData, TrainingBatches, beside, resize_image, resize_label
+from common.experiment import FEW_SLICES, data_options, positive, read_data
 from common.metrics import VolumeScores, summarize
-from common.plots import ModelPictures, comparison_figure, save_figure
+from common.plots import WayPicture, save_figure, ways_figure
 from common.recipes import sgd
-from common.report import comparison_table
+from common.report import scores_table
 from common.training import evaluate, predict, train
 from monai.networks.nets import BasicUNet
 from torch import nn
 
-from reseg_loss import PRESETS, DeepSupervision, ReSegWrapper
+from reseg_loss import PRESETS, DeepSupervision, ReSegWrapper, SemiSupervised
 
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 LEARNING_RATE = 0.05  # five times the published one: there are only a few steps
+STEPS = 600
+WAYS = ("bare", "reseg", "deep", "semi")
+TITLES = {
+    "bare": "bare",
+    "reseg": "with reseg",
+    "deep": "deep supervision",
+    "semi": "semi-supervised",
+}
 
 
-def basic_unet(classes: int) -> nn.Module:
+def unet(classes: int) -> nn.Module:
     """MONAI's, narrow for CPUs.
 
     Batch instead of instance normalization: that one would hide from the network how much of a slice is brain.
     """
-    return BasicUNet(2, 1, classes, features=(16, 16, 32, 64, 128, 16), norm="batch")
-
-
-def resnet_unet(classes: int) -> nn.Module:
-    """The Unet of segmentation_models_pytorch, from scratch, with a narrow decoder."""
-    channels = (128, 64, 32, 16, 16)
-    return smp.Unet("resnet18", encoder_weights=None, in_channels=1, classes=classes, decoder_channels=channels)
-
-
-MODELS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
-    "basicunet": ("MONAI BasicUNet", basic_unet),
-    "unet": ("smp Unet", resnet_unet),
-}
+    return BasicUNet(2, 1, classes, features=(8, 8, 16, 32, 64, 8), norm="batch")
 
 
 @dataclass
-class Comparison:
-    """One architecture, trained without and with reseg-loss."""
+class Trained:
+    """What one way gave."""
 
-    bare: list[VolumeScores]
-    reseg: list[VolumeScores]
-    pictures: ModelPictures
-    seconds: dict[str, float]
+    network: nn.Module
+    seconds: float
+    reconstruction: np.ndarray | None = None
+    """What reseg's teacher makes of the true label map of the example slice, (H, W)."""
 
 
-def compare(
-    name: str, build: Callable[[int], nn.Module], data: SegmentationData, args: argparse.Namespace
-) -> Comparison:
-    """Train twice from the same start on the same batches; only the second run has the alignment loss."""
-    classes = len(data.class_names)
-    seconds: dict[str, float] = {}
+def trained(way: str, data: SegmentationData, args: argparse.Namespace) -> Trained:
+    """Train in one of the four ways, from the same start and on the same labelled batches as in the others."""
+    begin = time.perf_counter()
+    torch.manual_seed(args.seed)
+    model = unet(len(data.class_names)).to(args.device)
     batches = TrainingBatches(data, BATCH_SIZE, args.seed)
-
-    torch.manual_seed(args.seed)
-    bare = build(classes).to(args.device)
-    with timed(seconds, "training, bare"):
-        bare_losses = train(
-            bare,
-            batches.loader(args.steps),
-            sgd(bare.parameters(), LEARNING_RATE),
-            steps=args.steps,
-            title=f"{name}, bare",
-        )
-
-    torch.manual_seed(args.seed)
-    model = build(classes).to(args.device)
-    overrides = {} if args.weight is None else {"weight": args.weight}
-    reseg = ReSegWrapper(model, preset=args.preset, **overrides)
-    with timed(seconds, "stage 1, the teacher"):
-        recon_losses = reseg.fit_recon(batches.loader(), steps=args.recon_steps, progress=True)
-    deep, parameters = None, [*model.parameters()]
-    if args.deep_supervision:
-        image, _ = next(iter(batches.loader(1)))
-        deep = DeepSupervision(model, num_classes=classes, example_input=image.to(args.device))
-        parameters += deep.parameters()
-    with timed(seconds, "training, with reseg"):
-        reseg_losses = train(
-            model,
-            batches.loader(args.steps),
-            sgd(parameters, LEARNING_RATE),
-            steps=args.steps,
-            reseg=reseg,
-            deep=deep,
-            title=f"{name}, with reseg",
-        )
-    image, truth = example_slice(data)
-    label = resize_label(torch.from_numpy(truth)[None].long(), (data.size, data.size))
-    reconstruction = resize_image(reseg.reconstruct(label), (image.shape[0], image.shape[1]))
-    reseg.remove()  # the model is a plain network again
-    if deep is not None:
-        deep.remove()
-
-    with timed(seconds, "testing, both"):
-        scores = [evaluate(each, data, title=f"{name}, testing") for each in (bare, model)]
-    pictures = ModelPictures(
-        name,
-        predict(bare, image[None], data.size)[0],
-        predict(model, image[None], data.size)[0],
-        reconstruction[0].mean(0).cpu().numpy(),
-        bare_losses,
-        reseg_losses,
-        recon_losses,
-        args.recon_steps,
-    )
-    return Comparison(scores[0], scores[1], pictures, seconds)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note how long the block takes."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
+    example = batches[0][0].to(args.device)
+    loader = batches.loader(args.steps)
+    reseg = deep = semi = reconstruction = None
+    if way == "reseg":
+        overrides = {} if args.weight is None else {"weight": args.weight}
+        reseg = ReSegWrapper(model, example_input=example, preset=args.preset, **overrides)
+        reseg.fit_recon(batches.loader(), steps=args.recon_steps, progress=True)
+    elif way == "deep":
+        deep = DeepSupervision(model, example_input=example)
+    elif way == "semi":
+        semi = SemiSupervised(model, example_input=example, rampup_steps=max(1, args.steps * 2 // 5))
+        others = TrainingBatches(data.others, BATCH_SIZE, args.seed + 1)
+        loader = beside(loader, others.loader(args.steps))
+    parts = [part for part in (reseg, deep, semi) if part is not None]
+    optimizer = sgd([*model.parameters(), *(p for part in parts for p in part.parameters())], LEARNING_RATE)
+    train(model, loader, optimizer, steps=args.steps, reseg=reseg, deep=deep, semi=semi, title=TITLES[way])
+    if reseg is not None:
+        image, truth = example_slice(data)
+        label = resize_label(torch.from_numpy(truth)[None].long(), (data.size, data.size))
+        reconstruction = resize_image(reseg.reconstruct(label), image.shape)[0].mean(0).cpu().numpy()
+    for part in parts:
+        part.remove()  # the model is a plain network again
+    network = model if semi is None else semi.average  # the mean teacher: the same class, the same keys
+    return Trained(network, time.perf_counter() - begin, reconstruction)
 
 
 def example_slice(data: SegmentationData) -> tuple[np.ndarray, np.ndarray]:
@@ -158,32 +116,29 @@ def caveats(data: SegmentationData, is_template: bool) -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train two U-Nets without and with reseg-loss, side by side.")
+    parser = argparse.ArgumentParser(description="Train one U-Net four ways, side by side.")
     data_options(parser)
-    parser.add_argument("--steps", type=positive, default=150, help="training steps of each run (default: 150)")
-    parser.add_argument("--recon-steps", type=positive, default=96, help="steps of stage 1 (default: 96)")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"some of {','.join(WAYS)} (default: all)")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="training steps of each (default: %(default)s)")
+    parser.add_argument("--recon-steps", type=positive, default=96, help="steps of reseg's stage 1 (default: 96)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
-    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="default: paper")
-    parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
-    parser.add_argument(
-        "--deep-supervision",
-        action="store_true",
-        help="train the second run with deep supervision too; with --weight 0 with that alone",
-    )
+    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="of reseg (default: paper)")
+    parser.add_argument("--weight", type=float, help="factor of reseg's alignment loss (default: the preset's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder for figure and metrics")
-    parser.add_argument("--models", default=",".join(MODELS), help=f"some of {','.join(MODELS)} (default: all)")
     args = parser.parse_args(argv)
-    args.models = args.models.split(",")
-    for name in args.models:
-        if name not in MODELS:
-            parser.error(f"--models: {name!r} is none of {', '.join(MODELS)}")
+    args.ways = args.ways.split(",")
+    for name in args.ways:
+        if name not in WAYS:
+            parser.error(f"--ways: {name!r} is none of {', '.join(WAYS)}")
     if args.weight is not None and not args.weight >= 0:
         parser.error(f"--weight {args.weight} has to be 0 or more")
-    try:
-        args.dataset = load_data(args.data, patients=args.patients, seed=args.seed)
-    except ValueError as error:  # its message says what to do, so a traceback would only hide it
-        parser.error(str(error))
+    args.size = None
+    if args.data is None and args.slices is None:
+        args.slices = FEW_SLICES
+    args.dataset = read_data(args, args.seed, parser)
+    if "semi" in args.ways and not args.dataset.unlabelled:
+        parser.error("no image is left without a label for 'semi'; use fewer with --patients or --slices, or --ways")
     return args
 
 
@@ -191,26 +146,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     args = parse_arguments(argv)
     data: SegmentationData = args.dataset
+    labelled, others = (sum(len(case.read()[1]) for case in cases) for cases in (data.train, data.unlabelled))
     print(
-        f"{data.name}: {len(data.train)} training and {len(data.test)} test volumes, {data.size} x {data.size} pixels"
+        f"{data.name}, {data.size} x {data.size} pixels: {labelled} labelled and {others} unlabelled slices for "
+        f"training, {len(data.test)} test volumes"
     )
-
-    results = {key: compare(*MODELS[key], data, args) for key in args.models}
-
+    image, truth = example_slice(data)
+    scores: dict[str, list[VolumeScores]] = {}
+    seconds, pictures, reconstruction = {}, [], None
+    for way in args.ways:
+        done = trained(way, data, args)
+        scores[way], seconds[way] = evaluate(done.network, data, f"{TITLES[way]}, testing"), done.seconds
+        label = predict(done.network, image[None], data.size)[0]
+        pictures.append(WayPicture(TITLES[way], label, summarize(scores[way]).mean_dsc))
+        if done.reconstruction is not None:
+            reconstruction = done.reconstruction
     args.out.mkdir(parents=True, exist_ok=True)
-    pictures = [result.pictures for result in results.values()]
-    save_figure(comparison_figure(*example_slice(data), pictures, data.class_names), args.out / "quickstart.png")
-    write_metrics(args.out / "metrics.json", results, args)
+    figure = ways_figure(image, truth, pictures, reconstruction, data.class_names)
+    save_figure(figure, args.out / "quickstart.png")
+    write_metrics(args.out / "metrics.json", scores, seconds, args)
 
-    for result in results.values():
-        bare, reseg = summarize(result.bare), summarize(result.reseg)
-        print("\n" + comparison_table(result.pictures.name, data.class_names, bare, reseg))
-        print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in result.seconds.items()))
+    table = {TITLES[way]: summarize(each) for way, each in scores.items()}
+    print("\n" + scores_table(table, data.class_names))
+    print("seconds of training: " + ", ".join(f"{TITLES[way]} {value:.0f}" for way, value in seconds.items()))
     print(f"\n{time.perf_counter() - start:.0f} s in all. Figure and metrics are in {args.out}/")
     print("\n".join(caveats(data, is_template=args.data is None)))
 
 
-def write_metrics(path: Path, results: dict[str, Comparison], args: argparse.Namespace) -> None:
+def write_metrics(
+    path: Path, scores: dict[str, list[VolumeScores]], seconds: dict[str, float], args: argparse.Namespace
+) -> None:
     """Everything behind the table, volume by volume."""
     options = {key: value for key, value in vars(args).items() if key != "dataset"}
     content = {
@@ -218,13 +183,9 @@ def write_metrics(path: Path, results: dict[str, Comparison], args: argparse.Nam
         "classes": args.dataset.class_names,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "caveats": caveats(args.dataset, is_template=args.data is None),
-        "models": {
-            key: {
-                "seconds": result.seconds,
-                "bare": {**asdict(summarize(result.bare)), "volumes": [asdict(score) for score in result.bare]},
-                "reseg": {**asdict(summarize(result.reseg)), "volumes": [asdict(score) for score in result.reseg]},
-            }
-            for key, result in results.items()
+        "ways": {
+            way: {"seconds": seconds[way], **asdict(summarize(each)), "volumes": [asdict(score) for score in each]}
+            for way, each in scores.items()
         },
     }
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -13,15 +13,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common.experiment import AMP, Backbone, Setting, Variant, positive, say, trained_and_tested
-from common.metrics import Summary, VolumeScores
+from common.experiment import (
+    AMP,
+    TOO_SHORT,
+    Backbone,
+    Setting,
+    Variant,
+    positive,
+    say,
+    trained_and_tested,
+    unlabelled_option,
+    with_others,
+)
+from common.metrics import VolumeScores
 from common.processes import processes, rank, world_size
 from common.recipes import Recipe
+from common.report import scores_table
 from common.volumes import Patch, PatchBatches, evaluate_volumes, fitting_patch, load_volumes
 from monai.networks.nets import DynUNet, UNet
 from torch import nn
@@ -29,7 +41,7 @@ from torch import nn
 from reseg_loss import PRESETS
 
 FILTERS, SMALL_FILTERS = (32, 64, 128, 256), (8, 16, 32, 64)
-RUNS = ("bare", "deep", "reseg", "reseg+deep")
+RUNS = ("bare", "deep", "reseg", "reseg+deep", "semi")
 
 
 def dynunet(channels: int, classes: int, filters: Sequence[int]) -> nn.Module:
@@ -53,7 +65,7 @@ SMALL_RECIPE = replace(RECIPE, lr=3e-3)
 class VolumeSetting(Setting):
     """A setting whose networks see patches."""
 
-    patch: Patch
+    patch: Patch = field(kw_only=True)
 
     def options(self, variant: Variant) -> dict[str, Any]:
         """What the result of a run depends on."""
@@ -78,27 +90,15 @@ def prepare(args: argparse.Namespace, device: torch.device) -> VolumeSetting:
         small_recipe=SMALL_RECIPE,
     )
     batches = PatchBatches(data, patch, args.batch_size, args.seed, rank(), world_size())
+    others = None
+    if "semi" in args.runs:
+        others = PatchBatches(data.others, patch, args.batch_size, args.seed + 1, rank(), world_size())
     say(
         f"{args.network} on {data.name}: {len(data.train)} training and {len(data.test)} test volumes, channels: "
         f"{channels}, {args.steps} steps of {args.batch_size} patches of {' x '.join(map(str, patch))} voxels"
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    return VolumeSetting(backbone, data, batches, args, device, args.seed, args.out, patch)
-
-
-def table(results: dict[str, Summary], class_names: Sequence[str]) -> str:
-    """DSC per class and on average, and the average HD95, a run a row."""
-
-    def cell(value: float | None, scale: float = 1) -> str:
-        return "-" if value is None else f"{value * scale:.2f}"
-
-    unit = next(iter(results.values())).unit
-    rows = [["", *(f"DSC {name}" for name in class_names[1:]), "DSC mean", f"HD95 mean in {unit}"]]
-    for name, summary in results.items():
-        dsc = [cell(value, 100) for value in (*summary.dsc, summary.mean_dsc)]
-        rows.append([name, *dsc, cell(summary.mean_hd95)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows)
+    return VolumeSetting(backbone, data, batches, args, device, args.seed, args.out, others, patch=patch)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,10 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = prepare(args, device)
         results = {}
         for name in args.runs:
-            variant = Variant(name, reseg if "reseg" in name else None, "deep" in name)
+            variant = Variant(name, reseg if "reseg" in name else None, "deep" in name, name == "semi")
             _, results[name] = trained_and_tested(variant, setting)
-        say(f"\n{table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
+        say(f"\n{scores_table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
         say("One seed proves nothing: repeat with another --seed.")
+        if args.small:
+            say(TOO_SHORT)
         if args.data is None:
             say("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
 
@@ -124,7 +126,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contrasts", type=int, choices=(1, 2), default=1, help="of the template (default: 1)")
     parser.add_argument("--patients", type=positive, help="train on this many patients (default: all)")
     parser.add_argument("--patch", type=positive, nargs=3, metavar=("D", "H", "W"), help="multiples of 8")
-    parser.add_argument("--runs", default="bare,deep,reseg", help=f"some of {','.join(RUNS)} (default: %(default)s)")
+    parser.add_argument("--runs", help=f"some of {','.join(RUNS)} (default: bare,deep,reseg)")
+    unlabelled_option(parser)
     parser.add_argument("--steps", type=positive, help="training steps of each run (default: 1500, small 100)")
     parser.add_argument("--recon-steps", type=positive, help="steps of stage 1 (default: 800, small 60)")
     parser.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help="(default: %(default)s)")
@@ -138,10 +141,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("outputs/train_3d"), help="folder of checkpoints and results")
     args = parser.parse_args(argv)
-    args.runs = args.runs.split(",")
+    semi = args.unlabelled is not None
+    args.runs = args.runs.split(",") if args.runs else ["bare", "deep", "semi" if semi else "reseg"]
     for name in args.runs:
         if name not in RUNS:
             parser.error(f"--runs: {name!r} is none of {', '.join(RUNS)}")
+    if ("semi" in args.runs) != semi:
+        parser.error("the run 'semi' needs --unlabelled, and is what --unlabelled is for")
     if args.patch and any(n % 8 for n in args.patch):
         parser.error(f"--patch {' '.join(map(str, args.patch))}: the networks halve it three times; multiples of 8")
     args.steps = args.steps or (100 if args.small else 1500)
@@ -149,11 +155,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     recipe = SMALL_RECIPE if args.small else RECIPE
     args.lr = args.lr or recipe.lr
     # what the 2D scripts let choose beside
-    args.paper, args.weights, args.size, args.recipe = False, None, None, replace(recipe, lr=args.lr)
+    args.paper, args.weights, args.size, args.slices = False, None, None, None
+    args.recipe = replace(recipe, lr=args.lr)
     try:
-        args.dataset = load_volumes(args.data, contrasts=args.contrasts, patients=args.patients, seed=args.seed)
+        data = load_volumes(args.data, contrasts=args.contrasts, patients=args.patients, seed=args.seed)
     except ValueError as error:  # its message says what to do, so a traceback would only hide it
         parser.error(str(error))
+    if semi and args.data is None:
+        chosen = data.train[len(data.train) // 2]  # the labels of one slab alone
+        data = replace(data, train=(chosen,), unlabelled=tuple(case for case in data.train if case is not chosen))
+    args.dataset = with_others(data, args, parser)
     return args
 
 

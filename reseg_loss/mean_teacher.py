@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .common.distributed import broadcast
 from .common.dryrun import refuse_lazy
 from .errors import ReSegError
-from .recording.copying import copy_model, is_compiled, is_sharded, unwrap
+from .recording.copying import compiler_of, copy_model, is_sharded, unwrap
 
 
 class MeanTeacher:
@@ -23,7 +23,7 @@ class MeanTeacher:
     Valpola, NeurIPS 2017.)
 
     Args:
-        model: the model, or its wrappers. Where torch.compile is one of them, the copy is compiled, too.
+        model: the model, or its wrappers. Where it is compiled, the copy is, too.
         decay: of the average, per `update`.
 
     Raises:
@@ -39,8 +39,24 @@ class MeanTeacher:
         _refuse_low(self._model)
         copied = copy_model(self._model, "the mean teacher", "leave it as it was until this is built")
         self.network: nn.Module = copied.requires_grad_(False)
-        if is_compiled(model):
-            self.network.compile()
+        self._run: Callable[[Tensor], Any] | None = None  # compiled
+        self._given = model
+
+    def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
+        """Let `predict` run compiled, by torch.compile or what stands for it; does nothing if it was done."""
+        if self._run is not None:
+            return
+        network = self.network
+
+        # a function of its own, for torch keeps what it knows of sizes by code, of which a model and its copy have the
+        # same: the model's batches would become dynamic, and slow, by the sizes of the mean teacher's
+        def run(images: Tensor) -> Any:
+            return network(images)
+
+        self._run = compiler(run)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None}  # a copy's would run the original's network
 
     def start(self) -> None:
         """Become the model as it is, unless that was done."""
@@ -92,15 +108,19 @@ class MeanTeacher:
         for mine, theirs in pairs:
             if mine.training != theirs.training:
                 mine.training = theirs.training
+        compiler = compiler_of(self._given)
+        if compiler is not None:
+            self.compile(compiler)
+        run = self.network if self._run is None else self._run
         try:
             with torch.no_grad():
-                return self.network(images)
-        except torch.OutOfMemoryError:
+                return run(images)
+        except (torch.OutOfMemoryError, ReSegError):
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise ReSegError(
                 f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
-                f"{images.device}; they must be as the model takes the labelled ones: {error}"
+                f"{images.device}; they must be as the model takes the labelled ones ({type(error).__name__}: {error})"
             ) from error
 
     def _take_over(self, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -383,7 +384,7 @@ def test_a_compiled_model_and_mean_teacher_give_the_same():
         deep = supervised(model)
         _, mixed = made(run, deep=deep)
         if compiled:
-            mixed.average.compile(backend="aot_eager")
+            mixed.compile(partial(torch.compile, backend="aot_eager"))
         assert type(mixed.average) is UNet
         for _ in range(2):
             model.zero_grad()

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from examples.backbones.unet import UNet
-from reseg_loss import CutMixConsistency, DeepSupervision, FeatureExtractor, Features, ReconLoss, ReSegWrapper
+from reseg_loss import (
+    CutMixConsistency,
+    DeepSupervision,
+    FeatureExtractor,
+    Features,
+    ReconLoss,
+    ReSegWrapper,
+    SemiSupervised,
+)
 from reseg_loss.alignment.teacher import Teacher
 from reseg_loss.mixing import pseudo_label
 
@@ -126,7 +134,7 @@ class Machine:
     def compile_average(self, mixed: CutMixConsistency) -> None:
         """Compile the mean teacher."""
         if self.compile == "all":
-            mixed.average.compile(dynamic=False, backend=self.backend)
+            mixed.compile(self.network)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -396,7 +404,7 @@ class Stage2:
             self.average = copy.deepcopy(self.model).requires_grad_(False)
         example = torch.zeros(1, 1, *feed.images.shape[1:], device=device)
         parameters = list(self.model.parameters())
-        self.reseg = self.deep = self.mixed = None
+        self.reseg = self.deep = self.mixed = self.semi = None
         # hooks come before the compiled model's first call
         if variant.reseg is not None:
             self.reseg = ReSegWrapper(self.model, example_input=example, **variant.reseg)
@@ -418,9 +426,21 @@ class Stage2:
             # the ramp is a table here, for a captured step would keep the first call's
             kind, options = mixing_of(variant.mixing)
             options = {"threshold": SURE, "ema_decay": EMA, **options}
-            self.mixed = (kind if variant.unlabelled == "cutmix" else CopyPaste)(
-                self.student, deep=deep, rampup_steps=None, ignore_index=IGNORED, **options
-            )
+            if variant.mixing is not None and variant.mixing.get("joint"):
+                self.semi = SemiSupervised(
+                    self.student,
+                    example,
+                    rampup_steps=None,
+                    deep=deep,
+                    task_loss=self._logged_loss,
+                    joint=True,
+                    **options,
+                )
+                self.mixed = self.semi.consistency
+            else:
+                self.mixed = (kind if variant.unlabelled == "cutmix" else CopyPaste)(
+                    self.student, deep=deep, rampup_steps=None, ignore_index=IGNORED, **options
+                )
             machine.compile_average(self.mixed)
         elif variant.free:  # at weight 0 the average follows, and nothing else runs
             self.mixed = CutMixConsistency(
@@ -450,6 +470,13 @@ class Stage2:
     def losses(self) -> tuple[Tensor, Tensor]:
         variant, clock = self.variant, self.loop.clock
         image, label, _ = self.feed.batch_of(self.feed.labelled, clock)
+        if self.semi is not None:
+            others, _, _ = self.feed.batch_of(self.feed.others, clock)
+            self.logged = None
+            with self.machine.autocast():
+                loss = self.semi.loss(image, label, others, weight=self.ramp.index_select(0, clock)[0])
+            assert self.logged is not None
+            return loss, self.logged
         with self._recording(), self.machine.autocast():
             logits = self.student(image)
         task = loss = self.task_loss(logits, label)
@@ -461,6 +488,12 @@ class Stage2:
             weight = variant.unlabelled_weight * self.ramp.index_select(0, clock)[0]
             loss = loss + weight * self._unlabelled()
         return loss, task
+
+    def _logged_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """The task loss, of which the first of a step, that of the labelled images, is kept for the log."""
+        value = self.task_loss(logits, label)
+        self.logged = value if self.logged is None else self.logged
+        return value
 
     def _recording(self) -> AbstractContextManager[Any]:
         """Marks the forward that has labels, where there is another one."""

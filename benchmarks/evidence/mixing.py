@@ -30,6 +30,25 @@ class SizedBoxes(CutMixConsistency):
         return mix(images, box), mix(label, box)
 
 
+class Turned(CutMixConsistency):
+    """CutMix of which the student sees each image turned and mirrored at random, the label along, square images only.
+
+    The mean teacher sees them as they are.
+    """
+
+    def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """With boxes, then turned."""
+        u = torch.rand(len(images), 3, device=images.device) < 0.5
+        return tuple(turned(x, u) for x in super().exchange(images, label))  # pyright: ignore[reportReturnType]
+
+
+def turned(x: Tensor, u: Tensor) -> Tensor:
+    """(B, ..., S, S) of each sample mirrored in either axis and transposed where `u` (B, 3) says so."""
+    x = torch.where(_each(u[:, 0], x), x.flip(-1), x)
+    x = torch.where(_each(u[:, 1], x), x.flip(-2), x)
+    return torch.where(_each(u[:, 2], x), x.transpose(-1, -2), x)
+
+
 def sized_boxes(images: Tensor, sides: Sequence[float]) -> Tensor:
     """A box in each image, (B, *spatial), bool, whose sides are from the first to the second of `sides`."""
     spatial, device = images.shape[2:], images.device
@@ -81,12 +100,14 @@ PERTURBATIONS = {"blur and contrast": blur_and_contrast, "none": None}
 
 
 def mixing_of(options: Mapping[str, Any] | None) -> tuple[type[CutMixConsistency], dict[str, Any]]:
-    """The class and the keywords of a variant's `mixing`.
+    """The class and the keywords of a variant's `mixing`, but for "joint".
 
-    "perturb" is a name of `PERTURBATIONS`, "sides" the smallest and the largest box, as shares of the image's side;
-    all else are keywords of `CutMixConsistency`.
+    "perturb" is a name of `PERTURBATIONS`, "sides" the smallest and the largest box, as shares of the image's side,
+    "turned" turns and mirrors what the student sees; all else are keywords of `CutMixConsistency`.
     """
-    keywords = dict(options or {})
+    keywords = {name: value for name, value in (options or {}).items() if name != "joint"}
     if "perturb" in keywords:
         keywords["perturb"] = PERTURBATIONS[keywords["perturb"]]
+    if keywords.pop("turned", False):
+        return Turned, keywords
     return SizedBoxes if "sides" in keywords else CutMixConsistency, keywords

@@ -151,7 +151,7 @@ MUTANTS = (
     _one(
         "the first of two forwards counts", "Recording.finish", "if self.several or self.done is not None:", "if False:"
     ),
-    _one("a forgotten no_grad", "evaluating", "torch.no_grad(), ", ""),
+    _one("a forgotten no_grad", "ReSegWrapper.reconstruct", "torch.no_grad(), ", ""),
     _one("the teacher is not frozen", "Teacher.freeze", "self.requires_grad_(False)", "pass"),
     _one("the frozen teacher's statistics drift", "Teacher.freeze", "return self.eval()", "return self"),
     _one("tokens transposed", "to_channels_first", 'if layout != "NCL":', 'if layout == "NCL":'),
@@ -200,7 +200,12 @@ MUTANTS = (
         "return 1.0 if True else",
     ),
     _one("hooks stay after remove()", "FeatureExtractor.remove", "handle.remove()", "pass"),
-    _one("a file is not written atomically", "write_atomically", "partial = _partial(target)", "partial = target"),
+    _one(
+        "a file is not written atomically",
+        "write_atomically",
+        "(target, partial):",
+        "(target, _):\n            partial = target",
+    ),
     _one("a file is not brought to the disk", "write_atomically", "os.fsync(file.fileno())", "pass"),
     _one("a resumed stage 1 forgets its random state", "fit", 'restore_rng(resumed["rng"])', "pass"),
     _one("a resumed stage 1 forgets its optimizer", "go_on", 'optimizer.load_state_dict(resumed["optimizer"])', "pass"),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,37 @@ class SegmentationData:
     """All classes in label order, the background first."""
     size: int
     """Side of the square that the network sees; slices of another shape are resized to it."""
+    unlabelled: tuple[Case, ...] = ()
+    """Cases for training whose labels are not used."""
 
     def __post_init__(self) -> None:
-        for part, cases in (("training", self.train), ("test", self.test)):
+        # without test cases the unlabelled ones are what is to be predicted
+        for part, cases in (("training", self.train), ("test", self.test or self.unlabelled)):
             if not cases:
                 raise ValueError(f"{self.name} has no {part} cases left; it needs at least one for each part.")
-        both = sorted({case.group for case in self.train} & {case.group for case in self.test})
+        both = sorted({case.group for case in self.train + self.unlabelled} & {case.group for case in self.test})
         if both:
             raise ValueError(f"{self.name} has {', '.join(both)} in training and test; keep each in one of them.")
+
+    @property
+    def others(self) -> SegmentationData:
+        """The same with the unlabelled cases for training, whose labels nobody reads."""
+        return replace(self, train=self.unlabelled)
+
+    def with_labels_of(self, slices: int) -> SegmentationData:
+        """The same with the labels of so many training slices, spread evenly; the other slices are unlabelled."""
+        counts = [len(case.read()[1]) for case in self.train]
+        if not 1 <= slices < sum(counts):
+            raise ValueError(f"{slices} labelled slices were asked for; choose 1 to {sum(counts) - 1}.")
+        chosen = {int((i + 0.5) * sum(counts) / slices) for i in range(slices)}
+        train, others, first = [], list(self.unlabelled), 0
+        for case, count in zip(self.train, counts):
+            for part, cases in ((True, train), (False, others)):
+                index = [z for z in range(count) if (first + z in chosen) == part]
+                if index:
+                    cases.append(replace(case, read=_some(case.read, index)))
+            first += count
+        return replace(self, train=tuple(train), unlabelled=tuple(others))
 
 
 def load_data(source: Path | None = None, *, patients: int | None = None, seed: int = 0) -> SegmentationData:
@@ -134,6 +158,29 @@ def load_mni152(side_mm: int = 192, size: int = 96) -> SegmentationData:
     return SegmentationData("MNI152 template", tuple(cases[0]), tuple(cases[1]), names, size)
 
 
+def scanned(data: SegmentationData) -> SegmentationData:
+    """The template with every slice as another scanner might show it: gamma, bias field and noise of its own, made up.
+
+    Without, its grey values alone tell the tissues, and the labels of a slice or two are enough for any network.
+    """
+    train, unlabelled, test = (tuple(map(_scanned, cases)) for cases in (data.train, data.unlabelled, data.test))
+    return replace(data, name=f"{data.name}, with made-up noise", train=train, unlabelled=unlabelled, test=test)
+
+
+def _scanned(case: Case) -> Case:
+    image, label = case.read()
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    slices = np.stack([_scan(part, rng) for part in image])
+    return replace(case, read=lambda: (slices, label))
+
+
+def _scan(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    grid = np.meshgrid(*[np.linspace(-1, 1, n) for n in image.shape], indexing="ij")
+    waves = [np.cos(rng.uniform(0, 2 * np.pi) + np.tensordot(rng.normal(0, 1.5, 2), grid, 1)) for _ in range(3)]
+    shown = image ** np.exp(rng.uniform(-0.4, 0.4)) * np.exp(0.15 * np.sum(waves, axis=0))
+    return np.clip(shown + rng.normal(0, 0.1, image.shape), 0, 1.5).astype(np.float32)
+
+
 # --- one .npz --------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +228,26 @@ def load_npz(path: Path, *, patients: int | None = None, seed: int = 0) -> Segme
     train, test = split_groups([str(who) for who in np.unique(patient)], seed=seed, train=patients)
     names = ("background", *(f"class {index}" for index in range(1, int(labels.max()) + 1)))
     size = 32 * -(-max(images.shape[1:]) // 32)  # five halvings have to come out even
-    return SegmentationData(path.stem, _of(cases, train), _of(cases, test), names, size)
+    return SegmentationData(path.stem, _of(cases, train), _of(cases, test), names, size, rest(cases, train, test))
+
+
+def load_images(path: Path, like: Case) -> list[Case]:
+    """Cases without labels from an ``.npz`` with ``images``, slices or volumes: what the case `like` has."""
+    if path.suffix != ".npz" or not path.exists():
+        raise ValueError(f"{path} is no .npz with 'images'.")
+    with np.load(path) as file:
+        if "images" not in file:
+            raise ValueError(f"{path.name} lacks 'images'.")
+        images = file["images"]
+    axes = like.read()[0].ndim
+    if images.ndim == 3 == axes:
+        images = images[None]  # one stack of slices
+    elif images.ndim == 4 == axes:
+        images = images[:, None]  # one channel
+    if images.ndim != axes + 1:
+        raise ValueError(f"{path.name} has images of shape {images.shape}, which are not as those with labels.")
+    unknown = np.zeros(images.shape[1 + (axes == 4) :], np.uint8)
+    return [Case(f"image {i}", f"{path.name} {i}", _in_memory(image, unknown)) for i, image in enumerate(images)]
 
 
 # --- the folders of TransUNet ----------------------------------------------------------------------------------------
@@ -193,7 +259,8 @@ def load_synapse(root: Path, *, patients: int | None = None, seed: int = 0) -> S
     test = _volumes(root / "test_vol_h5", r"(case\d+)\.npy\.h5")
     groups = sorted({case.group for case in train})
     chosen = _spread(groups, _checked(patients, len(groups)), np.random.default_rng(seed))
-    return SegmentationData("Synapse", _of(train, chosen), tuple(test), SYNAPSE_CLASSES, TRANSUNET_SIZE)
+    others = rest(train, chosen)
+    return SegmentationData("Synapse", _of(train, chosen), tuple(test), SYNAPSE_CLASSES, TRANSUNET_SIZE, others)
 
 
 def load_acdc(root: Path, *, patients: int | None = None, seed: int = 0) -> SegmentationData:
@@ -205,7 +272,8 @@ def load_acdc(root: Path, *, patients: int | None = None, seed: int = 0) -> Segm
     volumes = _volumes(root / "ACDC_training_volumes", r"((patient\d+)_frame\d+)\.h5")
     groups = sorted({case.group for case in slices} | {case.group for case in volumes})
     train, test = split_groups(groups, seed=seed, train=patients)
-    return SegmentationData("ACDC", _of(slices, train), _of(volumes, test), ACDC_CLASSES, TRANSUNET_SIZE)
+    others = rest(slices, train, test)
+    return SegmentationData("ACDC", _of(slices, train), _of(volumes, test), ACDC_CLASSES, TRANSUNET_SIZE, others)
 
 
 def _matches(folder: Path, pattern: str) -> list[tuple[re.Match[str], Path]]:
@@ -238,6 +306,14 @@ def _volumes(folder: Path, pattern: str) -> list[Case]:
 
 def _in_memory(image: np.ndarray, label: np.ndarray) -> Callable[[], Volume]:
     return lambda: (_as_float(image), label.astype(np.uint8))
+
+
+def _some(read: Callable[[], Volume], slices: Sequence[int]) -> Callable[[], Volume]:
+    def read_some() -> Volume:
+        image, label = read()
+        return image[slices], label[slices]
+
+    return read_some
 
 
 def _from_slices(paths: Sequence[Path]) -> Callable[[], Volume]:
@@ -311,6 +387,12 @@ def _of(cases: Iterable[Case], groups: Iterable[str]) -> tuple[Case, ...]:
     return tuple(case for case in cases if case.group in wanted)
 
 
+def rest(cases: Iterable[Case], *parts: Iterable[str]) -> tuple[Case, ...]:
+    """The cases of all patients that are in none of the parts: images whose labels are not used."""
+    known = set().union(*parts)
+    return tuple(case for case in cases if case.group not in known)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +457,12 @@ class TrainingBatches(Dataset[tuple[Tensor, Tensor]]):
         """The batches ``start`` to ``steps - 1``; without ``steps`` one pass over all slices."""
         stop = self.steps_per_epoch if steps is None else steps
         return DataLoader(self, batch_size=None, sampler=StepSampler(start, stop), num_workers=workers)
+
+
+def beside(labelled: Iterable[Any], unlabelled: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(image, label) of one loader with the image of another's batch."""
+    for (image, label), (other, _) in zip(labelled, unlabelled):
+        yield image, label, other
 
 
 class StepSampler(Sampler[int]):

@@ -1,8 +1,8 @@
 """What the train scripts share: options, the runs without and with reseg-loss, exact resume, scores and pictures.
 
-A run is named after what it adds: `bare`, `reseg`, `deep`, `reseg+deep`. It leaves NAME.pt and NAME.json in the output
-folder. The same command again goes on where it was stopped. A run that is finished is not repeated, so that another
-comparison in the same folder trains only what is new.
+A run is named after what it adds: `bare`, `reseg`, `deep`, `semi`, `reseg+deep`, `reseg+semi`. It leaves NAME.pt and
+NAME.json in the output folder. The same command again goes on where it was stopped. A run that is finished is not
+repeated, so that another comparison in the same folder trains only what is new.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from reseg_loss import PRESETS, DeepSupervision, ReSegWrapper
+from reseg_loss import PRESETS, DeepSupervision, ReSegWrapper, SemiSupervised
+from reseg_loss.task_losses import CrossEntropyDiceLoss
 
-from .data import SegmentationData, TrainingBatches, load_data
+from .data import SegmentationData, TrainingBatches, beside, load_data, load_images, scanned
 from .metrics import Summary, VolumeScores, summarize
 from .plots import OverlayRow, overlays_figure, save_figure
 from .processes import processes, rank, share_buffers, world_size
 from .recipes import Recipe
 from .report import comparison_table
-from .training import evaluate, predict, train
+from .training import IGNORED, evaluate, predict, train
 
-SMALL_STEPS, SMALL_RECON_STEPS = 60, 40
+TOO_SHORT = "A --small run shows that all works. It is too short for its differences to mean anything."
+SMALL_STEPS, SMALL_RECON_STEPS = 150, 100
+SMALL_SEMI_STEPS = 500  # the mean teacher is an average over some hundreds of steps
 STEPS, RECON_STEPS = 1500, 800
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 5  # steps that say nothing about speed
 CASES = 4  # rows of the picture
+FEW_SLICES = 4  # labelled ones of the template, where nothing else is said: one in each slab
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Variant:
     """Keywords of ReSegWrapper; None: no alignment."""
     deep: bool = False
     """Whether there is deep supervision."""
+    semi: bool = False
+    """Whether it learns from the unlabelled images, too; its network is the mean teacher then."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Setting:
     device: torch.device
     seed: int
     out: Path
+    others: TrainingBatches | None = None
+    """Unlabelled images, of which the labels are not used."""
 
     def evaluate(self, model: nn.Module, title: str) -> list[VolumeScores]:
         """Score the test volumes."""
@@ -106,9 +114,11 @@ class Setting:
 
     def options(self, variant: Variant) -> dict[str, Any]:
         """What the result of a run depends on."""
-        keys = ["small", "paper", "data", "patients", "steps", "batch_size", "size", "lr", "weights", "amp"]
+        keys = ["small", "paper", "data", "patients", "slices", "steps", "batch_size", "size", "lr", "weights", "amp"]
         values: dict[str, Any] = {key: getattr(self.args, key) for key in keys}
         values |= {"seed": self.seed, "deep": variant.deep, "reseg": variant.reseg and dict(variant.reseg)}
+        if variant.semi:
+            values["unlabelled"] = self.args.unlabelled
         if variant.reseg is not None:
             values["recon_steps"] = self.args.recon_steps
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
@@ -119,9 +129,10 @@ def main(backbone: Backbone, argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(backbone, argv)
     reseg = {"preset": args.preset, **({} if args.weight is None else {"weight": args.weight})}
     bare = Variant("bare")
-    ours = Variant(args.ours, reseg if args.weight != 0 else None, args.deep_supervision)
+    semi = args.unlabelled is not None
+    ours = Variant(args.ours, reseg if args.weight != 0 else None, args.deep_supervision and not semi, semi)
     with processes(args.device) as device:
-        setting = prepare(backbone, args, device, args.dataset, args.seed, args.out)
+        setting = prepare(backbone, args, device, args.dataset, args.seed, args.out, semi)
         results = {variant.name: trained_and_tested(variant, setting) for variant in (bare, ours)}
         if rank() > 0:
             return
@@ -132,23 +143,32 @@ def main(backbone: Backbone, argv: Sequence[str] | None = None) -> None:
         print(
             f"\n{table}\n\nScores and pictures are in {args.out}/. One seed proves nothing: repeat with another --seed."
         )
+        if args.small:
+            print(TOO_SHORT)
         if args.data is None:
             print("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
 
 
 def prepare(
-    backbone: Backbone, args: argparse.Namespace, device: torch.device, data: SegmentationData, seed: int, out: Path
+    backbone: Backbone,
+    args: argparse.Namespace,
+    device: torch.device,
+    data: SegmentationData,
+    seed: int,
+    out: Path,
+    semi: bool = False,
 ) -> Setting:
     """Read the slices, and say what is about to happen."""
     out.mkdir(parents=True, exist_ok=True)
     batches = TrainingBatches(data, args.batch_size, seed, rank(), world_size())
+    others = TrainingBatches(data.others, args.batch_size, seed + 1, rank(), world_size()) if semi else None
     if args.paper:
         args.steps = args.recon_steps = backbone.recipe.epochs * batches.steps_per_epoch
     say(
         f"{backbone.name} on {data.name}: {len(data.train)} training and {len(data.test)} test volumes, "
         f"{data.size} x {data.size} pixels, {args.steps} steps of {args.batch_size} slices"
     )
-    return Setting(backbone, data, batches, args, device, seed, out)
+    return Setting(backbone, data, batches, args, device, seed, out, others)
 
 
 def trained_and_tested(variant: Variant, setting: Setting) -> tuple[nn.Module, Summary]:
@@ -183,17 +203,28 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
         refuse_other_options(path, state["options"], options)
         run = Run(**state["run"])
         if len(run.losses) == args.steps:
-            model.load_state_dict(state["model"])
+            model.load_state_dict(state["average" if variant.semi else "model"])
             return model, run
 
     def factor(step: int) -> float:
         return recipe.factor(step, args.steps, batches.steps_per_epoch)
 
     example = batches[0][0][:1].to(device)
-    reseg = deep = None
+    reseg = deep = semi = None
+    task_loss = recipe.loss()
     parameters = [*model.parameters()]
+    if variant.semi:  # before reseg, which would record the forward that it looks at the model with
+        semi = SemiSupervised(
+            model,
+            example_input=example,
+            rampup_steps=max(1, args.steps * 2 // 5),
+            task_loss=lambda logits, label: task_loss(logits.float(), label),
+            unlabelled_loss=CrossEntropyDiceLoss(IGNORED),
+        )
+        parameters += semi.parameters()
     if variant.reseg is not None:
-        reseg = ReSegWrapper(model, example_input=example, **variant.reseg)
+        ignored = {"ignore_index": IGNORED} if variant.semi else {}
+        reseg = ReSegWrapper(model, example_input=example, **ignored, **variant.reseg)
         if state is None:
             begin = time.perf_counter()
             published = {"optimizer": recipe.make_optimizer, "scheduler": lambda opt: LambdaLR(opt, factor)}
@@ -211,6 +242,8 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
     optimizer = recipe.make_optimizer(parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler, "reseg": reseg, "deep": deep}
+    if semi is not None:
+        parts |= {"semi": semi, "average": semi.average}
     parts = {key: part for key, part in parts.items() if part is not None}
     if state is not None:
         for key, part in parts.items():
@@ -232,27 +265,32 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
     if world_size() > 1:
         student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     start = len(run.losses)
+    loader = batches.loader(args.steps, start=start, workers=args.workers)
+    if semi is not None and setting.others is not None:
+        loader = beside(loader, setting.others.loader(args.steps, start=start, workers=args.workers))
     train(
         student,
-        batches.loader(args.steps, start=start, workers=args.workers),
+        loader,
         optimizer,
         steps=args.steps,
         start=start,
-        task_loss=recipe.loss(),
+        task_loss=task_loss,
         factor=factor,
         amp=AMP[args.amp],
         scaler=scaler,
         seed=setting.seed,
         reseg=reseg,
         deep=deep,
+        semi=semi,
         after_step=after_step,
         title=title,
     )
-    for part in (reseg, deep):
+    for part in (reseg, deep, semi):
         if part is not None:
             part.remove()  # the model is a plain network again
-    share_buffers(model)
-    return model, run
+    network = model if semi is None else semi.average
+    share_buffers(network)
+    return network, run
 
 
 def cost(run: Run) -> dict[str, Any]:
@@ -293,6 +331,7 @@ def parse_arguments(backbone: Backbone, argv: Sequence[str] | None) -> argparse.
         action="store_true",
         help="train the second run with deep supervision too; with --weight 0 with that alone",
     )
+    unlabelled_option(parser)
     parser.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
     name = backbone.name.lower().replace(" ", "_").replace("-", "_")
@@ -300,11 +339,14 @@ def parse_arguments(backbone: Backbone, argv: Sequence[str] | None) -> argparse.
     args = parser.parse_args(argv)
     if args.weight is not None and not args.weight >= 0:
         parser.error(f"--weight {args.weight} has to be 0 or more")
-    if args.weight == 0 and not args.deep_supervision:
-        parser.error("--weight 0 without --deep-supervision would train the same network twice")
-    args.ours = "+".join([*(["reseg"] if args.weight != 0 else []), *(["deep"] if args.deep_supervision else [])])
+    added = "semi" if args.unlabelled is not None else "deep" if args.deep_supervision else None
+    if args.weight == 0 and added is None:
+        parser.error("--weight 0 without --deep-supervision or --unlabelled would train the same network twice")
+    args.ours = "+".join([*(["reseg"] if args.weight != 0 else []), *([] if added is None else [added])])
     complete(args, backbone, parser)
-    args.dataset = read_data(args, args.seed, parser)
+    if args.unlabelled is not None and args.data is None and args.slices is None:
+        args.slices = FEW_SLICES
+    args.dataset = with_others(read_data(args, args.seed, parser), args, parser)
     return args
 
 
@@ -336,6 +378,32 @@ def data_options(parser: argparse.ArgumentParser) -> None:
         "template that comes with nilearn",
     )
     parser.add_argument("--patients", type=positive, help="train on this many patients (default: all)")
+    parser.add_argument("--slices", type=positive, help="use the labels of this many slices alone (default: all)")
+
+
+def unlabelled_option(parser: argparse.ArgumentParser) -> None:
+    """Whether to learn from unlabelled images, too."""
+    parser.add_argument(
+        "--unlabelled",
+        nargs="?",
+        const=True,
+        type=Path,
+        metavar="FILE",
+        help="the second run learns from unlabelled images and with deep supervision, too, and its mean teacher is "
+        "tested: the images that --patients or --slices leave without labels, and those of an .npz",
+    )
+
+
+def with_others(data: SegmentationData, args: argparse.Namespace, parser: argparse.ArgumentParser) -> SegmentationData:
+    """The data with the unlabelled images that were asked for."""
+    if isinstance(args.unlabelled, Path):
+        try:
+            data = replace(data, unlabelled=(*data.unlabelled, *load_images(args.unlabelled, data.train[0])))
+        except ValueError as error:
+            parser.error(str(error))
+    if args.unlabelled is not None and not data.unlabelled:
+        parser.error("--unlabelled: no image is left without a label; use fewer labels, or give an .npz of images")
+    return data
 
 
 def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.ArgumentParser) -> None:
@@ -347,7 +415,8 @@ def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.Argu
     if args.paper and args.weights is None and backbone.load is not None:
         say(f"note: {backbone.name} was published from pretrained weights; give them with --weights {backbone.weights}")
     recipe = backbone.small_recipe if args.small else backbone.recipe
-    args.steps = args.steps or (SMALL_STEPS if args.small else STEPS)
+    small = SMALL_STEPS if args.unlabelled is None else SMALL_SEMI_STEPS
+    args.steps = args.steps or (small if args.small else STEPS)
     args.recon_steps = args.recon_steps or (SMALL_RECON_STEPS if args.small else RECON_STEPS)
     args.batch_size = args.batch_size or recipe.batch_size
     args.lr = args.lr or recipe.lr
@@ -358,7 +427,11 @@ def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.Argu
 def read_data(args: argparse.Namespace, seed: int, parser: argparse.ArgumentParser) -> SegmentationData:
     """The data that was asked for, at the size the network sees."""
     try:
-        return replace(load_data(args.data, patients=args.patients, seed=seed), size=args.size)
+        data = load_data(args.data, patients=args.patients, seed=seed)
+        data = replace(data, size=args.size or data.size)
+        if args.slices is None:
+            return data
+        return (data if args.data is not None else scanned(data)).with_labels_of(args.slices)
     except ValueError as error:  # its message says what to do, so a traceback would only hide it
         parser.error(str(error))
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: predictions, errors, the teacher's reconstruction and the loss curves."""
+"""The pictures of a comparison: predictions, errors, and the teacher's reconstruction."""
 
 from __future__ import annotations
 
@@ -12,54 +12,48 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the background is black
 CLASS_COLOURS = ("#000000", "#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#0072B2", "#D55E00", "#FFFFFF")
-BARE, RESEG, STAGE_1 = "#666666", "#0072B2", "#009E73"
+BARE, RESEG = "#666666", "#0072B2"
 ERROR = "#FF2D2D"
 
 
 @dataclass(frozen=True)
-class ModelPictures:
-    """One row of the figure: what one architecture made of the slice, without and with reseg-loss."""
+class WayPicture:
+    """What a network made of the slice."""
 
     name: str
-    bare: np.ndarray
-    """Predicted label map (H, W); likewise ``reseg``."""
-    reseg: np.ndarray
-    reconstruction: np.ndarray
-    """What the teacher makes of the true label map, (H, W)."""
-    bare_losses: Sequence[float]
-    """Task loss per step; likewise ``reseg_losses``."""
-    reseg_losses: Sequence[float]
-    recon_losses: Sequence[float]
-    """Stage 1's loss per epoch."""
-    recon_steps: int
+    label: np.ndarray
+    """The predicted label map (H, W)."""
+    dsc: float | None
+    """Of all test volumes, mean over classes."""
 
 
-def comparison_figure(
-    image: np.ndarray, truth: np.ndarray, rows: Sequence[ModelPictures], class_names: Sequence[str]
+def ways_figure(
+    image: np.ndarray,
+    truth: np.ndarray,
+    ways: Sequence[WayPicture],
+    reconstruction: np.ndarray | None,
+    class_names: Sequence[str],
 ) -> Figure:
-    """One slice (H, W) with its truth at the left, and a row per architecture beside it."""
-    lines = max(2, len(rows))  # image and truth stand above each other
-    figure = Figure(figsize=(13.2, 1.88 * lines + 0.3))
+    """One slice (H, W) with its truth at the left, and a column for each network: its label map, and its errors."""
+    columns = 2 + len(ways)
+    figure = Figure(figsize=(1.9 * columns, 4.6))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(lines, 8, width_ratios=[1, 1, 1, 1, 1, 1, 1.15, 1.15])
-
-    _show_image(figure.add_subplot(grid[0, 0]), image, "image")
-    _show_labels(figure.add_subplot(grid[1, 0]), truth, "truth")
-    for line, row in enumerate(rows):
-        axes = [figure.add_subplot(grid[line, column]) for column in range(1, 8)]
-        _show_labels(axes[0], row.bare, "bare")
-        _show_errors(axes[1], image, row.bare != truth)
-        _show_labels(axes[2], row.reseg, "with reseg")
-        _show_errors(axes[3], image, row.reseg != truth)
-        _show_image(axes[4], row.reconstruction, "teacher, from truth")
-        axes[0].set_ylabel(row.name, fontsize=11)
-        _plot_task_losses(axes[5], row)
-        _plot_recon_losses(axes[6], row)
+    axes = figure.subplots(2, columns)
+    _show_image(axes[0, 0], image, "image\nof a test volume")
+    _show_labels(axes[0, 1], truth, "truth")
+    axes[1, 0].axis("off")
+    if reconstruction is None:
+        axes[1, 1].axis("off")
+    else:
+        _show_image(axes[1, 1], reconstruction, "reseg's teacher, from truth")
+    for column, way in enumerate(ways, 2):
+        dsc = "" if way.dsc is None else f"\nDSC {100 * way.dsc:.2f} on all test volumes"
+        _show_labels(axes[0, column], way.label, way.name + dsc)
+        _show_errors(axes[1, column], image, way.label != truth)
     handles = [*_class_patches(class_names), Patch(facecolor=ERROR, edgecolor="grey", label="wrong pixel")]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=9, frameon=False)
     return figure
@@ -148,7 +142,7 @@ def _show_errors(axes: Axes, image: np.ndarray, wrong: np.ndarray) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=2)  # darkened, so that the errors stand out
     overlay = np.ma.masked_where(~wrong, wrong)
     axes.imshow(overlay, cmap=ListedColormap([ERROR]), interpolation="nearest")
-    _bare_frame(axes, f"errors, {wrong.mean():.1%}")
+    _bare_frame(axes, f"errors here, {wrong.mean():.1%}")
 
 
 def _bare_frame(axes: Axes, title: str) -> None:
@@ -156,36 +150,3 @@ def _bare_frame(axes: Axes, title: str) -> None:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _plot_task_losses(axes: Axes, row: ModelPictures) -> None:
-    for losses, colour, label in ((row.bare_losses, BARE, "bare"), (row.reseg_losses, RESEG, "with reseg")):
-        smooth = _running_mean(np.asarray(losses))
-        steps = np.arange(len(losses) - len(smooth), len(losses)) + 1
-        axes.plot(np.arange(len(losses)) + 1, losses, color=colour, alpha=0.2, linewidth=0.8)
-        axes.plot(steps, smooth, color=colour, linewidth=1.5, label=label)
-    axes.legend(fontsize=8, frameon=False, handlelength=1.2)
-    _curve_frame(axes, "task loss")
-
-
-def _plot_recon_losses(axes: Axes, row: ModelPictures) -> None:
-    # one value per pass over the data; the last pass may have been cut short
-    steps = np.linspace(0, row.recon_steps, len(row.recon_losses) + 1)[1:]
-    axes.plot(steps, row.recon_losses, color=STAGE_1, linewidth=1.5, marker=".")
-    _curve_frame(axes, "stage 1, teacher's loss")
-
-
-def _curve_frame(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=9, pad=3)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("step", fontsize=8, labelpad=1)
-    axes.tick_params(which="both", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _running_mean(values: np.ndarray, width: int = 10) -> np.ndarray:
-    width = min(width, len(values))
-    return np.convolve(values, np.full(width, 1 / width), mode="valid")

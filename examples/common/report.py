@@ -1,10 +1,12 @@
-"""What a comparison prints: a table of two runs side by side."""
+"""What a comparison prints: a table of two runs side by side, or of any number, a run a row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .metrics import Summary
+
+UNITS = {"mm": "mm", "px": "pixels"}
 
 
 def comparison_table(
@@ -12,7 +14,7 @@ def comparison_table(
 ) -> str:
     """DSC and HD95 per foreground class and on average, without | with reseg-loss (the run named `ours`)."""
     width = max(len(title), *map(len, class_names), len("mean of classes")) + 2
-    unit = {"mm": "mm", "px": "pixels"}[bare.unit]
+    unit = UNITS[bare.unit]
     lines = [
         f"{title:{width}} {'DSC in %':^21}   {f'HD95 in {unit}':^21}",
         f"{'':{width}} {'bare':>8} | {ours:>10}   {'bare':>8} | {ours:>10}",
@@ -27,6 +29,17 @@ def comparison_table(
         if skipped:
             lines.append(f"volumes skipped, {run} (class neither in truth nor in prediction): {', '.join(skipped)}")
     return "\n".join(lines)
+
+
+def scores_table(results: Mapping[str, Summary], class_names: Sequence[str]) -> str:
+    """DSC per class and on average, and the average HD95, a run a row."""
+    unit = UNITS[next(iter(results.values())).unit]
+    rows = [["", *(f"DSC {name}" for name in class_names[1:]), "DSC mean", f"HD95 mean in {unit}"]]
+    for name, summary in results.items():
+        dsc = [_number(value, 100) for value in (*summary.dsc, summary.mean_dsc)]
+        rows.append([name, *dsc, _number(summary.mean_hd95, 1)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows)
 
 
 def _number(value: float | None, scale: float) -> str:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from reseg_loss import DeepSupervision, ReSegWrapper
+from reseg_loss import DeepSupervision, ReSegWrapper, SemiSupervised
 
 from .data import Case, SegmentationData, resize_image
 from .metrics import VolumeScores, score_volume
 from .processes import gather, rank, share, world_size
 from .recipes import poly, segmentation_loss
 
+IGNORED = 255  # in labels of unlabelled images
+
 
 def train(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     optimizer: Optimizer,
     *,
     steps: int,
@@ -33,6 +38,7 @@ def train(
     seed: int = 0,
     reseg: ReSegWrapper | None = None,
     deep: DeepSupervision | None = None,
+    semi: SemiSupervised | None = None,
     after_step: Callable[[float, float], None] | None = None,
     title: str = "training",
 ) -> list[float]:
@@ -43,7 +49,7 @@ def train(
 
     Args:
         model: the network, or its DistributedDataParallel.
-        batches: those of the steps ``start`` to ``steps - 1``.
+        batches: those of the steps ``start`` to ``steps - 1``: image and label, with `semi` unlabelled images, too.
         task_loss: of logits and label (B, 1, H, W); default: 0.5 cross-entropy + 0.5 Dice.
         factor: of the optimizer's own learning rate at a step; default: polynomial decay.
         amp: autocast dtype; float16 wants a ``scaler``.
@@ -56,24 +62,35 @@ def train(
     history = []
     model.train()
     progress = tqdm(batches, desc=title, initial=start, total=steps, disable=rank() > 0)
-    for step, (image, label) in enumerate(progress, start):
+    for step, batch in enumerate(progress, start):
         begin = time.perf_counter()
         torch.manual_seed((seed * 1_000_003 + step) * world_size() + rank())
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (poly(step, steps) if factor is None else factor(step))
-        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+        image, label, *unlabelled = (part.to(device, non_blocking=True) for part in batch)
+        sizes: list[int] = []
+
+        def forward(x: Tensor, sizes: list[int] = sizes) -> Any:
+            sizes.append(len(x))
+            with reseg.record() if reseg is not None and len(sizes) == 1 else nullcontext():
+                return model(x)
+
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            logits = model(image)
-        task = loss = task_loss(logits.float(), label[:, None])
+            result = forward(image) if semi is None else semi.loss(image, label[:, None], *unlabelled, forward=forward)
+        task = loss = task_loss(result.float(), label[:, None]) if semi is None else result
         if reseg is not None:
-            loss = loss + reseg.alignment_loss(label)
+            # of the unlabelled images in the first forward, if there are any, its teacher is told nothing
+            known = F.pad(label, [0, 0] * (label.ndim - 1) + [0, sizes[0] - len(label)], value=IGNORED)
+            loss = loss + reseg.alignment_loss(known)
         if deep is not None:
             loss = loss + deep.loss(label[:, None], lambda logits, label: task_loss(logits.float(), label))
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        history.append(task.item())  # waits for the device
+        if semi is not None:
+            semi.update()
+        history.append(task.item() if semi is None else semi.stats()["labelled"])  # waits for the device
         progress.set_postfix(loss=f"{history[-1]:.3f}")
         if after_step is not None:
             after_step(history[-1], time.perf_counter() - begin)

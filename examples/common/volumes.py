@@ -17,7 +17,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Case, SegmentationData, TrainingBatches, Volume, load_mni152, split_groups
+from .data import Case, SegmentationData, TrainingBatches, Volume, load_mni152, rest, split_groups
 from .metrics import VolumeScores, score_volume
 from .processes import gather, rank, share
 
@@ -66,7 +66,7 @@ def load_npz_volumes(path: Path, *, patients: int | None = None, seed: int = 0) 
     parts = split_groups([str(who) for who in np.unique(patient)], seed=seed, train=patients)
     train, test = (tuple(case for case in cases if case.group in set(part)) for part in parts)
     names = ("background", *(f"class {index}" for index in range(1, int(labels.max()) + 1)))
-    return SegmentationData(path.stem, train, test, names, max(images.shape[2:]))
+    return SegmentationData(path.stem, train, test, names, max(images.shape[2:]), rest(cases, *parts))
 
 
 def _reader(image: np.ndarray, label: np.ndarray) -> Callable[[], Volume]:

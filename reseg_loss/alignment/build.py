@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.dryrun import image_of, preserved_rng
 from ..common.labels import LabelEncoding
@@ -20,19 +20,16 @@ from ..taps.named import module_of, parse_taps
 from ..taps.plain import PLAN, plan_from_dict, plan_to_dict, refuse_other_channels, same_taps
 from .image_range import ImageMap
 from .losses import CrossAlignmentLoss
-from .settings import Settings
+from .settings import Settings, criterion_of
 from .targets import Targets
 from .teacher import Teacher, copy_for_teacher, input_channels, refuse_sharded
 
+CHANNELS = ("in_channels", "out_channels", "image_channels")  # of `Teacher`
 ENTRIES = {  # of the state of `Parts`
     "taps": PLAN,
     "teacher_taps": PLAN,
     "own_teacher": bool,
-    "image_channels": int,
-    "in_channels": int,
-    "out_channels": int,
-    "num_classes": int,
-    "dims": int,
+    **dict.fromkeys((*CHANNELS, "num_classes", "dims"), int),
     "image_map": ({"mean": [float], "std": [float]}, None),
     "teacher": dict,
 }
@@ -57,7 +54,8 @@ class Origin:
             for entries in parse_taps(named).values():
                 for tap in entries:
                     module_of(module, tap)
-        if self.teacher is not None and (self.teacher is self.model or _share_parameters(self.teacher, self.model)):
+        own, parameters = self.teacher, {*map(id, self.model.parameters())}
+        if own is not None and (own is self.model or any(id(p) in parameters for p in own.parameters())):
             raise ReSegError(
                 "teacher= is the model or shares parameters with it, which stage 1 would train and then freeze; leave "
                 "teacher= out for a copy"
@@ -90,9 +88,7 @@ class Parts:
             "taps": plan_to_dict(self.student.plan),
             "teacher_taps": plan_to_dict(self.targets.extractor.plan),
             "own_teacher": own_teacher,
-            "image_channels": teacher.image_channels,
-            "in_channels": teacher.in_channels,
-            "out_channels": teacher.out_channels,
+            **{name: getattr(teacher, name) for name in CHANNELS},
             "num_classes": teacher.encoding.num_classes,
             "dims": teacher.encoding.dims,
             "image_map": None if teacher.image_map is None else asdict(teacher.image_map),
@@ -112,22 +108,20 @@ def build(origin: Origin, example_input: Any, settings: Settings) -> Parts:
     shape, spatial = image.shape, tuple(image.shape[2:])
     if own is None:
         refuse_sharded(model)
-        _refuse_more_than_the_image(example_input)
+        _refuse_more_than_the_image(example_input, image)
     plan, trace = look(model, example_input, taps=origin.taps, levels=settings.levels, encoder=settings.encoder)
     output = select_output(trace.output, shape[0], spatial, settings.output_path)
     classes, bounded = output.shape[1], trace.activation(output) is not None
     encoding = LabelEncoding(settings.label_input, classes, len(spatial), settings.ignore_index)
     if own is None:
-        teacher = _teacher(origin, settings, encoding, shape[1], classes, shape[1], bounded)
-        return _assemble(origin, plan, teacher, plan, settings)
+        return _parts(origin, settings, encoding, plan, plan, (shape[1], classes, shape[1]), bounded)
     channels = input_channels(own, default=encoding.channels)
     label = torch.zeros(shape[0], channels, *spatial, device=image.device, dtype=image.dtype)
     theirs, trace = look(own, label, taps=origin.teacher_taps, encoder=settings.encoder)
     out_channels = select_output(trace.output, shape[0], spatial).shape[1]
     if not origin.teacher_taps:
         theirs = theirs.select([level.stride for level in plan.selected])
-    teacher = _teacher(origin, settings, encoding, channels, out_channels, shape[1])
-    return _assemble(origin, plan, teacher, theirs, settings)
+    return _parts(origin, settings, encoding, plan, theirs, (channels, out_channels, shape[1]))
 
 
 def restore(origin: Origin, state: Mapping[str, Any], settings: Settings, known: Parts | None, keep: bool) -> Parts:
@@ -148,10 +142,9 @@ def restore(origin: Origin, state: Mapping[str, Any], settings: Settings, known:
         same_taps(parts.student.plan, plan) and same_taps(parts.targets.extractor.plan, teacher_plan)
     ):
         encoding = LabelEncoding(settings.label_input, state["num_classes"], state["dims"], settings.ignore_index)
-        channels = state["in_channels"], state["out_channels"], state["image_channels"]
+        channels = tuple(state[name] for name in CHANNELS)
         bounded = "after.weight" in state["teacher"]  # else its channels alone tell
-        teacher = _teacher(origin, settings, encoding, *channels, bounded)
-        parts = _assemble(origin, plan, teacher, teacher_plan, settings)
+        parts = _parts(origin, settings, encoding, plan, teacher_plan, channels, bounded)
     try:
         parts.teacher.check_finite("in this state", state["teacher"])
         load_states((parts.teacher, state["teacher"]))
@@ -164,25 +157,9 @@ def restore(origin: Origin, state: Mapping[str, Any], settings: Settings, known:
     return parts
 
 
-def criterion_of(settings: Settings) -> CrossAlignmentLoss:
-    """L_align by the settings."""
-    return CrossAlignmentLoss(
-        settings.encoder_to_decoder,
-        settings.decoder_to_encoder,
-        settings.bottleneck,
-        divisor=settings.divisor,
-        normalize=settings.normalize,
-        seed=settings.seed,
-    )
-
-
-def _refuse_more_than_the_image(example_input: Any) -> None:
-    arguments = [example_input]
-    if isinstance(example_input, Mapping):
-        arguments = [*example_input.values()]
-    elif isinstance(example_input, (tuple, list)):
-        arguments = [*example_input]
-    if len(arguments) > 1 or arguments[0] is not image_of(example_input):
+def _refuse_more_than_the_image(example_input: Any, image: Tensor) -> None:
+    given = [*example_input.values()] if isinstance(example_input, Mapping) else example_input
+    if given is not image and not (isinstance(given, (tuple, list)) and len(given) == 1 and given[0] is image):
         raise ReSegError(
             "the example holds more than the image, or the image within something. If it is a loader's (image, "
             "label), pass the image alone; if the model takes more, its copy would need that beside the label: "
@@ -190,49 +167,34 @@ def _refuse_more_than_the_image(example_input: Any) -> None:
         )
 
 
-def _teacher(
+def _parts(
     origin: Origin,
     settings: Settings,
     encoding: LabelEncoding,
-    in_channels: int,
-    out_channels: int,
-    image_channels: int,
+    plan: TapPlan,
+    teacher_plan: TapPlan,
+    channels: tuple[int, ...],
     bounded: bool = False,
-) -> Teacher:
-    """A teacher around a copy of the model, or around the user's module."""
+) -> Parts:
+    """With a teacher around a copy of the model, or around the user's module; `channels` as in `CHANNELS`.
+
+    Raises:
+        TapError: the two plans have taps of different sizes.
+    """
+    mine, theirs = ([*(level.spatial for level in p.selected), p.bottleneck.spatial] for p in (plan, teacher_plan))
+    if mine != theirs:
+        raise TapError(
+            "student and teacher have taps of different sizes, and features are never resized.\n"
+            f"{plan.draw('student')}\n{teacher_plan.draw('teacher')}"
+        )
     own = origin.teacher
     with preserved_rng():
-        return Teacher(
+        teacher = Teacher(
             copy_for_teacher(origin.model, settings.teacher_init) if own is None else own,
             encoding,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            image_channels=image_channels,
+            **dict(zip(CHANNELS, channels)),
             output=settings.output_path if own is None else None,
             bounded=bounded,
         )
-
-
-def _assemble(origin: Origin, plan: TapPlan, teacher: Teacher, teacher_plan: TapPlan, settings: Settings) -> Parts:
-    _check_sizes(plan, teacher_plan)
-    criterion = criterion_of(settings)
-    return Parts(FeatureExtractor(origin.model, taps=plan), teacher, Targets(teacher, teacher_plan), criterion)
-
-
-def _share_parameters(a: nn.Module, b: nn.Module) -> bool:
-    of_a = {id(parameter) for parameter in a.parameters()}
-    return any(id(parameter) in of_a for parameter in b.parameters())
-
-
-def _check_sizes(student: TapPlan, teacher: TapPlan) -> None:
-    """Raise a TapError if the two have taps of different sizes."""
-    mine, theirs = student.selected, teacher.selected
-    if [level.spatial for level in mine] != [level.spatial for level in theirs] or (
-        student.bottleneck.spatial != teacher.bottleneck.spatial
-    ):
-        raise TapError(
-            "student and teacher have taps of different sizes, and features are never resized.\n"
-            + student.draw("student")
-            + "\n"
-            + teacher.draw("teacher")
-        )
+    student = FeatureExtractor(origin.model, taps=plan)
+    return Parts(student, teacher, Targets(teacher, teacher_plan), criterion_of(settings))

@@ -41,11 +41,14 @@ class Captured:
             made_of: equal as long as `forward` runs the same operations on the same memory, whose values may change.
             autocast: whether it runs in autocast, and in which dtype it computes.
         """
-        replay = self._replay(forward, encoded, made_of, autocast)
-        if replay is None:
+        if made_of != self._made_of:
+            self.drop()
+            self._made_of = made_of
+        kind = encoded.shape, encoded.dtype, encoded.device, autocast
+        if kind not in self._replays and not self._capture(kind, forward, encoded):
             return forward(encoded)
-        features = replay(encoded)
-        for feature in (*features.encoder, *features.decoder, features.bottleneck):
+        features = self._replays[kind](encoded)
+        for feature in features.all():
             torch.autograd.graph.increment_version(feature)  # autograd does not see a replay
         return features
 
@@ -57,25 +60,17 @@ class Captured:
     def __reduce__(self) -> tuple[type[Captured], tuple[()]]:
         return type(self), ()
 
-    def _replay(
-        self, forward: Callable[[Tensor], Features], encoded: Tensor, made_of: Any, autocast: tuple[bool, torch.dtype]
-    ) -> Callable[[Tensor], Features] | None:
-        """The replay for an input, captured now if it is the first of its kind; None where there can be none."""
+    def _capture(self, kind: Any, forward: Callable[[Tensor], Features], encoded: Tensor) -> bool:
+        """Capture the first input of its kind; whether that was possible."""
         if self._failed:
-            return None
-        if made_of != self._made_of:
-            self.drop()
-            self._made_of = made_of
-        key = encoded.shape, encoded.dtype, encoded.device, autocast
-        if key in self._replays:
-            return self._replays[key]
+            return False
         if len(self._replays) == LIMIT:
             if not self._full:
                 logger.info("the teacher has graphs for %d kinds of input and runs others as they are", LIMIT)
             self._full = True
-            return None
+            return False
         try:
-            self._replays[key] = capture_forward(forward, encoded)
+            self._replays[kind] = capture_forward(forward, encoded)
         except RuntimeError as error:
             # the end of a capture that broke may hide why it did
             if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
@@ -84,8 +79,7 @@ class Captured:
             self._failed = True
             message = "the teacher's forward cannot be captured and runs as it is; leave capture_teacher out (%s)"
             logger.warning(message, error, exc_info=True)
-            return None
-        return self._replays[key]
+        return not self._failed
 
 
 def serves(device: torch.device) -> bool:

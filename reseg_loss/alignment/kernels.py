@@ -234,29 +234,8 @@ def _standardized(
         begin = end
 
 
-class Layout(NamedTuple):
-    """A feature as (batch, channels, size), and how it is cut into tiles of (rows, columns)."""
-
-    batch: int
-    channels: int
-    size: int
-    last: bool  # whether channels come last; then all samples are one plane
-    rows: int
-    columns: int
-
-    @property
-    def tiles(self) -> int:
-        """Along all planes."""
-        return self.batch * _parts(self.size, self.rows)
-
-    @property
-    def blocks(self) -> int:
-        """Of channels."""
-        return _parts(self.channels, self.columns)
-
-
 class Launches(NamedTuple):
-    """What the standardized kernels take of pairs of some layouts."""
+    """What the standardized kernels take of pairs of some layouts (see `_layout`)."""
 
     batches: tuple[int, ...]
     channels: tuple[int, ...]
@@ -264,7 +243,7 @@ class Launches(NamedTuple):
     last: tuple[bool, ...]
     rows: tuple[int, ...]
     columns: tuple[int, ...]
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # of channels
     programs: tuple[int, ...]  # of the moments, for every block of channels; in sixteenths
     starts: tuple[int, ...]  # of the pairs' moments
     firsts: tuple[int, ...]  # of the pairs' channels
@@ -278,29 +257,31 @@ class Launches(NamedTuple):
 @lru_cache(maxsize=256)  # every step asks for the same few, and the host's time counts
 def launches(shapes: tuple[tuple[int, int, int, bool], ...]) -> Launches:
     """How features of these shapes (see `shape_of`) are shared out among programs."""
-    layouts = [_layout(*shape) for shape in shapes]
-    batches, channels, sizes, last, rows, columns = zip(*layouts)
-    programs = tuple(_parts(x.tiles, LOOPS) for x in layouts)
-    room = [_rounded(6 * n * x.channels) for n, x in zip(programs, layouts)]
+    batches, channels, sizes, last, rows, columns = zip(*(_layout(*shape) for shape in shapes))
+    tiles = [b * _parts(n, r) for b, n, r in zip(batches, sizes, rows)]  # along all planes
+    blocks = tuple(_parts(c, n) for c, n in zip(channels, columns))
+    programs = [_parts(n, LOOPS) for n in tiles]
+    room = [_rounded(6 * n * c) for n, c in zip(programs, channels)]
     return Launches(
-        batches, channels, sizes, last, rows, columns,
-        blocks=tuple(x.blocks for x in layouts),
+        batches, channels, sizes, last, rows, columns, blocks,
         programs=tuple(16 * n for n in programs),
         starts=tuple(accumulate(room, initial=0))[:-1],
         firsts=tuple(accumulate(channels, initial=0))[:-1],
-        counts=tuple(float(x.batch * x.size) for x in layouts),
+        counts=tuple(float(b * n) for b, n in zip(batches, sizes)),
         moments=sum(room),
-        for_moments=_ends(n * x.blocks for n, x in zip(programs, layouts)),
+        for_moments=_ends(n * b for n, b in zip(programs, blocks)),
         for_finish=_ends(_parts(c, FINISH) for c in channels),
-        for_gradients=_ends(x.tiles * x.blocks for x in layouts),
+        for_gradients=_ends(n * b for n, b in zip(tiles, blocks)),
     )  # fmt: skip
 
 
-def _layout(batch: int, channels: int, size: int, contiguous: bool) -> Layout:
+def _layout(batch: int, channels: int, size: int, contiguous: bool) -> tuple[int, int, int, bool, int, int]:
+    """Batch, channels, cells, whether channels come last; rows and columns of a tile."""
     if contiguous:
-        return Layout(batch, channels, size, False, min(BLOCK, _power_of_2(size)), 1)
-    columns = min(64, _power_of_2(channels))
-    return Layout(1, channels, batch * size, True, BLOCK // columns, columns)
+        return batch, channels, size, False, min(BLOCK, triton.next_power_of_2(size)), 1
+    columns = min(64, triton.next_power_of_2(channels))
+    # all samples are one plane
+    return 1, channels, batch * size, True, BLOCK // columns, columns
 
 
 def shape_of(x: Tensor) -> tuple[int, int, int, bool]:
@@ -322,10 +303,6 @@ def _rounded(n: int) -> int:
 
 def _parts(n: int, size: int) -> int:
     return -(-n // size)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) -> tuple[Tensor, list[Tensor]]:

@@ -32,11 +32,8 @@ class ReconLoss(nn.Module):
 
 def term_names(levels: int) -> list[str]:
     """The names of the terms of eq. 7 for a number of levels, the finest being 1."""
-    return [
-        *(f"encoder_to_decoder_{i + 1}" for i in range(levels)),
-        *(f"decoder_to_encoder_{i + 1}" for i in range(levels)),
-        "bottleneck",
-    ]
+    kinds = ("encoder_to_decoder", "decoder_to_encoder")
+    return [*(f"{kind}_{i + 1}" for kind in kinds for i in range(levels)), "bottleneck"]
 
 
 def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, Tensor]]:
@@ -99,9 +96,9 @@ class CrossAlignmentLoss(nn.Module):
         self.bottleneck = check_weight("bottleneck", bottleneck)
         if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
             raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
-        check_number("divisor", divisor, above=0)
-        check_number("seed", seed, least=0, whole=True)
-        self.divisor, self.normalize, self.seed = float(divisor), normalize, int(seed)
+        self.divisor: float = check_number("divisor", divisor, above=0)
+        self.seed: int = check_number("seed", seed, least=0, whole=True)
+        self.normalize = normalize
         self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def term_weight(self, name: str) -> float:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
-from ..common.state import plain_state
+from ..common.state import plain
 from ..errors import ReSegError
 from ..taps import TapPlan
 from ..taps.plain import plan_from_dict, same_taps
@@ -21,23 +21,23 @@ from .settings import STAGE_1, Settings
 _OF_THE_RATE = ("base_lrs", "_last_lr")  # a schedule's entries that follow from the optimizer's learning rate
 
 
-def choices(optimizer: torch.optim.Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
+def choices(optimizer: Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
     """What the user chose, as plain values: to be asked before a schedule changes the optimizer's groups."""
     return {
         "optimizer": _name_of(optimizer),
-        "groups": [{key: _plain(value) for key, value in group.items()} for group in _groups(optimizer)],
+        "groups": plain(_groups(optimizer)),
         "sizes": [len(group["params"]) for group in optimizer.param_groups],
-        "amp": None if amp is None else str(amp).removeprefix("torch."),
+        "amp": plain(amp),
+        "schedule": None,  # see `schedule_choices`
     }
 
 
-def schedule_choices(scheduler: Any) -> dict[str, Any] | None:
-    """The same of a schedule that has not advanced yet; None without one."""
-    return None if scheduler is None else {"class": _name_of(scheduler), "state": _plain(scheduler.state_dict())}
+def schedule_choices(scheduler: Any, kept: bool) -> dict[str, Any] | None:
+    """The same of a schedule that has not advanced yet; None if it is not kept in a file.
 
-
-def check_schedule(scheduler: Any, kept: bool) -> None:
-    """Raise a ReSegError unless `step()` works without arguments and, if it is kept in a file, the state can be had."""
+    Raises:
+        ReSegError: `step()` does not work without arguments, or the state of what is kept cannot be had.
+    """
     needed = ("step", "state_dict", "load_state_dict") if kept else ("step",)
     missing = [name for name in needed if not callable(getattr(scheduler, name, None))]
     if missing:
@@ -55,15 +55,11 @@ def check_schedule(scheduler: Any, kept: bool) -> None:
         ) from error
     except ValueError:  # of what is written in C there is no signature
         pass
+    return {"class": _name_of(scheduler), "state": plain(scheduler.state_dict())} if kept else None
 
 
 def refuse_another_stage_1(
-    resumed: Mapping[str, Any],
-    file: str,
-    settings: Settings,
-    standardize_image: bool,
-    named: Mapping[str, Any],
-    plan: TapPlan | None,
+    resumed: Mapping[str, Any], file: str, settings: Settings, standardize_image: bool, named: Any, plan: TapPlan | None
 ) -> None:
     """Raise a ReSegError if a file's stage 1 had other settings, images or taps than this one.
 
@@ -89,11 +85,7 @@ def refuse_another_stage_1(
 
 
 def go_on(
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    scaler: torch.amp.GradScaler,
-    resumed: dict[str, Any],
-    mine: dict[str, Any],
+    optimizer: Optimizer, scheduler: Any, scaler: torch.amp.GradScaler, resumed: dict[str, Any], mine: dict[str, Any]
 ) -> list[str]:
     """Bring optimizer, schedule and loss scaling to where the file's were; what differs from the file's choices.
 
@@ -120,25 +112,30 @@ def go_on(
         where = f" of group {i}" if len(mine["groups"]) > 1 else ""
         changes += [f"{key}{where} {old[key]!r} there, {new[key]!r} here" for key in sorted(changed[-1])]
     differing = _differing(theirs["schedule"], mine["schedule"])
-    _advance(scheduler, resumed["step"])
-    fresh = [copy.deepcopy(group) for group in _groups(optimizer)]
+    if scheduler is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects steps of the optimizer between; these were before
+            for _ in range(resumed["step"]):
+                scheduler.step()
+    advanced = copy.deepcopy(_groups(optimizer))
     optimizer.load_state_dict(resumed["optimizer"])
     if scaler.is_enabled() and resumed["scaler"]:  # it is empty where there was no scaling
         scaler.load_state_dict(resumed["scaler"])
-    moved = [_moved(a, b) for a, b in zip(fresh, mine["groups"])] if scheduler is not None else [set() for _ in fresh]
-    rates = [
-        (float(ours["lr"]), float(loaded["lr"])) for ours, loaded in zip(fresh, optimizer.param_groups) if "lr" in ours
-    ]
-    same_rates = scheduler is None or all(math.isclose(a, b, rel_tol=1e-6) for a, b in rates)
-    if not same_rates and not differing and not any(changed):
-        differing = [f"learning rate at step {resumed['step']} {rates[0][1]:.6g} there, {rates[0][0]:.6g} here"]
-    changes += [f"schedule: {text}" for text in differing]
     if scheduler is not None and not differing and not any(changed):
-        scheduler.load_state_dict(resumed["scheduler"])
-        moved = [set() for _ in fresh]
-    for group, ours, keys in zip(optimizer.param_groups, fresh, map(set.union, changed, moved)):
+        pairs = zip(optimizer.param_groups, advanced)
+        rates = [(float(loaded["lr"]), float(ours["lr"])) for loaded, ours in pairs if "lr" in ours]
+        if all(math.isclose(there, here, rel_tol=1e-6) for there, here in rates):
+            scheduler.load_state_dict(resumed["scheduler"])
+        else:  # the functions in a schedule cannot be compared
+            there, here = rates[0]
+            differing = [f"learning rate at step {resumed['step']} {there:.6g} there, {here:.6g} here"]
+    if scheduler is not None and (differing or any(changed)):
+        for keys, ours, chosen in zip(changed, advanced, mine["groups"]):
+            # what the schedule made or changed, and the rate, which may be back where it was
+            keys |= {key for key in ours if key == "lr" or key not in chosen or plain(ours[key]) != chosen[key]}
+    for group, ours, keys in zip(optimizer.param_groups, advanced, changed):
         group.update({key: ours[key] for key in keys})
-    return changes
+    return changes + [f"schedule: {text}" for text in differing]
 
 
 def _check_same_kind(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -169,33 +166,8 @@ def _differing(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> li
     return [f"{key} {_short(old.get(key))} there, {_short(new.get(key))} here" for key in keys]
 
 
-def _advance(scheduler: Any, steps: int) -> None:
-    if scheduler is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch expects steps of the optimizer between; these were before
-            for _ in range(steps):
-                scheduler.step()
-
-
-def _moved(group: dict[str, Any], chosen: dict[str, Any]) -> set[str]:
-    """The entries of a group that its schedule made or changed, and the rate, which may be back where it was."""
-    return {key for key, value in group.items() if key == "lr" or key not in chosen or _plain(value) != chosen[key]}
-
-
-def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, strings, lists and dicts of such, which compare with ==, and which torch saves by value."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    plain = plain_state(value)
-    return plain.tolist() if isinstance(plain, Tensor) else plain
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from ..common.outputs import as_path
 from ..common.state import plain
 from ..errors import ReSegError, did_you_mean
 from ..taps.tap import check_strides
+from .losses import CrossAlignmentLoss, ReconLoss
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,16 @@ class Settings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
-        for name in ("weight", "encoder_to_decoder", "decoder_to_encoder", "bottleneck", "alpha", "beta"):
-            check_weight(name, getattr(self, name))
-        check_number("divisor", self.divisor, above=0)
-        check_number("seed", self.seed, least=0, whole=True)
+        check_weight("weight", self.weight)
         check_number("every", self.every, least=1, whole=True)
         if self.ignore_index is not None:
             check_number("ignore_index", self.ignore_index, whole=True)
         if self.levels is not None:
             check_strides(self.levels)
-        as_path(self.output)  # refuses what is no path
+        # these refuse what they cannot take
+        as_path(self.output)
+        ReconLoss(self.alpha, self.beta)
+        criterion_of(self)
 
     @property
     def lower(self) -> torch.dtype | None:
@@ -90,7 +91,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {name: plain(value) for name, value in asdict(self).items()}
+        return plain(asdict(self))
 
 
 # what stage 1 depends on: a stage 1 can only go on under the same
@@ -106,7 +107,6 @@ _DTYPES: dict[torch.dtype | str | None, torch.dtype | None] = {
 }
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "normalize": (None, "batch"),
     "label_input": ("index", "onehot"),
     "teacher_init": ("random", "copy"),
     "encoder": ("skip", "block"),
@@ -114,6 +114,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "compile_teacher": (False, True),
     "capture_teacher": (False, True),
 }
+
+
+def criterion_of(settings: Settings) -> CrossAlignmentLoss:
+    """L_align by the settings."""
+    names = ("encoder_to_decoder", "decoder_to_encoder", "bottleneck", "divisor", "normalize", "seed")
+    return CrossAlignmentLoss(**{name: getattr(settings, name) for name in names})
 
 
 # paper: Li et al., MICCAI 2025, eqs. 1-8, the default. standardized: the same on standardized features.

@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from ..recording.extractor import FeatureExtractor
 from ..taps.named import module_of
 from .image_range import ImageMap, far_from_unit, valid_pixels
 from .losses import ReconLoss
-from .resume import check_schedule, choices, go_on, schedule_choices
+from .resume import choices, go_on, schedule_choices
+from .stage1_file import Stage1File
 from .teacher import Teacher
 
 logger = logging.getLogger("reseg_loss")
@@ -37,54 +39,90 @@ RECENT_STEPS = 20  # whose loss is that of the end of stage 1
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """Those of `ReSegWrapper.fit_recon`, which says more of each.
+
+    Raises:
+        ReSegError: one cannot be, or this is inference mode.
+    """
+
+    loader: Iterable[Any]
+    epochs: int | None
+    steps: int | None
+    optimizer: OptimizerLike | None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None
+    amp: torch.dtype | None
+    batch: Callable[[Any], Any] | None
+    standardize_image: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        loader, optimizer, scheduler, amp, batch = self.loader, self.optimizer, self.scheduler, self.amp, self.batch
+        if (self.epochs is None) == (self.steps is None):
+            raise ReSegError("say how long to train: epochs= or steps=, one of them")
+        check_number(*(("epochs", self.epochs) if self.steps is None else ("steps", self.steps)), least=1, whole=True)
+        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            raise ReSegError(f"stage 1 needs a loader that yields batches, got {type(loader).__name__}")
+        if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer)):
+            raise ReSegError(f"optimizer= is a function such as torch.optim.Adam, or an optimizer, got {optimizer!r}")
+        if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
+            raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
+        if not (batch is None or callable(batch)):
+            raise ReSegError(f"batch= is a function from a batch to (image, label), got {type(batch).__name__}")
+        if torch.is_inference_mode_enabled():
+            raise ReSegError("stage 1 trains, which inference mode forbids: call fit_recon outside it")
+
+
 def fit(
-    loader: Iterable[Any],
+    given: Arguments,
     prepare: Callable[[Tensor], tuple[Teacher, FeatureExtractor]],
     loss: ReconLoss,
-    *,
     copied: bool,
-    epochs: int | None,
-    steps: int | None,
-    optimizer: OptimizerLike | None,
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None,
-    amp: torch.dtype | None,
-    unpack: Callable[[Any], Any] | None,
-    standardize_image: bool,
+    file: Stage1File | None,
     resumed: dict[str, Any] | None,
-    rehearse: Callable[[dict[str, Any]], None] | None,
-    save: Callable[[dict[str, Any]], None] | None,
-    progress: bool,
+    state: Callable[[], dict[str, Any]],
 ) -> list[float]:
     """Train the teacher that `prepare` returns, with its taps, for the first batch; the mean loss of every epoch.
 
-    `copied` says whether the teacher copies the model. `resumed` is what an earlier `save` was given; with it the run
-    goes on after its last epoch.
-    `rehearse`, called before the first step, gets of that what is there already. The caller keeps random states,
-    freezes the teacher and makes files of what `save` gets.
+    `copied` says whether the teacher copies the model. The run goes on after the last epoch of what was `resumed` from
+    the file, which gets the `state` of the wrapper beside that of the run. The caller keeps random states and freezes
+    the teacher.
 
     Raises:
-        ReSegError: the loader is empty, a batch has another form, the loss or a weight is not finite, or the run cannot
-            go on from the file as it is to; or the output that is learnt does not depend on all tapped modules.
+        ReSegError: the loader is empty, a batch has another form, the loss or a weight is not finite, the file cannot
+            be written, or the run cannot go on from it as it is to; or the output that is learnt does not depend on all
+            tapped modules.
         TapError: a tapped module of a copy of the model runs without gradients.
     """
-    history: list[float] = list(resumed["history"]) if resumed else []
-    step, constants = (resumed["step"], list(resumed["constants"])) if resumed else (0, [])
+    start = resumed or {"history": [], "step": 0, "constants": []}
+    history, step, constants = start["history"], start["step"], start["constants"]
+    epochs, steps = given.epochs or math.inf, given.steps or math.inf
+    if file is not None and (len(history) >= epochs or step >= steps):
+        logger.warning(
+            "%s holds a finished stage 1 (%s): its teacher is used and this loader is not. If it is of other patients, "
+            "name another file",
+            file.path,
+            f"{step} steps" if given.epochs is None else f"{len(history)} epochs",
+        )
+    elif file is not None:
+        file.check()
     run: _Run | None = None
     taps: FeatureExtractor | None = None
     recent: deque[Tensor] = deque(maxlen=RECENT_STEPS)
     generator = torch.Generator().manual_seed(0)  # of the pixels that `_compare_with_constant` sees
     if resumed:
         restore_rng(resumed["rng"])
-    bar = tqdm(total=steps, initial=step, disable=not progress or rank() > 0, desc="stage 1", unit="step")
-    if epochs is not None:
-        with suppress(TypeError):  # loaders of iterable data sets have no length
-            bar.total = epochs * len(loader)  # pyright: ignore[reportArgumentType]
-    with bar:
-        while (len(history) < epochs) if epochs is not None else (step < (steps or 0)):
-            set_epoch(loader, len(history))
+    hidden = not given.progress or rank() > 0
+    with tqdm(total=given.steps, initial=step, disable=hidden, desc="stage 1", unit="step") as bar:
+        if given.epochs is not None:
+            with suppress(TypeError):  # loaders of iterable data sets have no length
+                bar.total = given.epochs * len(given.loader)  # pyright: ignore[reportArgumentType]
+        while len(history) < epochs and step < steps:
+            set_epoch(given.loader, len(history))
             total, seen = None, 0
-            for batch in in_step(loader) if steps is None else loader:
-                image, label = pair_of(batch, unpack, "fit_recon")
+            for batch in in_step(given.loader) if given.steps is None else given.loader:
+                image, label = pair_of(batch, given.batch, "fit_recon")
                 if run is None:
                     teacher, taps = prepare(image)
                 else:
@@ -93,15 +131,15 @@ def fit(
                 if not history and step < CHECKED_STEPS:
                     teacher.encoding.check_values(label)
                 if run is None:
-                    _settle_range(teacher, image, label, standardize_image)
-                    run = _Run(teacher, loss, optimizer, scheduler, amp, resumed, kept=save is not None)
-                    if rehearse is not None:
-                        rehearse(run.state())
-                watched = None if recent else taps  # in the first step alone
-                around = _gradients_wanted(watched) if watched is not None and copied else nullcontext()
+                    _settle_range(teacher, image, label, given.standardize_image)
+                    run = _Run(teacher, loss, given, resumed, kept=file is not None)
+                    if file is not None:
+                        file.rehearse({**state(), **run.state()})
+                around = _gradients_wanted(taps) if taps is not None and copied else nullcontext()
                 value, valid = run.step(image, label, around)
-                if watched is not None:
-                    _check_reached(teacher, watched)
+                if taps is not None:  # in the first step alone
+                    _check_reached(teacher, taps)
+                    taps = None
                 if len(constants) < SAMPLED_BATCHES:
                     constants.append(run.standardized(sample_pixels(image, valid, generator)))
                 total = value if total is None else total + value
@@ -110,15 +148,16 @@ def fit(
                 bar.update()
                 if seen % READ_EVERY == 0:
                     bar.set_postfix(loss=f"{_finite(total, seen, step):.4f}")
-                if steps is not None and step >= steps:
+                if step >= steps:
                     break
             if total is None or run is None:
                 raise ReSegError("the loader is empty (or a one-shot iterator that is used up); stage 1 needs batches")
             history.append(_finite(total, seen, step))
             bar.set_postfix(loss=f"{history[-1]:.4f}")
-            if save is not None:
+            if file is not None:
                 run.teacher.check_finite(f"after {step} steps, although the loss before the last was finite")
-                save({**run.state(), "history": history, "step": step, "constants": constants, "rng": rng_state()})
+                now = {"history": history, "step": step, "constants": constants, "rng": rng_state()}
+                file.write({**state(), **run.state(), **now})
     if history and constants:  # the last steps', for a pass may hold the whole training
         last = float(torch.stack([*recent]).mean()) if recent else history[-1]
         _compare_with_constant(last, torch.cat(constants, 1), loss)
@@ -129,16 +168,9 @@ class _Run:
     """Teacher, optimizer and schedule while stage 1 runs; under torch.distributed in a DDP of its own."""
 
     def __init__(
-        self,
-        teacher: Teacher,
-        loss: ReconLoss,
-        optimizer: OptimizerLike | None,
-        scheduler: Callable[[torch.optim.Optimizer], Any] | None,
-        amp: torch.dtype | None,
-        resumed: dict[str, Any] | None,
-        kept: bool,
+        self, teacher: Teacher, loss: ReconLoss, given: Arguments, resumed: dict[str, Any] | None, kept: bool
     ) -> None:
-        self.teacher, self.loss, self.amp = teacher, loss, amp
+        self.teacher, self.loss, self.amp = teacher, loss, given.amp
         self.device = teacher.reference.device
         self.range = teacher.image_map and teacher.image_map.tensors(teacher.encoding.dims, self.device)
         self.module: nn.Module = teacher
@@ -146,26 +178,21 @@ class _Run:
             ids = [self.device.index] if self.device.type == "cuda" else None
             # heads that the reconstruction does not reach get no gradient
             self.module = DistributedDataParallel(teacher, device_ids=ids, find_unused_parameters=True)
-        if optimizer is None:
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)
-        elif isinstance(optimizer, torch.optim.Optimizer):
-            self.optimizer = optimizer
-        else:
-            self.optimizer = optimizer(teacher.parameters())
-            if not isinstance(self.optimizer, torch.optim.Optimizer):
-                raise ReSegError(f"optimizer= is a function that makes an optimizer; it made {self.optimizer!r}")
+        optimizer = torch.optim.Adam if given.optimizer is None else given.optimizer  # at its own rate, 1e-3
+        self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(teacher.parameters())
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise ReSegError(f"optimizer= is a function that makes an optimizer; it made {self.optimizer!r}")
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(p) in known for p in teacher.parameters()):
             raise ReSegError(
                 "the optimizer holds no parameter of the teacher; give a function: optimizer=torch.optim.Adam"
             )
-        mine = choices(self.optimizer, amp)
+        self.choices = choices(self.optimizer, given.amp)
         self.scheduler = None
-        if scheduler is not None:
-            self.scheduler = scheduler(self.optimizer)
-            check_schedule(self.scheduler, kept)
-        self.choices = {**mine, "schedule": schedule_choices(self.scheduler)} if kept else mine
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        if given.scheduler is not None:
+            self.scheduler = given.scheduler(self.optimizer)
+            self.choices["schedule"] = schedule_choices(self.scheduler, kept)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=given.amp is torch.float16)
         if resumed:
             changes = go_on(self.optimizer, self.scheduler, self.scaler, resumed, self.choices)
             if changes and rank() == 0:
@@ -206,23 +233,6 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
         }
-
-
-def check_choices(loader: Any, epochs: Any, steps: Any, optimizer: Any, scheduler: Any, amp: Any, batch: Any) -> None:
-    """Raise a ReSegError for arguments of `fit_recon` that cannot be."""
-    if (epochs is None) == (steps is None):
-        raise ReSegError("say how long to train: epochs= or steps=, one of them")
-    check_number(*(("epochs", epochs) if steps is None else ("steps", steps)), least=1, whole=True)
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise ReSegError(f"stage 1 needs a loader that yields batches, got {type(loader).__name__}")
-    if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer)):
-        raise ReSegError(f"optimizer= is a function such as torch.optim.Adam, or an optimizer, got {optimizer!r}")
-    if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
-        raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
-    if not (batch is None or callable(batch)):
-        raise ReSegError(f"batch= is a function from a batch to (image, label), got {type(batch).__name__}")
-    if torch.is_inference_mode_enabled():
-        raise ReSegError("stage 1 trains, which inference mode forbids: call fit_recon outside it")
 
 
 @contextmanager

@@ -64,7 +64,6 @@ class Targets:
         encoded, valid = teacher.encoding.encode(label)
         enabled, dtype = autocast if settings.lower is None else (True, settings.lower)
         dtype = dtype if enabled else teacher.reference.dtype
-        low = dtype.itemsize < 4
         run = teacher.run
         if settings.compile_teacher:
             run = self._compiled = self._compiled or torch.compile(teacher.run)
@@ -75,7 +74,7 @@ class Targets:
             with torch.no_grad(), cast, self._unmoved():
                 return self.extractor.features_of(lambda: run(encoded))
 
-        if device.type == "cuda" and low and not self._tried_channels_last:
+        if device.type == "cuda" and dtype.itemsize < 4 and not self._tried_channels_last:
             # convolutions in low precision are several times faster so, whatever the student's are
             self._tried_channels_last = True
             teacher.to_channels_last()
@@ -87,9 +86,7 @@ class Targets:
                 logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
                 teacher.to_channels_last(False)
         if settings.capture_teacher and capture.serves(device):
-            modules, tensors = teacher.made_of()
-            made_of = run, modules, [t.data_ptr() for t in tensors]
-            return self._captured(features, encoded, made_of, (enabled, dtype)), valid
+            return self._captured(features, encoded, (run, teacher.made_of()), (enabled, dtype)), valid
         return features(encoded), valid
 
     def remove(self) -> None:

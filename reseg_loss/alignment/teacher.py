@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..common.dryrun import preserved_modes, preserved_rng
+from ..common.dryrun import preserved_rng
 from ..common.labels import LabelEncoding, plain_label
 from ..common.outputs import select_output
 from ..errors import ReSegError
@@ -104,18 +104,18 @@ class Teacher(nn.Module):
                 return parameter
         return self.get_buffer("_like")
 
-    def made_of(self) -> tuple[list[Any], list[Tensor]]:
-        """All modules and the keys of their hooks; all parameters and buffers.
+    def made_of(self) -> tuple[list[Any], ...]:
+        """All modules, the keys of their hooks, and the addresses of all parameters and buffers.
 
         Without names, which take twice as long: this is asked in every step.
         """
-        modules, hooks, tensors = [*self.modules()], [], []
+        modules, hooks, addresses = [*self.modules()], [], []
         for module in modules:
             hooks += (*module._forward_pre_hooks, *module._forward_hooks)
             for held in (module._parameters, module._buffers):
                 if held:
-                    tensors += [tensor for tensor in held.values() if tensor is not None]
-        return [*modules, *hooks], tensors
+                    addresses += [tensor.data_ptr() for tensor in held.values() if tensor is not None]
+        return modules, hooks, addresses
 
     def check_finite(self, when: str, state: Mapping[str, Any] | None = None) -> None:
         """Raise a ReSegError if a parameter or buffer holds NaN or infinite values. It waits for the device.
@@ -155,9 +155,7 @@ class Teacher(nn.Module):
         Yields a list, which then holds them as (module, name). `known` is that of an earlier forward: the others are
         not compared.
         """
-        asked = known
-        if asked is None:
-            asked = [(module, name) for module in self.modules() for name in module._buffers]
+        asked = [(module, name) for module in self.modules() for name in module._buffers] if known is None else known
         before = [(m, name, held, held.clone()) for m, name in asked if (held := m._buffers.get(name)) is not None]
         moved: list[tuple[nn.Module, str]] = []
         try:
@@ -259,14 +257,6 @@ def refuse_sharded(model: nn.Module) -> None:
             "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
             "or pass teacher="
         )
-
-
-@contextmanager
-def evaluating(teacher: Teacher) -> Iterator[None]:
-    """Evaluation without gradients; train flags and buffers are as before afterwards."""
-    with preserved_modes(teacher), torch.no_grad(), teacher.unmoved():
-        teacher.eval()
-        yield
 
 
 def _changed(now: Tensor | None, before: Tensor) -> bool:

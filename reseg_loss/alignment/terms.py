@@ -60,23 +60,20 @@ class _Terms(torch.autograd.Function):
         n, saved, normalize = len(upstream), _saved(ctx), ctx.normalize
         pairs, kept = list(zip(saved[:n], saved[n : 2 * n])), saved[2 * n :]
         wanted = [i for i in range(n) if ctx.needs_input_grad[2 + i]]
-        gradients: list[Tensor | None] = [None] * n
-        if ctx.triton and not torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # create_graph=True
+            terms = {i: RF.alignment_term(*pairs[i], normalize=normalize) for i in wanted}
+            found = [
+                torch.autograd.grad(term, pairs[i][0], upstream[i].to(term.dtype), create_graph=True)[0]
+                for i, term in terms.items()
+            ]
+        elif ctx.triton:
             from . import kernels
 
             found = kernels.gradients([_in_order(s, t) for s, t in pairs], upstream, kept, wanted)
-            for i, g in zip(wanted, found):
-                gradients[i] = g
-            return (None, None, *gradients)
-        upstreams = upstream.unbind()
-        for i in wanted:
-            s, t = pairs[i]
-            if torch.is_grad_enabled():  # create_graph=True
-                term = RF.alignment_term(s, t, normalize=normalize)
-                (gradients[i],) = torch.autograd.grad(term, s, upstreams[i].to(term.dtype), create_graph=True)
-            else:
-                gradients[i] = gradient(s, t, upstreams[i], kept[i] if normalize else None)
-        return (None, None, *gradients)
+        else:
+            found = [gradient(*pairs[i], upstream[i], kept[i] if normalize else None) for i in wanted]
+        gradients = dict(zip(wanted, found))
+        return (None, None, *(gradients.get(i) for i in range(n)))
 
 
 def _saved(ctx: Any) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,21 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ..common.distributed import broadcast
-from ..common.dryrun import preserved_rng
+from ..common.dryrun import preserved_modes, preserved_rng
 from ..common.inputs import OF_IMAGES, OF_MODEL, readable, refuse_not_finite
 from ..common.labels import plain_label
 from ..errors import ReSegError
 from ..recording.extractor import FeatureExtractor
 from ..regularizer import Regularizer, nothing
 from . import stage1
-from .build import ENTRIES, Origin, Parts, build, criterion_of, restore
+from .build import ENTRIES, Origin, Parts, build, restore
 from .losses import CrossAlignmentLoss, ReconLoss
 from .resume import refuse_another_stage_1
 from .settings import AT_RUN_TIME, Settings, settings_of
 from .stage1_file import Stage1File
-from .teacher import Teacher, evaluating
-
-logger = logging.getLogger("reseg_loss")
+from .teacher import Teacher
 
 OF_TEACHER = (
     "the teacher's features hold NaN or infinite values: its weights do, or it overflows in low precision. Fit a new "
@@ -117,34 +114,13 @@ class ReSegWrapper(Regularizer):
         compile_teacher: bool | None = None,
         capture_teacher: bool | None = None,
     ) -> None:
-        self._settings = settings_of(
-            preset,
-            weight=weight,
-            encoder_to_decoder=encoder_to_decoder,
-            decoder_to_encoder=decoder_to_encoder,
-            bottleneck=bottleneck,
-            divisor=divisor,
-            normalize=normalize,
-            seed=seed,
-            alpha=alpha,
-            beta=beta,
-            label_input=label_input,
-            ignore_index=ignore_index,
-            output=output,
-            teacher_init=teacher_init,
-            levels=levels,
-            encoder=encoder,
-            every=every,
-            teacher_dtype=teacher_dtype,
-            compile_teacher=compile_teacher,
-            capture_teacher=capture_teacher,
-        )
+        given = locals()  # the keywords from `weight` on are the fields of Settings
+        self._settings = settings_of(preset, **{field.name: given[field.name] for field in fields(Settings)})
         super().__init__(model, self._settings.weight)
         self._origin = Origin(self._model, taps, teacher, teacher_taps)
         self._parts: Parts | None = None
         self._labels_checked = False
         self.recon_loss = ReconLoss(self._settings.alpha, self._settings.beta)
-        criterion_of(self._settings)  # refuses bad weights now, not later
         if example_input is not None:
             self._use(build(self._origin, example_input, self._settings))
 
@@ -230,25 +206,13 @@ class ReSegWrapper(Regularizer):
                 read back from it. Passes are of different lengths under torch.distributed, with `epochs`.
             TapError: a tapped module of a copy of the model runs without gradients (reentrant checkpointing).
         """
-        stage1.check_choices(loader, epochs, steps, optimizer, scheduler, amp, batch)
+        given = stage1.Arguments(loader, epochs, steps, optimizer, scheduler, amp, batch, standardize_image, progress)
         if self.ready:
             raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
         file = Stage1File(checkpoint) if checkpoint is not None else None
         resumed = file.read() if file is not None else None
-        done = 0
         if resumed is not None:
             self._go_on(resumed, str(checkpoint), standardize_image)
-            done = len(resumed["history"]) if epochs is not None else resumed["step"]
-        if done >= (epochs or steps or 0):
-            logger.warning(
-                "%s holds a finished stage 1 (%d %s): its teacher is used and this loader is not. If it is of "
-                "other patients, name another file",
-                checkpoint,
-                done,
-                "steps" if epochs is None else "epochs",
-            )
-        elif file is not None:
-            file.check()
 
         def prepare(image: Tensor) -> tuple[Teacher, FeatureExtractor]:
             like = next((p for p in self._model.parameters() if p.is_floating_point()), image)
@@ -257,27 +221,12 @@ class ReSegWrapper(Regularizer):
             self.teacher.to(like.device)  # the model may have moved since
             return self.teacher.train(), self._known().targets.extractor
 
-        def with_wrapper(use: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-            return lambda state: use({"wrapper": self.state_dict(), "taps": self._origin.named, **state})
+        def state() -> dict[str, Any]:
+            return {"wrapper": self.state_dict(), "taps": self._origin.named}
 
         with preserved_rng():
-            history = stage1.fit(
-                loader,
-                prepare,
-                self.recon_loss,
-                copied=self._origin.teacher is None,
-                epochs=epochs,
-                steps=steps,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                amp=amp,
-                unpack=batch,
-                standardize_image=standardize_image,
-                resumed=resumed,
-                rehearse=with_wrapper(file.rehearse) if file is not None else None,
-                save=with_wrapper(file.write) if file is not None else None,
-                progress=progress,
-            )
+            copied = self._origin.teacher is None
+            history = stage1.fit(given, prepare, self.recon_loss, copied, file, resumed, state)
         self.freeze_teacher()
         return history
 
@@ -298,9 +247,10 @@ class ReSegWrapper(Regularizer):
 
         It is in the images' own units, also where stage 1 standardized them.
         """
-        with evaluating(self.teacher):
-            image = self.teacher(label)
-            return image if self.teacher.image_map is None else self.teacher.image_map.undo(image)
+        teacher = self.teacher
+        with preserved_modes(teacher), torch.no_grad(), teacher.unmoved():
+            image = teacher.eval()(label)
+            return image if teacher.image_map is None else teacher.image_map.undo(image)
 
     # --- stage 2
 
@@ -370,24 +320,22 @@ class ReSegWrapper(Regularizer):
     def _step(self, label: Any) -> tuple[dict[str, Tensor], Tensor | None]:
         """The terms and their sum by eq. 7; none at weight 0, and at calls that `every` skips."""
         try:
-            return self._aligned(plain_label(label))
+            label = plain_label(label)
+            self._refuse_misuse()
+            if self._weight == 0:
+                self._last = {}
+                return {}, None
+            parts = self._known()
+            if not parts.teacher.frozen:
+                raise ReSegError(
+                    "the teacher is not ready: call fit_recon(loader, ...), or load_state_dict(state) of an earlier "
+                    "run, or freeze_teacher() after training reseg.teacher yourself"
+                )
+            found = self._compared(parts, label) if self._aligns else ({}, None)
         except BaseException:
             if self._parts is not None:
                 self._parts.student.forget()
             raise
-
-    def _aligned(self, label: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        self._refuse_misuse()
-        if self._weight == 0:
-            self._last = {}
-            return {}, None
-        parts = self._known()
-        if not parts.teacher.frozen:
-            raise ReSegError(
-                "the teacher is not ready: call fit_recon(loader, ...), or load_state_dict(state) of an earlier run, "
-                "or freeze_teacher() after training reseg.teacher yourself"
-            )
-        found = self._compared(parts, label) if self._aligns else ({}, None)
         self._calls += 1
         self._arm()
         return found
@@ -440,8 +388,7 @@ class ReSegWrapper(Regularizer):
         state = resumed["wrapper"]
         self._check_state(state)
         plan = None if self._parts is None else self._parts.student.plan
-        mine = self._settings, standardize_image, self._origin.named, plan
-        refuse_another_stage_1(resumed, file, *mine)
+        refuse_another_stage_1(resumed, file, self._settings, standardize_image, self._origin.named, plan)
         self._use(restore(self._origin, state["parts"], self._settings, self._parts, keep=True))
 
     def _state(self) -> dict[str, Any]:
@@ -455,13 +402,11 @@ class ReSegWrapper(Regularizer):
             raise ReSegError("this state says that stage 1 is over, but has no teacher; it is not whole")
         if self.ready and parts is not None and not state["ready"]:
             raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
-        recon_loss = ReconLoss(settings.alpha, settings.beta)
-        criterion_of(settings)  # as when a wrapper is built
         # as dicts: a checkpoint has lists where the user may have written tuples
         saved, mine = settings.to_dict(), self.settings.to_dict()
         same = all(saved[name] == mine[name] for name in saved if name not in AT_RUN_TIME)
         restored = None if parts is None else restore(self._origin, parts, settings, self._parts, keep=same)
-        self._settings, self.recon_loss = settings, recon_loss
+        self._settings, self.recon_loss = settings, ReconLoss(settings.alpha, settings.beta)
         self._labels_checked = False  # its settings may say otherwise what a label is
         if restored is not None:
             self._use(restored)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from ..errors import ReSegError
+from ..errors import ReSegError, warn
 
 
 def rank() -> int:
@@ -51,9 +50,6 @@ def in_step(loader: Iterable[Any]) -> Iterator[Any]:
     Raises:
         ReSegError: the numbers differ; on every process, and at the same batch.
     """
-    if world_size() == 1:
-        yield from loader
-        return
     lengths = gathered(_length(loader))
     if None not in lengths:
         _refuse_uneven(lengths)
@@ -94,16 +90,15 @@ _T = TypeVar("_T")
 def on_rank_0(action: Callable[[], _T]) -> _T:
     """What `action` gives on rank 0, on every rank; so too a ReSegError that it raises, for the others wait."""
     outcome: list[Any] = [None, None]
-    failure: ReSegError | None = None
     if rank() == 0:
         try:
             outcome[0] = action()
         except ReSegError as error:
-            failure, outcome[1] = error, str(error)
+            outcome[1] = error
     if world_size() > 1:
         dist.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
-        raise failure or ReSegError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
@@ -169,7 +164,6 @@ class UnmovedWarning:
         elif self.calls == UNMOVED_CALLS:
             # fused optimizers leave no other mark than the values themselves
             if all(torch.equal(p, start) for p, start in zip(parameters, self._start)):
-                message = f"{self.what} did not change in {UNMOVED_CALLS} calls with gradient: {self.remedy}"
-                warnings.warn(message, stacklevel=4)  # the line that called `loss`
+                warn(f"{self.what} did not change in {UNMOVED_CALLS} calls with gradient: {self.remedy}")
             self._start = []
         self.calls += 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,28 +97,23 @@ def _version_of(tensor: Tensor) -> int:
 
 
 @contextmanager
-def preserved_globals(devices: Iterable[str]) -> Iterator[None]:
+def preserved_globals(devices: Collection[str]) -> Iterator[None]:
     """Restore autocast, the default dtype and torch's switches of determinism and cudnn."""
-    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices}
-    cache = torch.is_autocast_cache_enabled()
-    dtype = torch.get_default_dtype()
-    strict, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    cudnn = torch.backends.cudnn
-    switches = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    deterministic, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    undo = [
+        partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()),
+        partial(torch.set_default_dtype, torch.get_default_dtype()),
+        partial(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only),
+        *(partial(setattr, cudnn, name, getattr(cudnn, name)) for name in ("enabled", "benchmark", "deterministic")),
+        *(partial(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind)) for kind in devices),
+        *(partial(torch.set_autocast_dtype, kind, torch.get_autocast_dtype(kind)) for kind in devices),
+    ]
     try:
         yield
     finally:
-        for kind, (enabled, lower) in autocast.items():
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, lower)
-        torch.set_autocast_cache_enabled(cache)
-        torch.set_default_dtype(dtype)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-        for name, value in switches.items():
-            setattr(cudnn, name, value)
+        for each in undo:
+            each()
 
 
 def check_module(model: Any) -> None:
@@ -150,7 +146,8 @@ def dry_run(model: nn.Module) -> Iterator[None]:
         preserved_state(model),
         preserved_modes(model),
         torch.no_grad(),
-        _uncompiled(),
+        # compiled modules as they were written, so that their operators are seen; no import of the compiler
+        torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(),
     ):
         # A weight cast while gradients are off must not be found in the cache by a later forward that needs them.
         torch.set_autocast_cache_enabled(False)
@@ -159,22 +156,11 @@ def dry_run(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            _reshard(model)
-
-
-def _reshard(model: nn.Module) -> None:
-    """Shard what FSDP2 has gathered: its root keeps whole parameters after a forward, and counts on them."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            fsdp.FSDPModule.reshard(module)
-
-
-def _uncompiled() -> AbstractContextManager:
-    """Run compiled modules as they were written, so that their operators are seen; no import of the compiler."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+            fsdp = sys.modules.get("torch.distributed.fsdp")
+            for module in model.modules():
+                # FSDP2's root keeps whole parameters after a forward, and counts on them
+                if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+                    fsdp.FSDPModule.reshard(module)
 
 
 def private_copy(example_input: Any) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,48 +33,50 @@ def write_atomically(
     Raises:
         ReSegError: the folder or the file cannot be written, or the disk is full.
     """
-    target = Path(os.path.realpath(path))
-    partial = _partial(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if prove is not None:
-            prove(partial)
-        _remove_stale(target, partial.stat().st_mtime)
-        os.replace(partial, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = _system_error(error)
-        if reason is None or not isinstance(error, Exception):
+        with _partial(path) as (target, partial):
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if prove is not None:
+                prove(partial)
+            os.replace(partial, target)
+    except Exception as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__cause__ or reason.__context__  # torch raises one of its own where a disk is full
+        if reason is None:
             raise
-        kept = "the file that was there is kept" if os.path.exists(target) else "there was none before"
+        kept = "the file that was there is kept" if os.path.exists(path) else "there was none before"
         raise ReSegError(f"{path} could not be written ({told(reason)}); {kept}") from error
 
 
 def try_writing(path: Path) -> None:
     """Raise a ReSegError unless a file can be written here."""
+    try:
+        with _partial(path):
+            pass
+    except OSError as error:
+        raise ReSegError(
+            f"checkpoint={str(path)!r} cannot be written ({told(error)}); name a file in a folder that can"
+        ) from error
+
+
+@contextlib.contextmanager
+def _partial(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """The file, links followed, and a new one beside it, which is gone afterwards."""
     target = Path(os.path.realpath(path))
-    partial = _partial(target)
+    partial = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "xb") as file:
             file.write(b"\0")
         _remove_stale(target, partial.stat().st_mtime)
-    except OSError as error:
-        raise ReSegError(
-            f"checkpoint={str(path)!r} cannot be written ({told(error)}); name a file in a folder that can"
-        ) from error
+        yield target, partial
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def _remove_stale(target: Path, now: float) -> None:
@@ -86,13 +88,6 @@ def _remove_stale(target: Path, now: float) -> None:
                 with contextlib.suppress(OSError):  # another run was faster, or it is another user's
                     if now - entry.stat().st_mtime > STALE_SECONDS:
                         os.unlink(entry.path)
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error: torch raises one of its own while it handles that of a full disk."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def told(error: OSError) -> str:

@@ -62,12 +62,9 @@ def check_entries(value: Any, wanted: Any, where: str) -> None:
         if fits:
             return
     names = ["None" if x is None else (x if isinstance(x, type) else type(x)).__name__ for x in allowed]
-    raise ReSegError(f"{where} is {_shown(value)}, not {' or '.join(names)}")
-
-
-def _shown(value: Any) -> str:
-    plain = value is None or isinstance(value, (bool, int, float, str))
-    return repr(value)[:40] if plain else f"a {type(value).__name__}"
+    simple = value is None or isinstance(value, (bool, int, float, str))
+    shown = repr(value)[:40] if simple else f"a {type(value).__name__}"
+    raise ReSegError(f"{where} is {shown}, not {' or '.join(names)}")
 
 
 def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
@@ -98,27 +95,28 @@ def plain_state(value: Any) -> Any:
         return kind((plain_state(key), plain_state(entry)) for key, entry in value.items())
     if kind in (list, tuple):
         return kind(plain_state(entry) for entry in value)
-    if numpy and isinstance(value, numpy.ndarray) and value.ndim:
-        try:
-            return torch.from_numpy(numpy.array(value))
-        except (TypeError, ValueError):  # strings, objects, or bytes in another order
-            return plain_state(value.tolist())
     if numpy and isinstance(value, (numpy.generic, numpy.ndarray)):
+        if value.ndim:
+            try:
+                return torch.from_numpy(numpy.array(value))
+            except (TypeError, ValueError):  # strings, objects, or bytes in another order
+                return plain_state(value.tolist())
         value = value.item()
-    if isinstance(value, bool) or type(value) in (int, float):
-        return value
-    if isinstance(value, Real):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return int(value) if isinstance(value, Integral) else float(value)
     return str.__str__(value) if isinstance(value, str) else value
 
 
 def plain(value: Any) -> Any:
-    """A number, a dtype, or a list or tuple of such, as a state that loads with weights_only holds it."""
+    """`plain_state` of a value whose tensors and tuples become lists, its dtypes names: to be compared with ==."""
+    value = plain_state(value)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's, too
-        return int(value) if isinstance(value, Integral) else float(value)
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 _READABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device, Tensor)

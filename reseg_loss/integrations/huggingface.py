@@ -21,7 +21,7 @@ FILE = "semi.pt"  # beside what the Trainer saves in a checkpoint's folder
 
 
 class SemiSupervisedTrainer(Trainer):
-    """A Trainer whose steps have a batch of unlabelled images, too, with one forward of the model for both.
+    """A Trainer whose steps have a batch of unlabelled images, too.
 
     The loss is that of `SemiSupervised`, whatever the model would return; its heads are in the optimizer that the
     Trainer makes. The mean teacher follows after each step of the optimizer. It is what `evaluate`, `predict` and
@@ -85,10 +85,14 @@ class SemiSupervisedTrainer(Trainer):
         name = self.semi.model.main_input_name
         if set(inputs) != {name, "labels"}:
             raise ReSegError(f"a training batch has {sorted(inputs)}, and {[name, 'labels']} can be mixed")
-        x, y = self.semi.mix(inputs[name], inputs["labels"], self._next(str(name)))
-        outputs = model(**{str(name): x})
-        loss = self.semi.loss_of(outputs, y)
-        return (loss, outputs) if return_outputs else loss
+        returned: list[Any] = []
+
+        def forward(x: Tensor) -> Any:
+            returned.append(model(**{str(name): x}))
+            return returned[-1]
+
+        loss = self.semi.loss(inputs[name], inputs["labels"], self._next(str(name)), forward=forward)
+        return (loss, returned[0]) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`, of the mean teacher."""

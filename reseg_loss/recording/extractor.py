@@ -142,10 +142,8 @@ class FeatureExtractor:
         groups: dict[tuple[nn.Module, bool, str], list[Tap]] = {}
         for tap in self.taps:
             groups.setdefault((module_of(model, tap), tap.is_input, tap.module), []).append(tap)
-        paths: dict[nn.Module, list[tuple[str, ...]]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            paths.setdefault(module, []).append(tuple(path.split(".")) if path else ())
-        places = []
+        named = list(model.named_modules(remove_duplicate=False))
+        places: list[Place] = []
         self._handles.append(model.register_forward_pre_hook(RootEnter(recording), with_kwargs=True))
         for (module, is_input, _), taps in groups.items():
             if is_input:
@@ -154,7 +152,7 @@ class FeatureExtractor:
                 handle = module.register_forward_hook(OutputHook(recording, tuple(taps)))
             self._handles.append(handle)
             kind = "_forward_pre_hooks" if is_input else "_forward_hooks"
-            places.append(Place(str(taps[0]), tuple(paths[module]), kind, handle.id))
+            places += [Place(str(taps[0]), path, kind, handle.id) for path, other in named if other is module]
         recording.places = tuple(places)
         self._handles.append(model.register_forward_hook(RootExit(recording), with_kwargs=True))
         self._handles.append(model.register_forward_hook(RootFailed(recording), always_call=True))
@@ -248,12 +246,10 @@ class FeatureExtractor:
             raise ReSegError(
                 "no training forward was recorded since the last call. Call the model itself (not model.forward) once, "
                 "in train(), with gradients on (checkpointing all of it needs use_reentrant=False) and at a weight "
-                "other than 0. If it is "
-                "compiled, its first call must come after the hooks are set: build this before, or call "
-                "torch._dynamo.reset() now"
+                "other than 0. If it is compiled, its first call must come after the hooks are set: build this "
+                "before, or call torch._dynamo.reset() now"
             )
-        taps = self.taps
-        missing = [str(tap) for tap in taps if str(tap) not in forward["seen"]]
+        missing = [name for name in map(str, self.taps) if name not in forward["seen"]]
         if missing:
             raise TapError(
                 f"taps did not fire in this forward: {', '.join(missing)}. Their modules were not called (or not "

@@ -40,10 +40,10 @@ class Forward(TypedDict):
 
 
 class Place(NamedTuple):
-    """Where a tap's hook was set: the module's names in the model, and the hook's key in the dict `kind` there."""
+    """Where a tap's hook was set: a path of the module in the model, and the hook's key in the dict `kind` there."""
 
     tap: str
-    paths: tuple[tuple[str, ...], ...]
+    path: str
     kind: str
     key: int
 
@@ -70,10 +70,9 @@ class Recording:
     def settle(self, model: nn.Module) -> None:
         """Move the taps' hooks behind those that were set since: what these change, the model goes on with."""
         for place in self.places:
-            for path in place.paths:
-                module = self._carrier(model, path, place)
-                if module is not None and not _is_last(getattr(module, place.kind), place.key):
-                    getattr(module, place.kind).move_to_end(place.key)
+            module = self._carrier(model, place)
+            if module is not None and not _is_last(getattr(module, place.kind), place.key):
+                getattr(module, place.kind).move_to_end(place.key)
 
     def check(self, model: nn.Module, settled: bool) -> None:
         """Raise a TapError unless what the hooks record is what the model goes on with.
@@ -81,28 +80,27 @@ class Recording:
         `settled` is whether their order was made right before the forward.
         """
         for place in self.places:
-            for path in place.paths:
-                module = self._carrier(model, path, place)
-                if module is None:
-                    raise TapError(
-                        f"{place.tap}: {'.'.join(path)!r} of the model is no longer the module that was hooked. It (or "
-                        "one around it) was wrapped, replaced or moved, or its hooks were taken off, as adapters "
-                        "(LoRA), quantization and convert_sync_batchnorm do, for instance. Make such changes first, "
-                        "and build what reads the features (ReSegWrapper, DeepSupervision, FeatureExtractor) afterwards"
-                    )
-                if not settled and not _is_last(getattr(module, place.kind), place.key, sharded=True):
-                    raise TapError(
-                        f"{place.tap}: a hook was set on {'.'.join(path)!r} later than ours, and whether a compiled "
-                        "model runs it, and in which order, cannot be told. Set it before what reads the features "
-                        "(ReSegWrapper, DeepSupervision, FeatureExtractor) is built"
-                    )
-                if place.kind == "_forward_hooks":
-                    refuse_backward_hooks(module, place.tap)
+            module = self._carrier(model, place)
+            if module is None:
+                raise TapError(
+                    f"{place.tap}: {place.path!r} of the model is no longer the module that was hooked. It (or one "
+                    "around it) was wrapped, replaced or moved, or its hooks were taken off, as adapters (LoRA), "
+                    "quantization and convert_sync_batchnorm do, for instance. Make such changes first, and build "
+                    "what reads the features (ReSegWrapper, DeepSupervision, FeatureExtractor) afterwards"
+                )
+            if not settled and not _is_last(getattr(module, place.kind), place.key, sharded=True):
+                raise TapError(
+                    f"{place.tap}: a hook was set on {place.path!r} later than ours, and whether a compiled model "
+                    "runs it, and in which order, cannot be told. Set it before what reads the features "
+                    "(ReSegWrapper, DeepSupervision, FeatureExtractor) is built"
+                )
+            if place.kind == "_forward_hooks":
+                refuse_backward_hooks(module, place.tap)
 
-    def _carrier(self, model: nn.Module, path: tuple[str, ...], place: Place) -> nn.Module | None:
+    def _carrier(self, model: nn.Module, place: Place) -> nn.Module | None:
         """The module at a path, or the one that was compiled there since, if it has the hook; else None."""
         module = model
-        for name in path:
+        for name in place.path.split(".") if place.path else ():
             inner = module._modules.get(name)
             if inner is None and "_orig_mod" in module._modules:
                 inner = module._modules["_orig_mod"]._modules.get(name)  # pyright: ignore[reportOptionalMemberAccess]
@@ -134,9 +132,6 @@ class Recorder:
 
     def __init__(self, recording: Recording | None = None) -> None:
         self.recording = recording
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
-        return type(self)()
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return type(self), ()

@@ -92,9 +92,8 @@ def _built(factory: Callable[..., Any], text: str, keywords: dict[str, Any]) -> 
     try:
         inspect.signature(factory).bind(**keywords)
     except TypeError as error:
-        takes = inspect.signature(factory)
         raise _UsageError(
-            f"{text} cannot be called so: {error}. It takes {takes}; give arguments as NAME=VALUE"
+            f"{text} cannot be called so: {error}. It takes {inspect.signature(factory)}; give arguments as NAME=VALUE"
         ) from None
     except ValueError:
         pass  # a callable that does not show its signature

@@ -3,19 +3,19 @@
 An axis holds pieces, outermost first: that of tokens holds the rows of the image and its columns, that of a batch of
 windows holds the batch, rows of windows and columns of windows. Views regroup pieces, permutations move them,
 convolutions and matrix products make new ones. So a tensor's layout follows from its operator and its sources. Shapes
-are asked only behind an operator that hides what it does (a kernel of the user's, an indexing); `Followed.hidden` says
-where.
+are asked only behind an operator that hides what it does (a kernel of the user's, an indexing); `follow` says where.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import layouts
-from .trace import Node, Ref, Trace
+from .trace import Node, Trace, refs
 
 Size = tuple[int, ...]
 
@@ -51,88 +51,70 @@ class Given(NamedTuple):
     constant: bool  # does not depend on the model's input, as weights do not
 
 
-class Followed(NamedTuple):
-    """The axes of every node, None where nothing is known, and the operators behind which shapes told them, by node."""
-
-    axes: list[Axes | None]
-    hidden: dict[int, str]
-
-
-def follow(trace: Trace) -> Followed:
-    """The axes of all nodes of a forward."""
+def follow(trace: Trace) -> tuple[list[layouts.Grid | None], dict[int, str]]:
+    """How every node lies over the image, if it does, and the operators behind which shapes told it, by node."""
     batch, image = trace.image[0], trace.image[2:]
     known: list[Axes | None] = []
+    grids: list[layouts.Grid | None] = []
     hidden: dict[int, str] = {}
     seen = {image}
     for node in trace.nodes:
         axes = _axes(node, known, trace.image) if node.dynamic else None
-        grid = grid_of(axes, batch, image) if axes else None
+        grid = _grid_of(axes, batch, image)
         if grid is None and node.dynamic and (axes is None or any(map(_is_hidden, axes))):
             guess = _guess(node, axes, known, batch, image, seen)
             if guess is not None:
-                axes, grid = guess, grid_of(guess, batch, image)
+                axes, grid = guess, _grid_of(guess, batch, image)
                 hidden[node.index] = node.operator
-        elif axes and not _declares(node, trace.image):
+        elif axes and not (_is_spatial(node.operator) and len(node.shape) == len(trace.image)):
             behind = [hidden.get(source, "") for source in node.sources if known[source]]
             if behind and all(behind):
                 hidden[node.index] = behind[0]
         known.append(axes)
+        grids.append(grid)
         if grid:
             seen.add(grid.spatial)
-    return Followed(known, hidden)
+    return grids, hidden
 
 
 # ------------------------------------------------------------------ from axes to a layout and back
 
 
-def grid_of(axes: Axes, batch: int, image: Size) -> layouts.Grid | None:
+def _grid_of(axes: Axes | None, batch: int, image: Size) -> layouts.Grid | None:
     """How a tensor of such axes lies over the image; None for what is no feature map: attention, windows, vectors."""
     if not axes or _length(axes[0]) != batch or any(piece.label != BATCH for piece in axes[0]):
         return None
-    rest = list(axes[1:])
-    class_tokens = [k for k, axis in enumerate(rest) if _has_class_token(axis)]
-    for k in class_tokens:
-        rest[k] = rest[k][0].parts[1]
+    rest = [axis[0].parts[1] if _has_class_token(axis) else axis for axis in axes[1:]]
     outer = _outermost(rest)
     if outer is None:
         return None
-    kinds = ["space" if _is_space(axis, outer) else "channels" for axis in rest]
-    space = [piece for axis, kind in zip(rest, kinds) if kind == "space" for piece in axis]
-    others = [axis for axis, kind in zip(rest, kinds) if kind == "channels"]
-    if [piece.label for piece in space] != list(range(len(image))) or any(_is_unknown(axis) for axis in others):
-        return None
-    layout = _layouts(len(image)).get(tuple(kinds), "")
-    if class_tokens:
-        layout = "CLS+NLC" if layout == "NLC" else ""
-    spatial = tuple(piece.size for piece in space)
+    space = [axis for axis in rest if _is_space(axis, outer)]
+    others = [axis for axis in rest if not _is_space(axis, outer)]
+    letters: dict[tuple[int | str, ...], str] = {along: letter for letter, along in _letters(len(image)).items()}
+    names = [letters.get(tuple(piece.label for piece in axis), "?") if axis in space else "C" for axis in rest]
+    layout = "".join(["CLS+" if any(map(_has_class_token, axes)) else "", "N", *names])
+    spatial = tuple(piece.size for axis in space for piece in axis)
     stride = layouts.strides(spatial, image)
-    if not layout or stride is None or (not others and spatial != image):
+    if layout not in layouts.LAYOUTS or any(map(_is_unknown, others)) or stride is None:
+        return None
+    if not others and spatial != image:
         return None
     return layouts.Grid(spatial, _length(others[0]) if others else 1, layout, stride)
 
 
-def _layouts(dims: int) -> dict[tuple[str, ...], str]:
-    """The names of layouts by what lies along the axes behind the batch."""
-    space = ("space",) * dims
-    return {
-        ("channels", *space): layouts.CHANNELS_FIRST[dims],
-        (*space, "channels"): layouts.CHANNELS_LAST[dims],
-        space: layouts.NO_CHANNELS[dims],
-        ("space", "channels"): "NLC",
-        ("channels", "space"): "NCL",
-    }
+def _letters(dims: int) -> dict[str, tuple[int, ...]]:
+    """The axes of the image that lie along one of a tensor, by its letter in the names of layouts."""
+    return {"L": tuple(range(dims)), **{letter: (axis,) for axis, letter in enumerate("DHW"[-dims:])}}
 
 
 def _axes_of(grid: layouts.Grid, batch: int) -> Axes:
     """The axes of a tensor that lies over the image in this way."""
-    dims = len(grid.spatial)
-    space = tuple(Piece(axis, size) for axis, size in enumerate(grid.spatial))
-    channels = (Piece(CHANNEL, grid.channels),)
+    space = [Piece(axis, size) for axis, size in enumerate(grid.spatial)]
+    named = {letter: tuple(space[k] for k in along) for letter, along in _letters(len(space)).items()}
+    named |= {"N": (Piece(BATCH, batch),), "C": (Piece(CHANNEL, grid.channels),)}
     if grid.layout == "CLS+NLC":
-        return (Piece(BATCH, batch),), (_joined([_unknown(1), space]),), channels
-    kinds = next(kinds for kinds, layout in _layouts(dims).items() if layout == grid.layout)
-    cells = iter([space] if "L" in grid.layout else [(piece,) for piece in space])
-    return (Piece(BATCH, batch),), *(channels if kind == "channels" else next(cells) for kind in kinds)
+        named["L"] = (_joined([_unknown(1), named["L"]]),)
+    return tuple(named[letter] for letter in grid.layout.removeprefix("CLS+"))
 
 
 def _channels_first(shape: Size) -> Axes:
@@ -229,11 +211,9 @@ _SPATIAL = ("conv", "pool", "upsample", "pixel_shuffle", "pixel_unshuffle", "col
 _OPAQUE = ("index", "gather", "scatter", "sort", "topk", "take", "masked_s", "as_strided", "embedding", "opaque")
 
 
-def _declares(node: Node, image: Size) -> bool:
-    """Whether the operator takes and gives images, channels first."""
-    namespace, _, name = node.operator.partition("::")
-    known = namespace in ("aten", "torchvision") and any(kind in name for kind in _SPATIAL)
-    return known and len(node.shape) == len(image)
+def _is_spatial(operator: str) -> bool:
+    namespace, _, name = operator.rpartition("::")
+    return namespace in ("aten", "torchvision") and any(kind in name for kind in _SPATIAL)
 
 
 def _axes(node: Node, known: list[Axes | None], image: Size) -> Axes | None:
@@ -242,27 +222,24 @@ def _axes(node: Node, known: list[Axes | None], image: Size) -> Axes | None:
     if name == "input":
         return _channels_first(node.shape) if len(node.shape) == len(image) else None
     sources = [axes for source in node.sources if (axes := known[source]) is not None]
-    if namespace in ("aten", "torchvision") and any(kind in name for kind in _SPATIAL):
+    if _is_spatial(node.operator):
         return _spatial(node, sources, image)
     if namespace not in ("aten", "") or any(kind in name for kind in _OPAQUE) or not sources:
         return None
-    given = {key: _given(value, known) for key, value in node.arguments.items()}
     if name in _VIEWS:
         regrouped, scrambled = _regrouped(sources[0], node.shape)
-        lost = scrambled and len(node.shape) in (3, len(image)) and grid_of(regrouped, image[0], image[2:]) is None
+        lost = scrambled and len(node.shape) in (3, len(image)) and _grid_of(regrouped, image[0], image[2:]) is None
         return None if lost else regrouped
-    if rule := _RULES.get(name.rstrip("_")):
+    if rule := _OF_ONE.get(name.rstrip("_")):
+        return rule(sources[0], node)
+    taken = refs([value for key, value in node.arguments.items() if key != "out"])
+    given = [Given(ref.shape, None if ref.node is None else known[ref.node], ref.node is None) for ref in taken]
+    if rule := _OF_SEVERAL.get(name.rstrip("_")):
         return rule(given, node)
     if "scaled_dot_product" in name:
-        query, value = given["query"].axes, given["value"].axes
+        query, value = given[0].axes, given[2].axes
         return (*query[:-1], value[-1]) if query and value else None
-    return _elementwise(node, sources) or _reduced(given, node) or _resized_all(node, sources)
-
-
-def _given(value: Any, known: list[Axes | None]) -> Any:
-    if isinstance(value, Ref):
-        return Given(value.shape, None if value.node is None else known[value.node], value.node is None)
-    return [_given(item, known) for item in value] if isinstance(value, (list, tuple)) else value
+    return _elementwise(node, sources) or _reduced(sources[0], node) or _resized_all(node, sources)
 
 
 def _resized(axis: Axis, n: int) -> Axis:
@@ -323,14 +300,18 @@ def _merged(sources: Sequence[Axes], shape: Size) -> Axes:
     return tuple(merged)
 
 
-def _reduced(given: dict[str, Any], node: Node) -> Axes | None:
+def _reduced(axes: Axes, node: Node) -> Axes | None:
     """Of an operator that takes axes away: a mean, or the choice of one index."""
-    source, dims = given.get("self"), given.get("dim")
-    if not isinstance(source, Given) or source.axes is None or dims is None:
-        return None
-    gone = {dim % len(source.axes) for dim in ([dims] if isinstance(dims, int) else dims)}
-    left = tuple(axis for k, axis in enumerate(source.axes) if k not in gone)
+    gone = _dims(axes, node)
+    left = tuple(axis for k, axis in enumerate(axes) if k not in gone)
     return left if _shape(left) == node.shape else None
+
+
+def _dims(axes: Axes, node: Node) -> set[int]:
+    """The axes that an operator names by `dim`, one or several; all if it names none."""
+    dims = node.arguments.get("dim")
+    dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
+    return {dim % max(len(axes), 1) for dim in dims}
 
 
 def _resized_all(node: Node, sources: list[Axes]) -> Axes | None:
@@ -358,7 +339,7 @@ def _regrouped(axes: Axes, shape: Size) -> tuple[Axes, bool]:
             (piece, origin), missing = queue.pop(0), n // have
             if piece.size > missing:
                 if n % have or piece.size % missing or piece.parts:
-                    return tuple(map(_unknown, shape)), True
+                    break
                 inner = piece.size // missing
                 queue.insert(0, (piece._replace(size=inner), origin))
                 piece = piece._replace(size=missing, step=piece.step * inner)
@@ -373,88 +354,67 @@ def _regrouped(axes: Axes, shape: Size) -> tuple[Axes, bool]:
         found.append(tuple(taken))
     if queue and found:
         found[-1] = (*found[-1], *(piece for piece, _ in queue))
-    whole = [tuple(_fused(axis)) for axis in found]
-    return tuple(_grown(axis, whole) for axis in whole), scrambled
+    whole = [_as_one(axis, _continues) for axis in found]
+    pieces = Counter(piece.label for axis in whole for piece in axis)
+
+    def grows(last: Piece, piece: Piece) -> bool:
+        """Channels right behind all rows of a map are more rows: in patch expansion, and where pixels are repeated."""
+        return isinstance(last.label, int) and piece.label in (CHANNEL, UNKNOWN) and pieces[last.label] == 1
+
+    return tuple(_as_one(axis, grows) for axis in whole), scrambled
 
 
-def _fused(axis: Axis) -> list[Piece]:
-    """Neighbouring pieces that belong together, as one: rows of windows and rows in a window are rows."""
-    fused: list[Piece] = []
+def _as_one(axis: Axis, belong: Callable[[Piece, Piece], bool]) -> Axis:
+    """The axis with neighbouring pieces that belong together as one."""
+    found: list[Piece] = []
     for piece in axis:
-        last = fused[-1] if fused else None
-        if last is None or last.label != piece.label or piece.parts:
-            fused.append(piece)
-        elif not isinstance(piece.label, int):
-            fused[-1] = Piece(piece.label, last.size * piece.size)
-        elif last.step == piece.step * piece.size:
-            fused[-1] = Piece(piece.label, last.size * piece.size, piece.step)
-        else:
-            fused.append(piece)
-    return fused
+        if found and belong(found[-1], piece):
+            last = found.pop()
+            piece = Piece(last.label, last.size * piece.size, piece.step if isinstance(piece.label, int) else 1)
+        found.append(piece)
+    return tuple(found)
 
 
-def _grown(axis: Axis, axes: Sequence[Axis]) -> Axis:
-    """Channels right behind all rows of a map are more rows: in patch expansion, and where pixels are repeated."""
-    grown: list[Piece] = []
-    for piece in axis:
-        last = grown[-1] if grown else None
-        rows = last is not None and isinstance(last.label, int) and piece.label in (CHANNEL, UNKNOWN)
-        if last and rows and sum(other.label == last.label for each in axes for other in each) == 1:
-            grown[-1] = Piece(last.label, last.size * piece.size)
-        else:
-            grown.append(piece)
-    return tuple(grown)
+def _continues(last: Piece, piece: Piece) -> bool:
+    """Whether pieces are of one axis, with nothing between: rows of windows and rows in a window are rows."""
+    cells = isinstance(piece.label, int)
+    return last.label == piece.label and not piece.parts and (not cells or last.step == piece.step * piece.size)
 
 
-def _permute(given: dict[str, Any], node: Node) -> Axes | None:
-    axes = given["self"].axes
-    return axes and tuple(axes[dim] for dim in given["dims"])
+def _transpose(axes: Axes, node: Node) -> Axes:
+    moved, a, b = list(axes), node.arguments["dim0"], node.arguments["dim1"]
+    if axes:  # of a single number torch allows it too
+        moved[a], moved[b] = axes[b], axes[a]
+    return tuple(moved)
 
 
-def _transpose(given: dict[str, Any], node: Node) -> Axes | None:
-    axes = list(given["self"].axes or ())
-    if len(axes) > 1:
-        a, b = given.get("dim0", 0), given.get("dim1", 1)
-        axes[a], axes[b] = axes[b], axes[a]
-    return tuple(axes) or None
+def _unsqueeze(axes: Axes, node: Node) -> Axes:
+    dim = node.arguments["dim"] % len(node.shape)
+    return *axes[:dim], (), *axes[dim:]
 
 
-def _unsqueeze(given: dict[str, Any], node: Node) -> Axes | None:
-    axes, dim = given["self"].axes, given["dim"] % len(node.shape)
-    return axes and (*axes[:dim], (), *axes[dim:])
-
-
-def _squeeze(given: dict[str, Any], node: Node) -> Axes | None:
-    axes, dims = given["self"].axes, given.get("dim")
-    if axes is None:
-        return None
-    dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
-    gone = {dim % len(axes) for dim in dims}
+def _squeeze(axes: Axes, node: Node) -> Axes:
+    gone = _dims(axes, node)
     return tuple(axis for k, axis in enumerate(axes) if k not in gone or _length(axis) > 1)
 
 
-def _expand(given: dict[str, Any], node: Node) -> Axes | None:
-    axes = given["self"].axes
-    if axes is None:
-        return None
+def _expand(axes: Axes, node: Node) -> Axes:
     axes = (*((),) * (len(node.shape) - len(axes)), *axes)
     alike = [_length(axis) == n or [piece.label for piece in axis] == [CHANNEL] for axis, n in zip(axes, node.shape)]
     return tuple(_resized(axis, n) if like else _unknown(n) for axis, n, like in zip(axes, node.shape, alike))
 
 
-def _slice(given: dict[str, Any], node: Node) -> Axes | None:
-    axes, dim, start = given["self"].axes, given["dim"], given["start"] or 0
-    if axes is None:
-        return None
-    length = _length(axes[dim])
-    return _part(axes, dim, max(start + length, 0) if start < 0 else start, node.shape[dim], given["step"])
+def _slice(axes: Axes, node: Node) -> Axes:
+    dim, step = node.arguments["dim"], node.arguments["step"]
+    start, _, _ = slice(node.arguments["start"], None).indices(_length(axes[dim]))
+    return _part(axes, dim, start, node.shape[dim], step)
 
 
-def _split(given: dict[str, Any], node: Node) -> Axes | None:
-    axes, dim = given["self"].axes, given["dim"]
-    sizes = given["split_size"] if "split_size" in given else given["split_sizes"]
+def _split(axes: Axes, node: Node) -> Axes:
+    dim, kind = node.arguments["dim"], "split_size" if "split_size" in node.arguments else "split_sizes"
+    sizes = node.arguments[kind]
     start = node.output * sizes if isinstance(sizes, int) else sum(sizes[: node.output])
-    return axes and _part(axes, dim, start, node.shape[dim])
+    return _part(axes, dim, start, node.shape[dim])
 
 
 def _part(axes: Axes, dim: int, start: int, n: int, step: int = 1) -> Axes:
@@ -462,38 +422,33 @@ def _part(axes: Axes, dim: int, start: int, n: int, step: int = 1) -> Axes:
     dim %= len(axes)
     axis, part = axes[dim], None
     if len(axis) == 1 and axis[0].label == JOINED and step == 1 and n < axis[0].size:
-        ends = [sum(map(_length, axis[0].parts[: i + 1])) for i in range(len(axis[0].parts))]
+        ends = itertools.accumulate(map(_length, axis[0].parts))
         inside = [each for each, end in zip(axis[0].parts, ends) if start <= end - _length(each) and end <= start + n]
         if sum(map(_length, inside)) == n:
             part = inside[0] if len(inside) == 1 else (_joined(inside),)
     return *axes[:dim], _resized(axis, n) if part is None else part, *axes[dim + 1 :]
 
 
-def _unfold(given: dict[str, Any], node: Node) -> Axes | None:
-    axes, dim = given["self"].axes, given["dimension"]
-    if axes is None or not axes[dim]:
-        return None
-    (piece, *more), size = axes[dim], given["size"]
-    n = node.shape[dim]
-    if more or given["step"] != size or piece.parts or piece.size != n * size:
-        windows, inner = _resized(axes[dim], n), _unknown(size)
-    else:
-        windows, inner = (piece._replace(size=n, step=piece.step * size),), (piece._replace(size=size),)
-    dim %= len(axes)
+def _unfold(axes: Axes, node: Node) -> Axes:
+    dim, size = node.arguments["dimension"] % len(axes), node.arguments["size"]
+    axis, n = axes[dim], node.shape[dim]
+    windows, inner = _resized(axis, n), _unknown(size)
+    if len(axis) == 1 and not axis[0].parts and node.arguments["step"] == size and axis[0].size == n * size:
+        windows, inner = (axis[0]._replace(size=n, step=axis[0].step * size),), (axis[0]._replace(size=size),)
     return *axes[:dim], windows, *axes[dim + 1 :], inner
 
 
 # ------------------------------------------------------------------ joins and products
 
 
-def _cat(given: dict[str, Any], node: Node) -> Axes | None:
-    dim, n = given["dim"] % len(node.shape), node.shape[given["dim"]]
-    parts = [part for part in given["tensors"] if len(part.shape) == len(node.shape)]
+def _cat(given: list[Given], node: Node) -> Axes | None:
+    dim, n = node.arguments["dim"] % len(node.shape), node.shape[node.arguments["dim"]]
+    parts = [part for part in given if len(part.shape) == len(node.shape)]
     known = [part.axes for part in parts if part.axes]
     if not known:
         return None
     along = [axes[dim] for axes in known]
-    merged = list(_merged([(*axes[:dim], (), *axes[dim + 1 :]) for axes in known], node.shape))
+    merged = list(_merged(known, node.shape))
     if len({tuple(piece.label for piece in axis) for axis in along}) == len(along[0]) == 1 and not along[0][0].parts:
         merged[dim] = _resized(along[0], n)
     elif not any(_is_cells(axis) or _is_unknown(axis) for axis in along):
@@ -503,22 +458,21 @@ def _cat(given: dict[str, Any], node: Node) -> Axes | None:
     return tuple(merged)
 
 
-def _stack(given: dict[str, Any], node: Node) -> Axes | None:
-    dim = given["dim"] % len(node.shape)
-    merged = _merged([part.axes for part in given["tensors"] if part.axes], (*node.shape[:dim], *node.shape[dim + 1 :]))
+def _stack(given: list[Given], node: Node) -> Axes:
+    dim = node.arguments["dim"] % len(node.shape)
+    merged = _merged([part.axes for part in given if part.axes], (*node.shape[:dim], *node.shape[dim + 1 :]))
     return *merged[:dim], _unknown(node.shape[dim]), *merged[dim:]
 
 
-def _product(given: dict[str, Any], node: Node) -> Axes | None:
+def _product(given: list[Given], node: Node) -> Axes | None:
     """Of a matrix product: the rows of one factor, the columns of the other."""
-    factors = [value for key, value in given.items() if isinstance(value, Given) and key in _FACTORS]
-    a, b = factors[-2:]
+    a, b = given[-2:]  # behind what is added
     if a.constant and b.axes:
-        return *b.axes[:-2], _mapped(b.axes, len(b.axes) - 2, node.shape[-2]), b.axes[-1]
+        return *b.axes[:-2], _mapped(b.axes, -2, node.shape[-2]), b.axes[-1]
     if a.axes is None:
         return None
     if b.constant:
-        return *a.axes[:-1], _mapped(a.axes, len(a.axes) - 1, node.shape[-1])
+        return *a.axes[:-1], _mapped(a.axes, -1, node.shape[-1])
     if b.axes is None:
         return *a.axes[:-1], _unknown(node.shape[-1])
     rows, columns = a.axes[-2], b.axes[-1]
@@ -527,17 +481,20 @@ def _product(given: dict[str, Any], node: Node) -> Axes | None:
     return *a.axes[:-2], rows, columns
 
 
-_FACTORS = ("self", "mat1", "mat2", "batch1", "batch2")
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias", "reshape", "view_copy")
-_RULES: dict[str, Callable[[dict[str, Any], Node], Axes | None]] = {
-    "permute": _permute,
-    **dict.fromkeys(("transpose", "t"), _transpose),
+# by what an operator takes in: one tensor, or several
+_OF_ONE: dict[str, Callable[[Axes, Node], Axes]] = {
+    "permute": lambda axes, node: tuple(axes[dim] for dim in node.arguments["dims"]),
+    "t": lambda axes, node: axes[::-1],
+    "transpose": _transpose,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "expand": _expand,
     "slice": _slice,
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
     "unfold": _unfold,
+}
+_OF_SEVERAL: dict[str, Callable[[list[Given], Node], Axes | None]] = {
     "cat": _cat,
     "stack": _stack,
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),

@@ -25,21 +25,20 @@ def choose_taps(graph: Graph, shape: Shape | None, encoder: Literal["skip", "blo
         if any(side % 32 for side in graph.image):  # which is all that such a model's features have in common
             what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
         raise TapError(_explain(graph, what))
-    trunk, notes, levels = shape.trunk, [], []
+    trunk = shape.trunk
     met = {graph.size(node) for call in graph.calls for _, node in call.outputs}
-    for size in sorted(shape.floors, reverse=True):
-        if size not in met and not shape.floors[size].skips:
-            continue  # of a step on the way from one level to the next
-        level, note = _level(shape, shape.floors[size], encoder)
-        levels += [level] if level else []
-        notes += [note] if note else []
-    _check_single_descent(graph, trunk)
+    # the others are of a step on the way from one level to the next
+    floors = [floor for floor in shape.floors.values() if floor.size in met or floor.skips]
+    found = [_level(trunk, floor, encoder) for floor in sorted(floors, key=lambda floor: floor.size, reverse=True)]
+    levels = [level for level, _ in found if level]
+    notes = [note for _, note in found if note]
+    _check_single_descent(trunk)
     bottleneck = _bottleneck(trunk)
     if bottleneck is None:
         raise TapError(_explain(graph, f"no hook sees the bottleneck, of size {trunk.size}"))
     if len(levels) < 2:
-        found = "; ".join(f"{level.spatial}: {level.encoder} and {level.decoder}" for level in levels) or "none"
-        what = f"two levels with an encoder and a decoder feature are needed, found {len(levels)} ({found})"
+        pairs = "; ".join(f"{level.spatial}: {level.encoder} and {level.decoder}" for level in levels) or "none"
+        what = f"two levels with an encoder and a decoder feature are needed, found {len(levels)} ({pairs})"
         raise TapError(_explain(graph, what, notes))
     if _widest_vanished(graph) >= bottleneck.channels:
         what = f"the example input, of size {graph.image}, is too small: a feature map shrinks to a single cell"
@@ -47,9 +46,9 @@ def choose_taps(graph: Graph, shape: Shape | None, encoder: Literal["skip", "blo
     return TapPlan(tuple(levels), bottleneck, tuple(notes))
 
 
-def _level(shape: Shape, floor: Floor, kind: Literal["skip", "block"]) -> tuple[Level | None, str]:
+def _level(trunk: Trunk, floor: Floor, kind: Literal["skip", "block"]) -> tuple[Level | None, str]:
     """A level, or why there is none; and what to know of it."""
-    trunk, graph = shape.trunk, shape.trunk.graph
+    graph = trunk.graph
     name = f"level {'x'.join(map(str, floor.size))}"
     where = f"{name} left out: "
     skip = pick_skip(trunk, floor)
@@ -100,15 +99,13 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
     body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
     made = [(node, tap) for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
     taps = [tap for node, tap in made if graph.before_going_up(node) == node] or [tap for _, tap in made]
-    if inner := _inner(trunk, floor, body):
+    if inner := _inner(trunk, floor, [node for node, _ in made]):
         taps.insert(0, inner)
     if not taps:  # nothing is computed there after the merge: the decoder block's output before it
         before = [n for n in floor.trunk if n not in merged and n < head and not is_raw_join(trunk, n)]
         taps = [tap for node in before or body if (tap := tap_at(graph, node))]
-    if not taps:
-        return None
-    # the pyramid's sum in smp's FPN with resnet50, not what all levels are merged to after it
-    return next((tap for tap in taps if tap.channels == encoder.channels), taps[0])
+    # the first as wide: the pyramid's sum in smp's FPN with resnet50, not what all levels are merged to after it
+    return max(taps, key=lambda tap: tap.channels == encoder.channels, default=None)
 
 
 def _head_start(trunk: Trunk) -> int:
@@ -123,39 +120,31 @@ def _head_start(trunk: Trunk) -> int:
     return len(trunk.graph.nodes)
 
 
-def _inner(trunk: Trunk, floor: Floor, body: list[int]) -> Tap | None:
+def _inner(trunk: Trunk, floor: Floor, seen: list[int]) -> Tap | None:
     """The last block at this level within the module that leaves it, where that module does most of the level's work.
 
-    Such a module upsamples at its end, as the stages of Swin-UNet do.
+    Such a module upsamples at its end, as the stages of Swin-UNet do. `seen` are the level's nodes that modules return.
     """
     graph = trunk.graph
-    above = trunk.path.index(floor.trunk[0]) - 1 if floor.trunk else -1
+    above = trunk.path.index(floor.trunk[0]) - 1
     owner = trunk.folded.owner(trunk.path[above]) if above >= 0 else None
     if owner is None:
         return None
-    leaving = graph.calls[owner]
     made = [
         (call, node)
         for call in graph.inside(owner)
         for keys, node in call.outputs
-        if not keys and node >= call.start and node >= leaving.start and graph.size(node) == floor.size
+        if not keys and node >= call.start and graph.size(node) == floor.size
         if graph.channels(node) == graph.channels(floor.trunk[0])
     ]
     calls = {call.index: call for call, _ in made}
-    outermost = [call for call in calls.values() if not any(up in calls for up in _callers(graph, call))]
-    tapped = {trunk.folded.owner(node) for node in body if tap_at(graph, node, inputs=False, views=False)}
-    outside = sum(graph.calls[call].parameters for call in tapped if call is not None)
-    if not made or sum(call.parameters for call in outermost) <= outside:
+    nested = {inner.index for call in calls for inner in graph.inside(call)}
+    outermost = [call for index, call in calls.items() if index not in nested]
+    owners = {trunk.folded.owner(node) for node in seen} - {None}
+    outside = sum(call.parameters for call in graph.calls if call.index in owners)
+    if sum(call.parameters for call in outermost) <= outside:
         return None
     return tap_at(graph, max(node for _, node in _heavy(made)))
-
-
-def _callers(graph: Graph, call: Call) -> list[int]:
-    callers = []
-    while call.parent >= 0:
-        callers.append(call.parent)
-        call = graph.calls[call.parent]
-    return callers
 
 
 def _bottleneck(trunk: Trunk) -> Tap | None:
@@ -187,9 +176,9 @@ def _bottleneck(trunk: Trunk) -> Tap | None:
     return tap
 
 
-def _check_single_descent(graph: Graph, trunk: Trunk) -> None:
+def _check_single_descent(trunk: Trunk) -> None:
     """Raises TapError if the resolution goes down again after it has gone up."""
-    leading = graph.ancestors(graph.outputs)
+    graph, leading = trunk.graph, trunk.graph.ancestors(trunk.graph.outputs)
     for node, pure in trunk.pure.items():
         size = graph.size(node)
         if pure or size is None or node not in leading:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import takewhile
 
 from . import layouts
-from .axes import follow, grid_of
+from .axes import follow
 from .trace import Call, Keys, Ref, Trace
 
 Size = tuple[int, ...]
@@ -16,6 +17,28 @@ Size = tuple[int, ...]
 def covers(fine: Size, coarse: Size) -> bool:
     """Whether `fine` is at least as fine as `coarse` along every axis."""
     return all(a >= b for a, b in zip(fine, coarse))
+
+
+def reached(start: Iterable[int], sources: Callable[[int], Iterable[int]]) -> set[int]:
+    """`start` and all that lies behind it."""
+    seen, todo = set(start), list(start)
+    while todo:
+        new = [source for source in sources(todo.pop()) if source not in seen]
+        seen.update(new)
+        todo += new
+    return seen
+
+
+def _edge(node: int, sources: Callable[[int], Iterable[int]], inside: Callable[[int], bool]) -> list[int]:
+    """The nearest nodes behind a node that are not `inside`; those that are, it looks through."""
+    found: list[int] = []
+    seen, todo = {node}, [node]
+    while todo:
+        for source in sources(todo.pop()):
+            if source not in seen:
+                seen.add(source)
+                (todo if inside(source) else found).append(source)
+    return found
 
 
 class Graph:
@@ -33,8 +56,7 @@ class Graph:
                 self.returned.setdefault(node, []).append((call, keys))
             for keys, node in call.inputs:
                 self.taken.setdefault(node, []).append((call, keys))
-        axes, self.hidden = follow(trace)
-        self._grids = [grid_of(each, self.batch, self.image) if each else None for each in axes]
+        self._grids, self.hidden = follow(trace)
 
     def grid(self, node: int) -> layouts.Grid | None:
         """How a node lies over the image; None for what is no feature map: attention, windows, pooled vectors."""
@@ -51,43 +73,28 @@ class Graph:
 
     def size(self, node: int) -> Size | None:
         """The spatial size of a node: its level."""
-        grid = self.grid(node)
-        return grid.spatial if grid else None
+        return grid.spatial if (grid := self.grid(node)) else None
 
     def channels(self, node: int) -> int:
         """The channels of a node, 0 if it is no feature map."""
-        grid = self.grid(node)
-        return grid.channels if grid else 0
-
-    @cached_property
-    def users(self) -> dict[int, list[int]]:
-        """For every node that is used, those computed from it."""
-        users: dict[int, list[int]] = {}
-        for node in self.nodes:
-            for source in node.sources:
-                users.setdefault(source, []).append(node.index)
-        return users
+        return grid.channels if (grid := self.grid(node)) else 0
 
     def before_going_up(self, node: int) -> int:
         """What a bare 1x1 convolution takes in, if all that follows it is interpolation; else the node itself.
 
         The two commute, so such a convolution is a part of going up, whichever comes first.
         """
-        made, users = self.nodes[node], self.users.get(node, [])
+        made = self.nodes[node]
         weight = made.arguments.get("weight")
         if made.operator != "aten::convolution" or not isinstance(weight, Ref) or set(weight.shape[2:]) != {1}:
             return node
-        goes_up = bool(users) and all("upsample" in self.nodes[user].operator for user in users)
+        users = [later.operator for later in self.nodes[node + 1 :] if node in later.sources]
+        goes_up = bool(users) and all("upsample" in operator for operator in users)
         return made.sources[0] if goes_up and self.size(made.sources[0]) == self.size(node) else node
 
     def ancestors(self, nodes: Iterable[int]) -> set[int]:
         """`nodes` and all that they were computed from."""
-        seen, todo = set(nodes), list(nodes)
-        while todo:
-            new = [source for source in self.nodes[todo.pop()].sources if source not in seen]
-            seen.update(new)
-            todo += new
-        return seen
+        return reached(nodes, lambda node: self.nodes[node].sources)
 
     def descendants(self, node: int) -> set[int]:
         """`node` and all that was computed from it."""
@@ -117,20 +124,12 @@ class Graph:
 
     def working(self, call: int) -> list[int]:
         """The children of a call that compute something."""
-        return [child for child in self.calls[call].children if self.calls[child].start < self.calls[child].end]
+        return [inner.index for inner in self.inside(call) if inner.parent == call and inner.start < inner.end]
 
     def inside(self, call: int) -> list[Call]:
         """All calls made within a call, itself not included."""
-        found: list[Call] = []
-        todo = list(self.calls[call].children)
-        while todo:
-            found.append(self.calls[todo.pop()])
-            todo += found[-1].children
-        return found
-
-    def sizes_inside(self, call: int) -> set[Size]:
-        """The levels at which the calls within a call return something."""
-        return {size for inner in self.inside(call) for _, node in inner.outputs if (size := self.size(node))}
+        # calls are in order of their start, so what comes after it up to the next call outside
+        return [*takewhile(lambda inner: inner.parent >= call, self.calls[call + 1 :])]
 
     def where(self, node: int) -> str:
         """The innermost module that made a node, for messages."""
@@ -152,28 +151,13 @@ class Folded:
     def sources(self, node: int) -> tuple[int, ...]:
         """The feature maps, and inputs of the model, from which a node's folded call computed it."""
         if node not in self._sources:
-            found: list[int] = []
-            seen = {node}
-            todo = [node]
-            while todo:
-                for source in self._direct(todo.pop()):
-                    if source not in seen:
-                        seen.add(source)
-                        known = source in self.graph.inputs or self.graph.size(source) is not None
-                        (found if known else todo).append(source)
+            graph = self.graph
+            found = _edge(node, self._direct, lambda n: n not in graph.inputs and graph.size(n) is None)
             self._sources[node] = tuple(found)
         return self._sources[node]
 
-    def _direct(self, node: int) -> list[int]:
-        owner = self.owner(node)
+    def _direct(self, node: int) -> Sequence[int]:
+        graph, owner = self.graph, self.owner(node)
         if owner is None:
-            return list(self.graph.nodes[node].sources)
-        start = self.graph.calls[owner].start
-        found: list[int] = []
-        seen, todo = {node}, [node]
-        while todo:
-            for source in self.graph.nodes[todo.pop()].sources:
-                if source not in seen:
-                    seen.add(source)
-                    (todo if source >= start else found).append(source)
-        return found
+            return graph.nodes[node].sources
+        return _edge(node, lambda n: graph.nodes[n].sources, lambda n: n >= graph.calls[owner].start)

@@ -38,13 +38,10 @@ def strides(spatial: Sequence[int], image: Sequence[int]) -> tuple[int, ...] | N
     A stride fits when the size is the image's divided by it, rounded either way. The same stride on every axis and
     powers of two are preferred; different strides are accepted when each is a power of two.
     """
-    if len(spatial) != len(image) or max(spatial) < 2:
+    sizes = list(zip(spatial, image))
+    if len(spatial) != len(image) or max(spatial) < 2 or not all(1 <= size <= full for size, full in sizes):
         return None
-    per_axis: list[list[int]] = []
-    for size, full in zip(spatial, image):
-        if not 1 <= size <= full:
-            return None
-        per_axis.append([s for s in range(1, MAX_STRIDE + 1) if size in (full // s, -(-full // s))])
+    per_axis = [[s for s in range(1, MAX_STRIDE + 1) if size in (full // s, -(-full // s))] for size, full in sizes]
     same = set(per_axis[0]).intersection(*per_axis[1:])
     if same:
         return (min(same, key=lambda s: (s & (s - 1) != 0, s)),) * len(image)
@@ -63,7 +60,7 @@ def token_grids(image: Sequence[int]) -> dict[int, tuple[int, ...]]:
 
 
 def readings(
-    shape: Sequence[int], batch: int, image: Sequence[int], grids: dict[int, tuple[int, ...]] | None = None
+    shape: tuple[int, ...], batch: int, image: tuple[int, ...], grids: dict[int, tuple[int, ...]] | None = None
 ) -> list[Grid]:
     """Every way in which a tensor of `shape` lies over a batch of images of size `image`, the likeliest first.
 
@@ -71,31 +68,21 @@ def readings(
     `grids` adds token counts to those of `token_grids(image)`, for models with uncommon strides.
     """
     dims = len(image)
-    shape, image = tuple(shape), tuple(image)
-    found: list[Grid] = []
     if not shape or shape[0] != batch:
-        return found
+        return []
     if len(shape) == dims + 2:
-        for size, channels, layout in (
-            (shape[2:], shape[1], CHANNELS_FIRST[dims]),
-            (shape[1:-1], shape[-1], CHANNELS_LAST[dims]),
-        ):
-            if stride := strides(size, image):
-                found.append(Grid(size, channels, layout, stride))
-        return sorted(found, key=lambda g: len(set(g.stride)) > 1)
-    if len(shape) == 3:
+        ways = [(shape[2:], shape[1], CHANNELS_FIRST[dims]), (shape[1:-1], shape[-1], CHANNELS_LAST[dims])]
+    elif len(shape) == 3:
         known = {**token_grids(image), **(grids or {})}
-        for count, channels, layout in (
-            (shape[1], shape[2], "NLC"),
-            (shape[1] - 1, shape[2], "CLS+NLC"),
-            (shape[2], shape[1], "NCL"),
-        ):
-            if count in known and (stride := strides(known[count], image)):
-                found.append(Grid(known[count], channels, layout, stride))
-        found.sort(key=lambda g: any(s & (s - 1) for s in g.stride))
-    if len(shape) == dims + 1 and shape[1:] == image:
-        found.insert(0, Grid(image, 1, NO_CHANNELS[dims], (1,) * dims))
-    return found
+        by_count = ((shape[1], shape[2], "NLC"), (shape[1] - 1, shape[2], "CLS+NLC"), (shape[2], shape[1], "NCL"))
+        ways = [(known[count], channels, layout) for count, channels, layout in by_count if count in known]
+    else:
+        ways = []
+    found = [Grid(*way, stride) for way in ways if (stride := strides(way[0], image))]
+    # a stride per axis is unlikely of maps, one that is no power of two of tokens
+    found.sort(key=lambda g: len(set(g.stride)) > 1 if len(shape) == dims + 2 else any(s & (s - 1) for s in g.stride))
+    whole = [Grid(image, 1, NO_CHANNELS[dims], (1,) * dims)] if shape[1:] == image else []
+    return [*whole, *found]
 
 
 def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
@@ -105,9 +92,9 @@ def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> t
         ReSegError: no grid, or more than one, has that many cells.
     """
     choices = [(full // s, -(-full // s)) for full, s in zip(image, stride)]
-    for grid in ([c[0] for c in choices], [c[1] for c in choices]):
+    for grid in zip(*choices):  # all rounded down, or all up
         if math.prod(grid) == count:
-            return tuple(grid)
+            return grid
     mixed = {grid for grid in itertools.product(*choices) if math.prod(grid) == count}
     if len(mixed) != 1:
         raise ReSegError(

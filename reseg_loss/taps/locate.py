@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .graph import Graph
 from .layouts import Grid
 from .tap import Tap
@@ -43,5 +41,5 @@ def tap_of(graph: Graph, call: Call, keys: Keys, node: int, is_input: bool, grid
     assert grid is not None, "callers ask only for feature maps"
     if is_input and keys == (0,):
         keys = ()  # the short way to write the first argument
-    mutated = graph.trace.mutated(node, replace(call, end=call.start) if is_input else call)
+    mutated = graph.trace.mutated(node, call.start if is_input else call.end)
     return Tap(call.name, *grid, keys=keys, call=call.count, is_input=is_input, mutated=mutated)

@@ -12,7 +12,7 @@ from ..errors import TapError, did_you_mean
 from .graph import Graph
 from .locate import tap_of
 from .tap import Level, Tap, TapPlan
-from .trace import Call, Keys, named_modules
+from .trace import Call, Keys, bare, named_modules
 
 KINDS = ("encoder", "decoder", "bottleneck")
 
@@ -57,10 +57,8 @@ def parse_taps(taps: Mapping[str, Any] | None) -> dict[str, list[Tap]]:
         entries = named if isinstance(named, (list, tuple)) else [named]
         if not entries or (kind == "bottleneck" and len(entries) > 1):
             raise TapError(f"taps[{kind!r}] names {len(entries)} taps; it needs {'one' if entries else 'at least one'}")
-        parsed[kind] = [
-            replace(tap, module=_bare(tap.module))
-            for tap in (e if isinstance(e, Tap) else Tap.parse(e) for e in entries)
-        ]
+        seen = [tap if isinstance(tap, Tap) else Tap.parse(tap) for tap in entries]
+        parsed[kind] = [replace(tap, module=bare(tap.module)) for tap in seen]
     return parsed
 
 
@@ -161,10 +159,6 @@ def replaced(plan: TapPlan, side: Literal["encoder", "decoder"], taps: Sequence[
             )
     levels = [replace(level, **{side: by_size.get(level.spatial, getattr(level, side))}) for level in plan.levels]
     return replace(plan, levels=tuple(levels))
-
-
-def _bare(module: str) -> str:
-    return ".".join(part for part in module.split(".") if part != "_orig_mod")
 
 
 def _matches(wanted: Keys, keys: Keys, slots: list[tuple[Keys, int]]) -> bool:

@@ -69,7 +69,8 @@ def _open(
     graph: Graph, call: int, opened: frozenset[int], base: Shape | None, depth: int = 0
 ) -> tuple[frozenset[int], Shape] | None:
     """Open `call`, and what is in it, until that improves on `base`."""
-    if depth > 8 or len(graph.sizes_inside(call)) < 2:
+    sizes = {graph.size(node) for inner in graph.inside(call) for _, node in inner.outputs}
+    if depth > 8 or len(sizes - {None}) < 2:
         return None
     opened = opened | {call}
     shape = _analyse(graph, opened)
@@ -107,7 +108,7 @@ def _is_deeper_encoder(base: Shape | None, shape: Shape) -> bool:
     if any("adaptive" in operator for operator in made_it):
         return False
     joined = [floor for floor in base.floors.values() if floor.skips]
-    skip = pick_skip(base.trunk, min(joined, key=lambda floor: floor.size)) if joined else None
+    skip = pick_skip(base.trunk, min(joined, key=lambda floor: floor.size))
     return skip is None or graph.channels(shape.trunk.bottleneck) >= graph.channels(skip)
 
 
@@ -118,16 +119,15 @@ def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
     floors: dict[Size, Floor] = {}
     for node, below in zip(trunk.path, trunk.path[1:]):
         size = graph.size(node)
-        if size is None:
+        if size is None or size == trunk.size:
             continue
-        if size != trunk.size:
-            floors.setdefault(size, Floor(size)).trunk.append(node)
+        floor = floors.setdefault(size, Floor(size))
+        floor.trunk.append(node)
         for operand in trunk.folded.sources(node):
-            if operand == below or operand in graph.inputs or size == trunk.size or graph.size(operand) != size:
-                continue
-            if candidates := _encoder_side(trunk, operand, size):
-                floors[size].skips += candidates
-                floors[size].merges.append(node)
+            joins = operand != below and operand not in graph.inputs and graph.size(operand) == size
+            if joins and (candidates := _encoder_side(trunk, operand, size)):
+                floor.skips += candidates
+                floor.merges.append(node)
     return Shape(trunk, floors)
 
 
@@ -142,8 +142,7 @@ def _encoder_side(trunk: Trunk, operand: int, size: Size) -> list[Candidate]:
                 return [*found, Candidate(Standing.ENCODER, node)]
             found.append(Candidate(Standing.ADAPTER if chain and _adapts(trunk, node) else Standing.OTHER, node))
         if node in trunk.pure:
-            new = [s for s in trunk.folded.sources(node) if s not in seen and s not in graph.inputs]
-            new = [s for s in new if graph.size(s) == size]
+            new = [s for s in trunk.folded.sources(node) if s not in seen | graph.inputs and graph.size(s) == size]
             chain = chain and len(new) == 1
             seen.update(new)
             todo += new

@@ -68,14 +68,14 @@ class Tap:
         return cls(match["module"], keys=keys, call=int(match["call"] or 0), is_input=bool(match["input"]))
 
 
+def _is_stride(stride: Any) -> bool:
+    numbers = stride if isinstance(stride, (list, tuple)) else [stride]
+    return all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers)
+
+
 def check_strides(levels: Any) -> None:
     """Raise a TapError unless it is a list of strides, each a whole number or one per axis."""
-    strides = (
-        [each if isinstance(each, (list, tuple)) else [each] for each in levels]
-        if isinstance(levels, Sequence)
-        else [[None]]
-    )
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) for stride in strides for n in stride):
+    if not isinstance(levels, Sequence) or not all(map(_is_stride, levels)):
         raise TapError(f"levels={levels!r}: it is a list of strides, whole numbers or one per axis, as levels=[2, 4]")
 
 
@@ -115,17 +115,13 @@ class TapPlan:
         """
         if strides is None:
             below = [level for level in self.levels if max(level.stride) > 1]
-            full = [level for level in self.levels if max(level.stride) == 1]
-            chosen = below[:3] if len(below) >= 2 else (full + below)[:3]
+            chosen = below[:3] if len(below) >= 2 else self.levels[:3]
         else:
             check_strides(strides)
             chosen = []
             for stride in strides:
-                hits = [
-                    level
-                    for level in self.levels
-                    if (level.stride == tuple(stride) if isinstance(stride, Sequence) else max(level.stride) == stride)
-                ]
+                wanted = tuple(stride) if isinstance(stride, Sequence) else int(stride)
+                hits = [level for level in self.levels if wanted in (level.stride, max(level.stride))]
                 if not hits:
                     known = ", ".join(str(level.stride) for level in self.levels)
                     raise TapError(f"levels={strides}: no level has stride {stride}; the strides found are {known}")
@@ -136,16 +132,8 @@ class TapPlan:
         """The U as text, one line a level; `*` marks the selected ones."""
         rows = [("stride", "size", "encoder", "decoder")]
         for level in self.levels:
-            rows.append(
-                (
-                    ("* " if level.selected else "  ") + "x".join(map(str, _short(level.stride))),
-                    "x".join(map(str, level.spatial)),
-                    _describe(level.encoder),
-                    _describe(level.decoder),
-                )
-            )
-        bottom = self.bottleneck
-        last = ("* " + "x".join(map(str, _short(bottom.stride))), "x".join(map(str, bottom.spatial)))
+            rows.append((*_lies(level, level.selected), _describe(level.encoder), _describe(level.decoder)))
+        last = _lies(self.bottleneck)
         widths = [max(len(row[i]) for row in [*rows, (*last, "", "")]) for i in range(4)]
         lines = [title] if title else []
         for i, (stride, size, encoder, decoder) in enumerate(rows):
@@ -153,13 +141,15 @@ class TapPlan:
             lines.append(
                 f"{stride:<{widths[0]}}  {size:<{widths[1]}}  {encoder:<{widths[2]}}{link}{decoder:<{widths[3]}}"
             )
-        middle = f"\\- {_describe(bottom)} -/"
+        middle = f"\\- {_describe(self.bottleneck)} -/"
         lines.append(f"{last[0]:<{widths[0]}}  {last[1]:<{widths[1]}}  {middle:^{widths[2] + 5 + widths[3]}}")
         return "\n".join(line.rstrip() for line in [*lines, *(f"note: {n}" for n in self.notes)])
 
 
-def _short(stride: tuple[int, ...]) -> tuple[int, ...]:
-    return stride[:1] if len(set(stride)) == 1 else stride
+def _lies(level: Level | Tap, selected: bool = True) -> tuple[str, str]:
+    """The stride, marked if selected, and the size."""
+    stride = level.stride[:1] if len(set(level.stride)) == 1 else level.stride
+    return ("* " if selected else "  ") + "x".join(map(str, stride)), "x".join(map(str, level.spatial))
 
 
 def _describe(tap: Tap) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ ACTIVATION_OPERATORS = {
     "_softmax": "softmax",
     "_log_softmax": "log-softmax",
 }
-# what may stand between an activation and the output and leaves its values as they are
+# what may stand between an activation and the output and leaves its values as they are, or between those around them
 PASSED_BY = ("_to_copy", "clone", "slice", "select", "view", "_unsafe_view", "alias", "unsqueeze", "detach")
+PASSED_BY += ("upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_trilinear3d")
 
 
 class Ref(NamedTuple):
@@ -59,11 +61,10 @@ class Call:
     parent: int
     count: int
     parameters: int
-    start: int = 0
+    start: int
+    inputs: list[tuple[Keys, int]]
     end: int = 0
-    inputs: list[tuple[Keys, int]] = field(default_factory=list)
     outputs: list[tuple[Keys, int]] = field(default_factory=list)
-    children: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -90,9 +91,9 @@ class Trace:
         size = self.image[2:]
         return of_all(self.activation(t) for _, t in tensors(self.output) if tuple(t.shape[2:]) == size)
 
-    def mutated(self, node: int, call: Call) -> bool:
-        """Whether the storage of `node` is written to after `call` has returned it."""
-        return any(write > node and write >= call.end for write in self.writes.get(self.nodes[node].storage, ()))
+    def mutated(self, node: int, since: int) -> bool:
+        """Whether the storage of `node` is written to by a later node, from node `since` on."""
+        return any(write > node and write >= since for write in self.writes.get(self.nodes[node].storage, ()))
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -103,9 +104,15 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(".".join(part for part in path.split(".") if part != "_orig_mod"), module)
-    short = {name: name.removeprefix("module.") for name in found}
-    return {name if short[name] != name and short[name] in found else short[name]: found[name] for name in found}
+        found.setdefault(bare(path), module)
+    return {
+        name if (short := name.removeprefix("module.")) in found else short: module for name, module in found.items()
+    }
+
+
+def bare(path: str) -> str:
+    """A module's path without the `_orig_mod` of compiled modules."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def trace_forward(model: nn.Module, example_input: Any) -> Trace:
@@ -125,23 +132,22 @@ def trace_forward(model: nn.Module, example_input: Any) -> Trace:
         stack.enter_context(dry_run(model))
         for name, module in names.values():
             if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks: seen as its parent's operators
-                stack.callback(module.register_forward_pre_hook(tracer.enter(name), with_kwargs=True).remove)
+                enter = partial(tracer.enter, name, sum(p.numel() for p in module.parameters()))
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(tracer.leave, with_kwargs=True).remove)
         inputs = private_copy(example_input)
         for _, tensor in tensors(inputs):
-            tracer.add_input(tensor)
+            tracer.add((), tensor, "input")
         with tracer:
             output = call(model, inputs)
     return Trace(tuple(image.shape), tracer.nodes, tracer.calls, tracer.writes, output)
 
 
-def _nodes(value: Any) -> Iterator[int | None]:
-    """The nodes of the tensors among plain arguments."""
+def refs(value: Any) -> list[Ref]:
+    """The tensors among plain arguments."""
     if isinstance(value, Ref):
-        yield value.node
-    elif isinstance(value, list):
-        for item in value:
-            yield from _nodes(item)
+        return [value]
+    return [ref for item in value for ref in refs(item)] if isinstance(value, list) else []
 
 
 class _Tracer(TorchDispatchMode):
@@ -156,11 +162,7 @@ class _Tracer(TorchDispatchMode):
         self._known: dict[tuple, int] = {}
         # The weak reference keeps the address, not the memory: it cannot be handed to another storage meanwhile.
         self._storages: dict[StorageWeakRef, int] = {}
-        self._counts: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
-
-    def add_input(self, tensor: Tensor) -> None:
-        self._add((), tensor, "input", dynamic=tensor.numel() > 1)
+        self._counts: Counter[int] = Counter()  # calls of each module so far
 
     def _identity(self, tensor: Tensor) -> tuple | None:
         try:
@@ -170,20 +172,13 @@ class _Tracer(TorchDispatchMode):
         number = self._storages.setdefault(storage, len(self._storages))
         return number, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
-    def _add(
-        self,
-        sources: Any,
-        tensor: Tensor,
-        operator: str,
-        dynamic: bool = False,
-        write: bool = False,
-        arguments: dict[str, Any] | None = None,
-        output: int = 0,
+    def add(
+        self, sources: Any, tensor: Tensor, operator: str, write: bool = False, arguments: Any = None, output: int = 0
     ) -> int:
         identity = self._identity(tensor)
         sources = tuple(dict.fromkeys(s for s in sources if s is not None and self.nodes[s].dynamic))
         storage, shape = identity[0] if identity else -1, tuple(tensor.shape)
-        dynamic = dynamic or bool(sources)
+        dynamic = bool(sources) or (operator == "input" and tensor.numel() > 1)
         node = Node(len(self.nodes), sources, shape, operator, storage, dynamic, arguments or {}, output)
         self.nodes.append(node)
         if identity:
@@ -198,7 +193,7 @@ class _Tracer(TorchDispatchMode):
             return None
         node = self._known.get(identity)
         later = [write for write in self.writes.get(identity[0], ()) if node is None or write > node]
-        return self._add([node, *later], tensor, "alias") if later else node
+        return self.add([node, *later], tensor, "alias") if later else node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -212,17 +207,17 @@ class _Tracer(TorchDispatchMode):
             for i, argument in enumerate(func._schema.arguments)
         }
         arguments = {name: self._plain(value) for name, value in named.items()}
-        sources = list(_nodes(list(arguments.values())))
+        sources = [ref.node for ref in refs(list(arguments.values()))]
         result = func(*args, **kwargs)
         written = set()
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for _, tensor in tensors(named[argument.name]):
-                    self._add(sources, tensor, func._schema.name, write=True, arguments=arguments)
+                    self.add(sources, tensor, func._schema.name, write=True, arguments=arguments)
                     written.add(self._identity(tensor))
         for i, (_, tensor) in enumerate(tensors(result)):
             if self._identity(tensor) not in written:
-                self._add(sources, tensor, func._schema.name, arguments=arguments, output=i)
+                self.add(sources, tensor, func._schema.name, arguments=arguments, output=i)
         return result
 
     def _plain(self, value: Any) -> Any:
@@ -234,24 +229,14 @@ class _Tracer(TorchDispatchMode):
             return [self._plain(item) for item in value]
         return value if isinstance(value, (int, float, str)) else None
 
-    def enter(self, name: str) -> Any:
-        """A forward pre-hook that opens a call of the module `name`."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            key = id(module)
-            if key not in self._sizes:
-                self._sizes[key] = sum(p.numel() for p in module.parameters())
-            self._counts[key] = self._counts.get(key, -1) + 1
-            parent = self._stack[-1] if self._stack else -1
-            opened = Call(len(self.calls), name, module, parent, self._counts[key], self._sizes[key])
-            opened.inputs = list(self._found({**dict(enumerate(args)), **kwargs}))
-            opened.start = len(self.nodes)
-            self.calls.append(opened)
-            if parent >= 0:
-                self.calls[parent].children.append(opened.index)
-            self._stack.append(opened.index)
-
-        return hook
+    def enter(self, name: str, parameters: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The forward pre-hook that opens a call of a module, which has a name and so many parameters."""
+        given = tensors({**dict(enumerate(args)), **kwargs})
+        inputs = [(keys, node) for keys, tensor in given if (node := self._find(tensor)) is not None]
+        index, parent, count = len(self.calls), self._stack[-1] if self._stack else -1, self._counts[id(module)]
+        self.calls.append(Call(index, name, module, parent, count, parameters, len(self.nodes), inputs))
+        self._stack.append(index)
+        self._counts[id(module)] += 1
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The forward hook that closes the call."""
@@ -262,14 +247,8 @@ class _Tracer(TorchDispatchMode):
         for keys, tensor in tensors(output):
             node = self._find(tensor)
             if node is None or (inputs and not self.nodes[node].dynamic):  # computed by a kernel that torch cannot see
-                node = self._add(inputs, tensor, "opaque")
+                node = self.add(inputs, tensor, "opaque")
             elif getattr(module, "inplace", False) is True and node in inputs:  # does nothing now, writes in training
-                node = self._add(inputs, tensor, "inplace", write=True)
+                node = self.add(inputs, tensor, "inplace", write=True)
             closed.outputs.append((keys, node))
         closed.end = len(self.nodes)
-
-    def _found(self, values: Any) -> Iterator[tuple[Keys, int]]:
-        for keys, tensor in tensors(values):
-            node = self._find(tensor)
-            if node is not None:
-                yield keys, node

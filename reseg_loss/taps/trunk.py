@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from .graph import Folded, Graph, Size, covers
+from .graph import Folded, Graph, Size, covers, reached
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def find_trunk(folded: Folded) -> Trunk | None:
     pure: dict[int, bool] = {}
     rank: dict[int, tuple[int, int, int]] = {}  # levels climbed, depth of the bottleneck, length
     following: dict[int, int] = {}
-    for node in sorted(_reached(folded)):
+    for node in sorted(reached(graph.outputs, folded.sources)):
         size, sources = graph.size(node), folded.sources(node)
         pure[node] = node in graph.inputs or (
             size is not None and all(pure[s] and covers(graph.size(s) or graph.image, size) for s in sources)
@@ -85,15 +85,4 @@ def find_trunk(folded: Folded) -> Trunk | None:
     path = [max(ends, key=lambda node: rank[node])]
     while path[-1] in following:
         path.append(following[path[-1]])
-    if path[-1] in graph.inputs or graph.size(path[-1]) is None:
-        return None
-    return Trunk(folded, tuple(path), pure)
-
-
-def _reached(folded: Folded) -> set[int]:
-    seen, todo = set(folded.graph.outputs), list(folded.graph.outputs)
-    while todo:
-        new = [source for source in folded.sources(todo.pop()) if source not in seen]
-        seen.update(new)
-        todo += new
-    return seen
+    return None if path[-1] in graph.inputs else Trunk(folded, tuple(path), pure)

@@ -29,6 +29,11 @@ def test_a_value_that_cannot_be_is_refused_by_name(name, value):
         Settings(**{name: value})
 
 
+def test_settings_that_leave_no_term_are_refused():
+    with pytest.raises(ReSegError, match="every term has weight 0"):
+        Settings(encoder_to_decoder=0, decoder_to_encoder=0, bottleneck=0)
+
+
 @pytest.mark.parametrize("preset", ["papr", None, 3, []])
 def test_an_unknown_preset_is_refused(preset):
     with pytest.raises(ReSegError, match="unknown preset"):

@@ -41,7 +41,7 @@ from benchmarks.evidence.harness import (
 )
 from benchmarks.evidence.losses import entropy, segmentation_loss
 from benchmarks.evidence.metrics import score
-from benchmarks.evidence.mixing import SizedBoxes, blur_and_contrast, blurred, mixing_of, sized_boxes
+from benchmarks.evidence.mixing import SizedBoxes, Turned, blur_and_contrast, blurred, mixing_of, sized_boxes, turned
 from benchmarks.evidence.pack import pack
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.results import append, finished, read_lines
@@ -50,6 +50,7 @@ from benchmarks.evidence.variants import CATALOGUE, REMOVED, from_plan
 from benchmarks.released_code import task_loss as released_loss
 from examples.backbones.unet import UNet
 from examples.common.metrics import score_volume, summarize
+from reseg_loss import consistency, semi
 from reseg_loss.alignment import wrapper
 from reseg_loss.common import inputs
 from reseg_loss.mixing import boxes
@@ -375,7 +376,8 @@ def test_the_fields_batches_come_from_the_slices_as_they_are(folder, native):
 def test_the_fields_protocol_from_end_to_end(augmentation, drawn, folder, native, tmp_path):
     out, semi = tmp_path / "results.jsonl", CATALOGUE["ds equal + deep cutmix"]
     wide = replace(semi, name="wide", mixing={"sides": [0.25, 0.7], "perturb": "blur and contrast"}, batch=2.0)
-    variants, settings = (CATALOGUE["bare"], semi, wide), replace(FIELD, augmentation=augmentation)
+    joint, other = (replace(semi, name=name, mixing={name: True}) for name in ("joint", "turned"))
+    variants, settings = (CATALOGUE["bare"], semi, wide, joint, other), replace(FIELD, augmentation=augmentation)
     plan = plan_of(data="acdc_native", patients=3, seeds=(5,), variants=variants, settings=settings, drawn=drawn)
     assert accuracy.run_plan(plan, folder, out, Machine.make(), {}, float("inf"), None, tmp_path / "kept")
     lines = read_lines(out)
@@ -446,11 +448,22 @@ def test_the_blur_is_a_gaussian():
     assert blur_and_contrast(many).dtype == many.dtype
 
 
+def test_what_the_student_sees_is_turned_with_its_label():
+    torch.manual_seed(0)
+    x, u = torch.rand(8, 2, 5, 5), torch.cartesian_prod(*[torch.tensor([False, True])] * 3)
+    for image, label, (across, down, transposed), before in zip(turned(x, u), turned(x[:, 0], u), u.tolist(), x):
+        expected = np.flip(before.numpy(), [axis for axis, does in ((2, across), (1, down)) if does])
+        expected = expected.swapaxes(1, 2) if transposed else expected
+        assert np.array_equal(image.numpy(), expected)
+        assert np.array_equal(label.numpy(), expected[0])
+
+
 def test_what_is_other_about_cutmix_is_passed_on():
     kind, keywords = mixing_of({"sides": [0.1, 0.7], "perturb": "none", "decay": 0.9})
     assert kind is SizedBoxes
     assert keywords == {"sides": [0.1, 0.7], "perturb": None, "decay": 0.9}
     assert mixing_of(None)[1] == {}
+    assert mixing_of({"turned": True}) == (Turned, {})
     with pytest.raises(ValueError, match="mixing is an option of unlabelled='cutmix'"):
         replace(CATALOGUE["bare"], mixing={})
 
@@ -918,16 +931,19 @@ def test_the_watch_sees_what_it_is_for():
 @pytest.fixture
 def unread(monkeypatch):
     """The losses look at values on a CPU in every step, elsewhere not: here the CPU stands for a GPU."""
-    for module in (inputs, wrapper):
+    for module in (inputs, wrapper, consistency, semi):
         monkeypatch.setattr(module, "readable", lambda device, first=False: False)
 
 
-def test_no_step_of_the_fields_protocol_waits_for_the_device(folder, native, unread):
-    semi = replace(CATALOGUE["ds equal + deep cutmix"], mixing={"sides": [0.3, 0.7], "perturb": "blur and contrast"})
-    plan = plan_of(data="acdc_native", patients=3, variants=(semi,), settings=FIELD)
+@pytest.mark.parametrize(
+    "mixing", [{"sides": [0.3, 0.7], "perturb": "blur and contrast"}, {"turned": True}, {"joint": True}]
+)
+def test_no_step_of_the_fields_protocol_waits_for_the_device(mixing, folder, native, unread):
+    variant = replace(CATALOGUE["ds equal + deep cutmix"], mixing=mixing)
+    plan = plan_of(data="acdc_native", patients=3, variants=(variant,), settings=FIELD)
     session = accuracy.Session(plan, folder, Machine.make(), {})
     session.begin(0)
-    step = session.step_of(semi)
+    step = session.step_of(variant)
     assert isinstance(step.feed, FieldFeed)
     with Watch():
         loss, _ = step.losses()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -18,8 +19,11 @@ from common.data import (
     SegmentationData,
     TrainingBatches,
     augment,
+    beside,
     load_data,
+    load_images,
     load_mni152,
+    scanned,
     slabs,
     split_groups,
 )
@@ -90,6 +94,21 @@ def test_template_at_its_default_size(part):
         assert case.spacing == (1.0, 192 / data.size, 192 / data.size)
         np.testing.assert_array_equal(image, same.read()[0])
         np.testing.assert_array_equal(label, same.read()[1])
+
+
+def test_the_scanned_template_is_the_template_with_noise_of_each_slice_s_own():
+    plain = load_mni152()
+    data, again = scanned(plain), scanned(plain)
+    for part in ("train", "test"):
+        for before, after, once_more in zip(
+            getattr(plain, part), getattr(data, part), getattr(again, part), strict=True
+        ):
+            (image, label), (noisy, same) = before.read(), after.read()
+            assert np.array_equal(label, same)
+            assert np.array_equal(noisy, once_more.read()[0])
+            assert noisy.dtype == np.float32
+            assert 0.03 < np.abs(noisy - image).mean() < 0.3
+            assert all(0 < np.corrcoef(a.ravel(), b.ravel())[0, 1] < 0.999 for a, b in zip(image, noisy))
 
 
 def test_template_has_no_patients_to_choose():
@@ -303,6 +322,75 @@ def test_unknown_layouts_are_refused(tmp_path):
         load_data(tmp_path)
     with pytest.raises(ValueError, match="nothing at"):
         load_data(tmp_path / "missing.npz")
+
+
+# --- images without labels
+
+
+def test_npz_leaves_the_other_training_patients_without_labels(tmp_path):
+    data = load_data(write_npz(tmp_path / "a.npz"), patients=2)
+    parts = [{case.group for case in cases} for cases in (data.train, data.unlabelled, data.test)]
+    assert [len(part) for part in parts] == [2, 3, 1]
+    assert set.union(*parts) == set("012345")
+    assert load_data(tmp_path / "a.npz").unlabelled == ()
+
+
+@pytest.mark.parametrize("slices", [1, 3, 9])
+def test_labels_of_a_few_slices(numbered, slices):
+    data = numbered.with_labels_of(slices)
+    known, unknown = (
+        [int(z) for case in cases for z in case.read()[1][:, 0, 0]] for cases in (data.train, data.unlabelled)
+    )
+    assert len(known) == slices
+    assert sorted(known + unknown) == list(range(10))
+    assert max(np.diff([-1, *known, 10])) <= 2 * (10 / slices)  # evenly
+    for case in (*data.train, *data.unlabelled):
+        image, label = case.read()
+        np.testing.assert_allclose(image * 10, label)
+    assert data.test == numbered.test
+    assert data.others.train == data.unlabelled
+
+
+@pytest.mark.parametrize("slices", [0, 10])
+def test_number_of_labelled_slices_is_checked(numbered, slices):
+    with pytest.raises(ValueError, match="choose 1 to 9"):
+        numbered.with_labels_of(slices)
+
+
+def test_an_unlabelled_test_patient_is_refused(numbered):
+    with pytest.raises(ValueError, match="b in training and test"):
+        replace(numbered, unlabelled=numbered.test)
+
+
+def test_images_of_a_file_are_like_those_with_labels(numbered, tmp_path):
+    flat = numbered.train[0]
+    np.savez(tmp_path / "flat.npz", images=np.full((7, 32, 32), 255, np.uint8))
+    (case,) = load_images(tmp_path / "flat.npz", flat)
+    assert case.read()[0].shape == case.read()[1].shape == (7, 32, 32)
+    assert case.read()[0].max() == 1
+    image, label = flat.read()
+    volume = replace(flat, read=lambda: (image[None], label))
+    np.savez(tmp_path / "deep.npz", images=np.zeros((3, 9, 8, 7), np.uint8))
+    cases = load_images(tmp_path / "deep.npz", volume)
+    assert [(case.read()[0].shape, case.read()[1].shape) for case in cases] == [((1, 9, 8, 7), (9, 8, 7))] * 3
+    np.savez(tmp_path / "deep.npz", images=np.zeros((2, 3, 9, 8, 7), np.uint8))
+    with pytest.raises(ValueError, match="not as those with labels"):
+        load_images(tmp_path / "deep.npz", flat)
+    with pytest.raises(ValueError, match=r"no \.npz"):
+        load_images(tmp_path / "missing.npz", flat)
+    np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
+    with pytest.raises(ValueError, match="lacks 'images'"):
+        load_images(tmp_path / "other.npz", flat)
+
+
+def test_batches_of_two_loaders_side_by_side(numbered):
+    data = numbered.with_labels_of(4)
+    labelled, unlabelled = TrainingBatches(data, 2, seed=0), TrainingBatches(data.others, 3, seed=1)
+    for step, (image, label, other) in enumerate(beside(labelled.loader(5), unlabelled.loader(5))):
+        assert torch.equal(image, labelled[step][0])
+        assert torch.equal(label, labelled[step][1])
+        assert torch.equal(other, unlabelled[step][0])
+    assert step == 4
 
 
 # --- batches

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +21,10 @@ import ablation
 from common.data import TrainingBatches, load_data
 from common.experiment import main, parse_arguments, trained_and_tested
 from common.recipes import Recipe
+from common.training import train
 from launch import TORCHRUN, environment, run
+
+from reseg_loss import ReSegWrapper, SemiSupervised
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("train_unet", "train_smp", "train_transunet", "train_swin_unet", "train_vm_unet")
@@ -52,7 +56,7 @@ def test_every_network_trains_without_and_with_reseg_and_deep_supervision(script
     assert bare["task_loss"] != ours["task_loss"]
     assert (out / "overlays.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for text in ("DSC in %", "HD95 in pixels", "reseg+deep", "class 1", "One seed proves nothing"):
+    for text in ("DSC in %", "HD95 in pixels", "reseg+deep", "class 1", "One seed proves nothing", "too short"):
         assert text in printed
     keys = list(backbone(script).small(2, 96).state_dict())
     assert list(torch.load(out / "reseg+deep.pt", weights_only=True)["model"]) == keys
@@ -99,6 +103,85 @@ def test_two_processes_share_every_batch_and_end_with_one_network(slices):
     assert json.loads((slices.parent / "out" / "reseg+deep.json").read_text())["steps"] == 3
 
 
+def test_unlabelled_images_are_learnt_from_and_the_mean_teacher_is_tested(slices, capsys):
+    out, unet = slices.parent / "out", backbone("train_unet")
+    few = [*options(slices, "--steps", "6", "--patients", "1"), "--unlabelled"]
+    main(unet, few)
+    assert "reseg+semi" in capsys.readouterr().out
+    state = torch.load(out / "reseg+semi.pt", weights_only=True)
+    assert list(state["average"]) == list(state["model"]) == list(unet.small(2, 96).state_dict())
+    assert any(not torch.equal(value, state["average"][key]) for key, value in state["model"].items())
+    assert state["reseg"]["calls"] == state["semi"]["calls"] == 6
+    main(unet, [*few, "--weight", "0"])  # without the alignment
+    alone = json.loads((out / "semi.json").read_text())
+    assert alone["options"]["reseg"] is None
+    without = torch.load(out / "semi.pt", weights_only=True)["average"]
+    assert any(not torch.equal(value, without[key]) for key, value in state["average"].items())
+    main(unet, [*few, "--weight", "0"])  # what is finished is read, the mean teacher as well
+    assert json.loads((out / "semi.json").read_text()) == alone
+
+
+def test_with_unlabelled_images_it_goes_on_where_it_stopped(slices, monkeypatch):
+    unet, few = backbone("train_unet"), ["--steps", "6", "--patients", "1", "--save-every", "2", "--unlabelled"]
+    main(unet, options(slices, *few, "--out", str(slices.parent / "whole")))
+    original, seen = TrainingBatches.__getitem__, []
+
+    def killed(self, step):
+        seen.append(step)
+        if len(seen) == 22:  # bare: an example and 6 batches; then an example, stage 1, and 2 a step
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "__getitem__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(unet, options(slices, *few))
+    out = slices.parent / "out"
+    assert 0 < len(torch.load(out / "reseg+semi.pt", weights_only=True)["run"]["losses"]) < 6
+    main(unet, options(slices, *few))
+    again, once = (torch.load(slices.parent / name / "reseg+semi.pt", weights_only=True) for name in ("out", "whole"))
+    assert again["run"]["losses"] == once["run"]["losses"]
+    for key, value in once["average"].items():
+        assert torch.equal(value, again["average"][key]), key
+
+
+def test_the_alignment_leaves_unlabelled_images_out(slices):
+    """Of two runs that differ in their unlabelled images alone the aligned parts are the same."""
+    image, label = TrainingBatches(load_data(slices), 4, seed=0)[0]
+    values = []
+    for other in (image.flip(0), torch.rand_like(image)):
+        torch.manual_seed(0)
+        model = backbone("train_unet").small(2, 32)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # whose statistics would see the others
+        semi = SemiSupervised(model, example_input=image, rampup_steps=5)
+        reseg = ReSegWrapper(model, example_input=image, ignore_index=255)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        reseg.fit_recon([(image, label)], steps=1, progress=False)
+        model.train = lambda mode=True, model=model: model  # as a user who freezes statistics does
+        train(model, [(image, label, other)], optimizer, steps=1, semi=semi, reseg=reseg)
+        values.append(reseg.stats()["alignment"])
+    assert values[0] == values[1] > 0
+
+
+def test_two_processes_share_labelled_and_unlabelled_batches(slices):
+    more = ["--patients", "1", "--unlabelled", "--weight", "0"]
+    run(*TORCHRUN, ROOT / "examples" / "train_unet.py", *options(slices, *more))
+    state = torch.load(slices.parent / "out" / "semi.pt", weights_only=True)
+    assert state["semi"]["calls"] == 3
+
+
+def test_unlabelled_images_may_come_from_a_file(slices):
+    file = slices.parent / "others.npz"
+    np.savez(file, images=np.random.default_rng(0).integers(0, 200, (9, 32, 32)).astype(np.uint8))
+    args = parse_arguments(backbone("train_unet"), options(slices, "--unlabelled", str(file)))
+    assert [len(case.read()[0]) for case in args.dataset.unlabelled] == [9]
+    args = parse_arguments(backbone("train_unet"), ["--small", "--unlabelled"])
+    assert args.slices == 4
+    assert sum(len(case.read()[0]) for case in args.dataset.unlabelled) == 60
+
+
 def test_processes_draw_their_share_of_the_same_batch(slices):
     data = load_data(slices)
     image, label = TrainingBatches(data, 6, seed=1)[3]
@@ -130,6 +213,7 @@ def test_what_is_finished_is_not_repeated_and_other_options_are_refused(slices):
         (["--paper", "--small"], "not allowed with"),
         (["--weights", "file.npz"], "no loader of pretrained weights for U-Net"),
         (["--patients", "3"], "one averaged brain"),
+        (["--unlabelled", "missing.npz"], "missing.npz is no .npz"),
     ],
 )
 def test_wrong_options_are_explained(more, message, capsys):

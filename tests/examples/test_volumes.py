@@ -271,6 +271,23 @@ def test_two_channels_reach_the_teacher(volumes):
     assert state["reseg"]["calls"] == 6
 
 
+def test_unlabelled_volumes_are_learnt_from(volumes, capsys):
+    train_3d.main(options(volumes, "out", "--patients", "2", "--unlabelled", "--runs", "semi"))
+    assert "semi" in capsys.readouterr().out
+    state = torch.load(volumes.parent / "out" / "semi.pt", weights_only=True)
+    assert state["semi"]["calls"] == 6
+    assert list(state["average"]) == list(state["model"])
+
+
+def test_one_slab_of_the_template_keeps_its_labels():
+    args = train_3d.parse_arguments(["--small", "--unlabelled"])
+    assert args.runs == ["bare", "deep", "semi"]
+    assert (len(args.dataset.train), len(args.dataset.unlabelled)) == (1, 3)
+    assert {case.name for case in (*args.dataset.train, *args.dataset.unlabelled)} == {
+        case.name for case in load_volumes().train
+    }
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -278,6 +295,8 @@ def test_two_channels_reach_the_teacher(volumes):
         (["--patch", "8", "12", "8"], "multiples of 8"),
         (["--contrasts", "2"], "as a channel"),
         (["--patients", "9"], "9 patients were asked for"),
+        (["--unlabelled"], "no image is left without a label"),
+        (["--runs", "bare,semi"], "needs --unlabelled"),
     ],
 )
 def test_wrong_options_are_explained(volumes, more, message, capsys):

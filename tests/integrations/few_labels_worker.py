@@ -34,7 +34,7 @@ class Run:
         self.unlabelled: list[float] = []
 
     def execute(self, code: str, names: dict[str, Any]) -> dict[str, Any]:
-        loss_of = SemiSupervised.loss_of
+        loss_of = SemiSupervised.loss
 
         def counted(semi: SemiSupervised, *args: Any, **kwargs: Any) -> Tensor:
             loss = loss_of(semi, *args, **kwargs)
@@ -45,12 +45,12 @@ class Run:
                 os.kill(os.getpid(), signal.SIGKILL)
             return loss
 
-        SemiSupervised.loss_of = counted
+        SemiSupervised.loss = counted
         torch.manual_seed(self.seed)
         try:
             exec(code, names)
         finally:
-            SemiSupervised.loss_of = loss_of
+            SemiSupervised.loss = loss_of
         semi = names["semi"] if "semi" in names else names["module"].semi
         return {
             "losses": self.losses,

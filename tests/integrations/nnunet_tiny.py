@@ -19,40 +19,55 @@ LABELS = {"background": 0, "outer": 1, "inner": 2, "rim": 3}
 CPU = torch.device("cpu")
 
 
-def write_dataset(raw: Path, cases: int = 8, size: int = 32) -> None:
-    """Noisy nested ellipsoids."""
+def write_dataset(
+    raw: Path,
+    cases: int = 8,
+    unlabelled: int = 4,
+    size: int = 32,
+    dataset: str = DATASET,
+    ignored: tuple[int, ...] = (),
+) -> None:
+    """Noisy nested ellipsoids. The labels of `ignored` cases are "ignore" alone."""
     import SimpleITK as sitk  # noqa: N813
 
-    folder = raw / DATASET
-    for name in ("imagesTr", "labelsTr", "imagesTs"):
+    folder = raw / dataset
+    for name in ("imagesTr", "labelsTr", "imagesTs", "imagesUn"):
         (folder / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"))
-    for case in range(cases):
+    for case in range(cases + unlabelled):
         center, radius = size / 2 + rng.uniform(-3, 3, 3), rng.uniform(8, 12, 3)
         distance = (((grid - center[:, None, None, None]) / radius[:, None, None, None]) ** 2).sum(0)
         label = np.select([distance < 0.35, distance < 0.8, distance < 1], [2, 1, 3], 0).astype(np.uint8)
         image = (label + rng.normal(0, 0.4, label.shape)).astype(np.float32)
+        if case >= cases:
+            name = f"more_{case - cases:03d}"
+            sitk.WriteImage(sitk.GetImageFromArray(image), folder / "imagesUn" / f"{name}_0000.nii.gz")
+            continue
         name = f"case_{case:03d}"
+        label = np.full_like(label, len(LABELS)) if case in ignored else label
         sitk.WriteImage(sitk.GetImageFromArray(image), folder / "imagesTr" / f"{name}_0000.nii.gz")
         sitk.WriteImage(sitk.GetImageFromArray(label), folder / "labelsTr" / f"{name}.nii.gz")
         if case == 0:
             sitk.WriteImage(sitk.GetImageFromArray(image), folder / "imagesTs" / f"{name}_0000.nii.gz")
-    about = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": cases, "file_ending": ".nii.gz"}
+    labels = {**LABELS, "ignore": len(LABELS)} if ignored else LABELS
+    about = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(about))
 
 
-def shrink_plans(preprocessed: Path) -> None:
+def shrink_plans(preprocessed: Path, dataset: str = DATASET) -> None:
     """Patch, batch and network so small that a step takes milliseconds."""
-    file = preprocessed / DATASET / "nnUNetPlans.json"
+    file = preprocessed / dataset / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     for name, patch in (("2d", [32, 32]), ("3d_fullres", [16, 16, 16])):
+        if name not in plans["configurations"]:
+            continue
         configuration = plans["configurations"][name]
         configuration |= {"patch_size": patch, "batch_size": 2}
-        dims, stages = len(patch), 3
+        dims, stages = len(patch), 4
         configuration["architecture"]["arch_kwargs"] |= {
             "n_stages": stages,
-            "features_per_stage": [4, 8, 16],
+            "features_per_stage": [4, 8, 16, 16],
             "strides": [[1] * dims] + [[2] * dims] * (stages - 1),
             "kernel_sizes": [[3] * dims] * stages,
             "n_conv_per_stage": [1] * stages,
@@ -67,12 +82,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def make(trainer: str, configuration: str, *, resume: bool = False, labels: dict[str, Any] | None = None) -> Any:
+def make(
+    trainer: str,
+    configuration: str,
+    *,
+    resume: bool = False,
+    labels: dict[str, Any] | None = None,
+    batch: int | None = None,
+    dataset: str = DATASET,
+) -> Any:
     """A trainer of a few steps, found as nnU-Net finds it, whose batches follow from the epoch's number."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    folder = Path(os.environ["nnUNet_preprocessed"]) / DATASET  # noqa: SIM112
+    folder = Path(os.environ["nnUNet_preprocessed"]) / dataset  # noqa: SIM112
     plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": resume}
+    if batch is not None:
+        plans["configurations"][configuration]["batch_size"] = batch
     about = json.loads((folder / "dataset.json").read_text()) | copy.deepcopy(labels or {})
     seed_everything(0)
     made = recursive_find_trainer_class_by_name(trainer)(plans, configuration, 0, about, CPU)
@@ -87,6 +112,13 @@ def make(trainer: str, configuration: str, *, resume: bool = False, labels: dict
         seed_everything(2 * made.current_epoch + made.local_rank)
 
     made.on_epoch_start = on_epoch_start
+    step = made.train_step
+
+    def train_step(batch: Any) -> Any:
+        made.steps += 1
+        return step(batch)
+
+    made.steps, made.train_step = 0, train_step
     return made
 
 
@@ -115,6 +147,33 @@ def train(made: Any, *, resume: bool = False) -> Any:
     return made
 
 
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def predict(trained: Any, raw: Path) -> np.ndarray:
+    import SimpleITK as sitk  # noqa: N813
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(use_mirroring=False, device=CPU, allow_tqdm=False, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(trained.output_folder_base, (0,), "checkpoint_final.pth")
+    image = sitk.GetArrayFromImage(sitk.ReadImage(raw / DATASET / "imagesTs" / "case_000_0000.nii.gz"))[None]
+    return predictor.predict_single_npy_array(image, {"spacing": [1, 1, 1]}, None, None, False)
+
+
+def note_at_the_end(made: Any, kept: dict[str, Any]) -> None:
+    """Keep the weights that are there when all epochs are done."""
+    end = made.on_train_end
+
+    def on_train_end() -> None:
+        teacher = made.mean_teacher.network if hasattr(made, "mean_teacher") else made.reseg.teacher
+        parts = {"student": made.network, "teacher": teacher}
+        kept.update({name: [t.clone() for t in part.state_dict().values()] for name, part in parts.items()})
+        end()
+
+    made.on_train_end = on_train_end
+
+
 def main(rank: int, folder: str) -> None:
     """One of two processes. nnU-Net takes DDP for CUDA, so its device and its DDP call are turned to the CPU."""
     import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module  # noqa: N813
@@ -131,22 +190,23 @@ def main(rank: int, folder: str) -> None:
     module.nnUNetTrainer.__init__ = on_cpu
     module.MetaLogger.plot_progress_png = lambda *args, **kwargs: None
     found = {}
-    for run in ("whole", "cut", "resumed"):
-        os.environ["nnUNet_results"] = f"{folder}/{run.replace('resumed', 'cut')}"  # noqa: SIM112
-        made = make("nnUNetTrainerReSeg", "3d_fullres", resume=run == "resumed")
-        seed_everything(rank)
-        if run == "cut":
-            kill_at(made, epoch=2, step=1)
-        try:
-            train(made, resume=run == "resumed")
-        except KilledError:
-            continue
-        found[run] = {
-            "wrapped": type(made.network).__name__,
-            "student": list(made.network.state_dict().values()),
-            "teacher": list(made.reseg.teacher.state_dict().values()),
-            "calls": made.reseg.calls,
-        }
+    for trainer in ("nnUNetTrainerReSeg", "nnUNetTrainerSemi"):
+        for run in ("whole", "cut", "resumed"):
+            os.environ["nnUNet_results"] = f"{folder}/{run.replace('resumed', 'cut')}"  # noqa: SIM112
+            made = make(trainer, "3d_fullres", resume=run == "resumed")
+            seed_everything(rank)
+            if run == "cut":
+                kill_at(made, epoch=2, step=1)
+            if trainer == "nnUNetTrainerSemi":
+                made.threshold = 0.3
+            kept: dict[str, Any] = {}
+            note_at_the_end(made, kept)
+            try:
+                train(made, resume=run == "resumed")
+            except KilledError:
+                continue
+            kept |= {"wrapped": type(made.network).__name__, "steps": made.steps}
+            found[f"{trainer} {run}"] = kept
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -76,16 +76,24 @@ def test_on_two_processes_all_have_the_same_model_heads_and_teacher(found, check
         assert not equal(zero["losses"], one["losses"]), "each process has a part of the batches"
 
 
-def test_nnunets_line_adds_a_folder_with_one_file(monkeypatch, capsys):
+def test_nnunets_lines_add_a_folder_with_our_trainers(monkeypatch, capsys):
     assert 'eval "$(python -m reseg_loss.integrations.nnunet)"' in section("nnU-Net v2")
     monkeypatch.delenv("nnUNet_extTrainer", raising=False)
     for named in ([], ["/some/where"], ["/some/where", str(printer.folder())]):
         monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(named))
-        printer.main()
+        expected = [*named[:1], str(printer.folder())]
+        printer.main([])
         name, _, paths = capsys.readouterr().out.strip().partition("=")
         assert name == "export nnUNet_extTrainer"
-        assert paths.split(os.pathsep) == [*named[:1], str(printer.folder())]
-    assert [file.name for file in printer.folder().glob("*.py")] == ["nnUNetTrainerReSeg.py"]
+        assert paths.split(os.pathsep) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout.isatty", lambda: True)
+            printer.main([])
+        bash, powershell = capsys.readouterr().out.splitlines()
+        assert bash == f"{name}={paths}"
+        assert powershell == f"# in PowerShell: $env:nnUNet_extTrainer = '{os.pathsep.join(expected)}'"
+    names = sorted(file.name for file in printer.folder().glob("*.py"))
+    assert names == ["nnUNetTrainerReSeg.py", "nnUNetTrainerSemi.py"]
 
 
 def test_lightnings_section_runs(tmp_path, monkeypatch):

@@ -6,13 +6,9 @@ Its requirements differ from ours, so it has an environment of its own: pip inst
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-import multiprocessing.pool
 import os
 import re
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,10 @@ import pytest
 import torch
 from frameworks_page import section
 from launch import two_processes
+from nnunet_tiny import equal, predict
 
 from reseg_loss.integrations.nnunet import __main__ as printer
+from reseg_loss.integrations.nnunet.checkpoints import trainer_to_predict_with
 
 pytestmark = [
     pytest.mark.nnunet,
@@ -33,55 +31,6 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The data set, planned and preprocessed."""
-    root = tmp_path_factory.mktemp("nnunet")
-    patch = pytest.MonkeyPatch()
-    for name in ("raw", "preprocessed", "results"):
-        (root / name).mkdir()
-        patch.setenv(f"nnUNet_{name}", str(root / name))
-    settings = {"def_n_proc": "1", "n_proc_DA": "0", "compile": "f", "extTrainer": str(printer.folder())}
-    for name, value in settings.items():
-        patch.setenv(f"nnUNet_{name}", value)
-    # threads instead of spawned processes, each of which would import everything again
-    patch.setattr(multiprocessing, "get_context", lambda method=None: _threads())
-    tiny.write_dataset(root / "raw")
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
-    from nnunetv2.training.logging.nnunet_logger import MetaLogger
-
-    patch.setattr(MetaLogger, "plot_progress_png", lambda *args, **kwargs: None)
-    extract_fingerprints([901], num_processes=1, check_dataset_integrity=True, clean=True)
-    patch.setenv("nnUNet_n_proc_DA", "1")  # 0 crashes the planning
-    plan_experiments([901])
-    patch.setenv("nnUNet_n_proc_DA", "0")
-    preprocess([901], configurations=("2d", "3d_fullres"), num_processes=(1, 1))
-    tiny.shrink_plans(root / "preprocessed")
-    yield root
-    patch.undo()
-
-
-def _threads() -> Any:
-    own = {name: getattr(multiprocessing, name) for name in ("Manager", "Queue", "Event", "Process")}
-    return types.SimpleNamespace(Pool=lambda n=1, *args, **kwargs: multiprocessing.pool.ThreadPool(n), **own)
-
-
-def equal(a: Any, b: Any) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-def predict(trained: Any, raw: Path) -> np.ndarray:
-    import SimpleITK as sitk  # noqa: N813
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(
-        use_mirroring=False, device=tiny.CPU, allow_tqdm=False, perform_everything_on_device=False
-    )
-    predictor.initialize_from_trained_model_folder(trained.output_folder_base, (0,), "checkpoint_final.pth")
-    image = sitk.GetArrayFromImage(sitk.ReadImage(raw / tiny.DATASET / "imagesTs" / "case_000_0000.nii.gz"))[None]
-    return predictor.predict_single_npy_array(image, {"spacing": [1, 1, 1]}, None, None, False)
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -253,17 +202,22 @@ def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
 def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes_on(folders, tmp_path):
     two_processes(tiny.__file__, tmp_path, nnUNet_results=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for run, calls in (("whole", 9), ("resumed", 3)):
-        assert zero[run]["wrapped"] == "DistributedDataParallel"
-        assert zero[run]["calls"] == one[run]["calls"] == calls
-        for part in ("student", "teacher"):
-            for other in (one[run][part], zero["whole"][part]):
-                assert all(torch.equal(a, b) for a, b in zip(zero[run][part], other, strict=True)), (run, part)
+    for trainer in ("nnUNetTrainerReSeg", "nnUNetTrainerSemi"):
+        whole = zero[f"{trainer} whole"]
+        assert not all(torch.equal(a, b) for a, b in zip(whole["student"], whole["teacher"]))
+        for run, steps in (("whole", 9), ("resumed", 3)):
+            mine, theirs = (rank[f"{trainer} {run}"] for rank in (zero, one))
+            assert mine["wrapped"] == "DistributedDataParallel"
+            assert mine["steps"] == theirs["steps"] == steps
+            for part in ("student", "teacher"):
+                for other in (theirs[part], whole[part]):
+                    assert all(torch.equal(a, b) for a, b in zip(mine[part], other, strict=True)), (trainer, run, part)
 
 
 def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    (code,) = re.findall(r"```python\n(.*?)```", section("nnU-Net v2"), re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", section("nnU-Net v2"), re.DOTALL)
+    (code,) = [code for code in found if "nnUNetTrainerReSeg" in code]
     (tmp_path / "my_trainers").mkdir()
     (tmp_path / "my_trainers" / "mine.py").write_text(code)
     paths = [str(tmp_path / "my_trainers"), str(printer.folder())]
@@ -276,8 +230,7 @@ def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
     assert made.reseg.settings.normalize is None
     about = torch.load(Path(made.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert about["trainer_name"] == "nnUNetTrainer_250epochs"
-    made = tiny.make("nnUNetTrainerReSeg", "2d")
-    assert made.trainer_to_predict_with() == "nnUNetTrainer"
-    own = type("WithANetworkOfItsOwn", (type(made),), {"build_network_architecture": staticmethod(lambda: None)})
-    made.__class__ = own
-    assert made.trainer_to_predict_with() == "WithANetworkOfItsOwn"
+    ours = type(tiny.make("nnUNetTrainerReSeg", "2d"))
+    assert trainer_to_predict_with(ours, ours) == "nnUNetTrainer"
+    own = type("WithANetworkOfItsOwn", (ours,), {"build_network_architecture": staticmethod(lambda: None)})
+    assert trainer_to_predict_with(own, ours) == "WithANetworkOfItsOwn"

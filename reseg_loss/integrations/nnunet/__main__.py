@@ -1,22 +1,62 @@
-"""Print the line that shows nnU-Net our trainer: `eval "$(python -m reseg_loss.integrations.nnunet)"`."""
+"""Show nnU-Net our trainers: `eval "$(python -m reseg_loss.integrations.nnunet)"`; and `prepare` unlabelled images."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from ...errors import ReSegError
 
 
 def folder() -> Path:
-    """Where nnU-Net finds the trainer."""
+    """Where nnU-Net finds the trainers."""
     return Path(__file__).with_name("ext")
 
 
-def main() -> None:
-    """The folder joins those that nnUNet_extTrainer names already."""
+def print_lines() -> None:
+    """The folder joins those that nnUNet_extTrainer names already. PowerShell's line is for readers, not for `eval`."""
     named = os.environ.get("nnUNet_extTrainer", "").split(os.pathsep)  # noqa: SIM112
-    paths = dict.fromkeys([*filter(None, named), str(folder())])
-    print(f"export nnUNet_extTrainer={shlex.quote(os.pathsep.join(paths))}")
+    paths = os.pathsep.join(dict.fromkeys([*filter(None, named), str(folder())]))
+    print(f"export nnUNet_extTrainer={shlex.quote(paths)}")
+    if sys.stdout.isatty():
+        print("# in PowerShell: $env:nnUNet_extTrainer = '{}'".format(paths.replace("'", "''")))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reseg_loss.integrations.nnunet",
+        description="Without a command: print the line that shows nnU-Net our trainers.",
+    )
+    command = parser.add_subparsers(dest="command").add_parser(
+        "prepare", help="preprocess images without labels (nnUNet_raw/DATASET/imagesUn) by nnU-Net's plans"
+    )
+    command.add_argument("dataset", help="its id or name")
+    command.add_argument("-p", dest="plans", default="nnUNetPlans", help="the plans' name (%(default)s)")
+    command.add_argument("-c", dest="configurations", nargs="+", help="default: all that nnU-Net has preprocessed")
+    command.add_argument("-np", dest="processes", type=int, help="at a time (as many as nnU-Net's own)")
+    command.add_argument(
+        "--patient-splits",
+        nargs="?",
+        const=True,
+        metavar="PATTERN",
+        help="write a splits_final.json that keeps a patient's cases together; PATTERN is a regular expression for the "
+        "start of an id that names the patient, by default all up to its first number",
+    )
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        print_lines()
+        return
+    from .prepare import prepare  # needs nnU-Net
+
+    try:
+        prepare(given.dataset, given.plans, given.configurations, given.processes, given.patient_splits or False)
+    except ReSegError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

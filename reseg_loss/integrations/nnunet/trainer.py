@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # pyrig
 from torch import Tensor, nn
 
 from ...alignment.wrapper import ReSegWrapper
-from ...common.files import write_atomically
+from .checkpoints import finish, trainer_to_predict_with
 
 IGNORED = 255  # where regions have an ignore label
 
@@ -59,17 +58,8 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         partial = f"{filename}.stock"
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
-            checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
-            checkpoint |= {"trainer_name": self.trainer_to_predict_with(), "reseg_trainer": type(self).__name__}
-            write_atomically(checkpoint, filename)
-            os.remove(partial)
-
-    def trainer_to_predict_with(self) -> str:
-        """The trainer that ours builds on, unless a subclass of ours has a network of its own."""
-        mine = type(self)
-        base = mine.__mro__[mine.__mro__.index(nnUNetTrainerReSeg) + 1]
-        same = base.build_network_architecture is mine.build_network_architecture
-        return base.__name__ if same else mine.__name__
+            name = trainer_to_predict_with(type(self), nnUNetTrainerReSeg)
+            finish(partial, filename, {"trainer_name": name, "reseg_trainer": type(self).__name__})
 
     def _make_reseg(self) -> ReSegWrapper:
         labels, settings = self.label_manager, dict(self.reseg_settings)

@@ -1,4 +1,4 @@
-"""What nnU-Net finds through nnUNet_extTrainer. It imports every file of this folder, so there is only this one."""
+"""What nnU-Net finds through nnUNet_extTrainer. It imports every file of this folder: none may need another package."""
 
 from reseg_loss.integrations.nnunet.trainer import nnUNetTrainerReSeg
 

@@ -1,0 +1,165 @@
+"""Preprocess a data set's images without labels by nnU-Net's own plans."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from ...errors import ReSegError
+from .patients import UP_TO_A_NUMBER, patients, split_between, write_splits
+from .unlabelled import folder_of, named, preprocessing, record_of
+
+
+def prepare(
+    dataset: str,
+    plans_name: str = "nnUNetPlans",
+    configurations: Sequence[str] | None = None,
+    processes: int | None = None,
+    patient_splits: str | bool = False,
+) -> None:
+    """Preprocess imagesUn for the configurations that nnU-Net has preprocessed, and look whose images they are.
+
+    Args:
+        dataset: id or name.
+        plans_name: the plans, as nnU-Net's -p.
+        configurations: some of the plans'; None takes all that nnU-Net has preprocessed.
+        processes: at a time; None takes nnU-Net's number.
+        patient_splits: True writes a splits_final.json that keeps a patient's cases together; a string, too, and is a
+            regular expression for the start of an id that names the patient (else all up to its first number).
+
+    Raises:
+        ReSegError: there are no such images or plans, images lack channels, or an id is also in imagesTr.
+    """
+    name = maybe_convert_to_dataset_name(dataset)
+    raw, done = Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name
+    if not (done / f"{plans_name}.json").exists():
+        raise ReSegError(f"{done / plans_name}.json does not exist; run nnUNetv2_plan_and_preprocess first")
+    plans = PlansManager(str(done / f"{plans_name}.json"))
+    about = json.loads((done / "dataset.json").read_text())
+    chosen = _configurations(plans, configurations, done)
+    channels = len(about.get("channel_names", about.get("modality")))
+    cases = find_cases(raw / "imagesUn", about["file_ending"], channels)
+    first = str(done / chosen[0].data_identifier)
+    labelled = infer_dataset_class(first).get_identifiers(first)
+    if both := set(cases) & set(labelled):
+        raise ReSegError(f"{named(both)}: in imagesUn and in imagesTr, so an image with a label would count as without")
+    splits_file = done / "splits_final.json"
+    pattern = patient_splits if isinstance(patient_splits, str) else UP_TO_A_NUMBER
+    if patient_splits:
+        groups = patients(labelled, pattern)
+        write_splits(groups, splits_file)
+        print(f"{splits_file}: folds of {len(groups)} patients with {len(labelled)} cases")
+    for line in warnings_of(labelled, cases, splits_file, pattern):
+        print(f"WARNING: {line}")
+    for configuration in chosen:
+        preprocess(
+            cases, folder_of(done, configuration), plans, configuration, about, processes or default_num_processes
+        )
+
+
+def _configurations(plans: Any, names: Sequence[str] | None, done: Path) -> list[Any]:
+    """Those asked for, or that nnU-Net has preprocessed; of several with the same images one."""
+    known = plans.available_configurations
+    for name in names or ():
+        if name not in known:
+            raise ReSegError(f"the plans have no configuration {name}; they have {', '.join(known)}")
+    chosen = {c.data_identifier: c for c in (plans.get_configuration(name) for name in reversed(names or known))}
+    found = [c for identifier, c in chosen.items() if (done / identifier).is_dir()]
+    if not found or (names and len(found) < len(chosen)):
+        raise ReSegError(f"{done} lacks preprocessed cases of imagesTr; run nnUNetv2_plan_and_preprocess first")
+    return found
+
+
+def find_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]:
+    """The files of each image, in the order of channels.
+
+    Raises:
+        ReSegError: there are none, or not all channels of one.
+    """
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
+    cases: dict[str, dict[int, str]] = defaultdict(dict)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := pattern.fullmatch(file.name):
+            cases[match[1]][int(match[2])] = str(file)
+    if not cases:
+        raise ReSegError(f"{folder} has no images; they are named as those of imagesTr, NAME_0000{ending} and so on")
+    wrong = [case for case, files in cases.items() if sorted(files) != list(range(channels))]
+    if wrong:
+        raise ReSegError(f"{named(wrong)} in {folder}: not the {channels} channels that dataset.json names")
+    return {case: [files[channel] for channel in range(channels)] for case, files in cases.items()}
+
+
+def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path, pattern: str) -> list[str]:
+    """What would let a fold's training see its validation patients, to judge by the ids."""
+    own, others, found = patients(labelled, pattern), patients(unlabelled, pattern), []
+    if len({*own, *others}) == 1:
+        return []  # all ids start alike: the pattern does not tell patients
+    several = {who: cases for who, cases in own.items() if len(cases) > 1}
+    if not splits.exists() and several:
+        found.append(
+            f"several cases seem to be of one patient: {named(several)}. nnU-Net draws its folds of cases, so a fold's "
+            "validation has patients of its training; --patient-splits draws the folds of patients"
+        )
+    elif splits.exists() and (leaked := split_between(several, splits)):
+        found.append(
+            f"{splits} has cases of one patient on both sides of a fold, to judge by their names: {named(leaked)}. "
+            "Move it away and pass --patient-splits for folds that are drawn of patients"
+        )
+    if both := own.keys() & others.keys():
+        found.append(
+            f"patients of imagesTr seem to have images in imagesUn, too: {named(both)}. All folds train on these, "
+            "without labels, also the fold that validates on the patient"
+        )
+    return found
+
+
+def preprocess(
+    cases: dict[str, list[str]], folder: Path, plans: Any, configuration: Any, about: Any, processes: int
+) -> None:
+    """All images of one configuration, into an empty folder; the record, written last, says that it is whole."""
+    record_of(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    work = [(str(folder / case), files, plans, configuration, about) for case, files in cases.items()]
+    bar = tqdm(total=len(work), desc=f"{configuration.data_identifier}, unlabelled")
+    with bar:
+        if processes == 1:
+            for arguments in work:
+                preprocess_case(*arguments)
+                bar.update()
+        else:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(processes, len(work)), mp_context=spawn) as pool:
+                for future in [pool.submit(preprocess_case, *arguments) for arguments in work]:
+                    future.result()
+                    bar.update()
+    made = {"preprocessing": preprocessing(plans, configuration), "cases": sorted(cases)}
+    record_of(folder).write_text(json.dumps(made, indent=4))
+
+
+def preprocess_case(output: str, files: list[str], plans: Any, configuration: Any, about: Any) -> None:
+    """One image by nnU-Net's preprocessor, with the places of each class that its loader looks up: none."""
+    configuration.preprocessor_class(verbose=False).run_case_save(output, files, None, plans, configuration, about)
+    labels = plans.get_label_manager(about)
+    keys = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    keys = [tuple(map(int, key)) if isinstance(key, (tuple, list)) else int(key) for key in keys]
+    if labels.has_ignore_label:
+        keys.append((-1, *map(int, labels.all_labels)))
+    properties = load_pickle(f"{output}.pkl")
+    write_pickle({**properties, "class_locations": {key: [] for key in keys}}, f"{output}.pkl")

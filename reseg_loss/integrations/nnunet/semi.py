@@ -1,0 +1,237 @@
+"""nnU-Net's trainer with unlabelled images: a mean teacher labels them, the network learns that on mixed images."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+
+from ...common.inputs import check_number, check_weight
+from ...errors import ReSegError
+from ...mean_teacher import MeanTeacher
+from ...mixing import ramp_up, random_intensities
+from ...recording.copying import unwrap
+from . import progress, step, unlabelled
+from .checkpoints import finish, trainer_to_predict_with
+
+LOGGED = ("unlabelled_loss", "sure_share")
+STUDENT = "reseg_student"  # in checkpoints
+
+
+class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
+    """`nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerSemi`, after `prepare DATASET`.
+
+    Validation and checkpoints have the mean teacher's weights as the network's, and checkpoints name the stock
+    trainer: they predict where this library is not installed. They hold the network in training beside, for `--c`. At
+    weight 0 or without unlabelled images this is the stock trainer.
+
+    Attributes:
+        unlabelled_weight: a factor of the unlabelled loss, at its full size.
+        rampup: the share of all epochs over which it grows to that (`reseg_loss.mixing.ramp_up`).
+        threshold: the probability from which on a pseudo-label is sure.
+        ema_decay: of the mean teacher, per step.
+        perturb: changes the mixed images, (B, C, *spatial) to the same shape; None leaves them as they are.
+    """
+
+    unlabelled_weight: float = 1.0
+    rampup: float = 0.4
+    threshold: float = 0.95
+    ema_decay: float = 0.99
+    perturb: Callable[[Tensor], Tensor] | None = staticmethod(random_intensities)
+
+    mean_teacher: MeanTeacher | None = None
+    student_of_checkpoint: dict[str, Tensor] | None = None
+
+    def on_train_start(self) -> None:
+        """Find the unlabelled images, and set up the mean teacher, the loss and the loader for them."""
+        if not self.was_initialized:
+            self.initialize()
+        check_weight("unlabelled_weight", self.unlabelled_weight)
+        check_number("rampup", self.rampup, least=0)
+        check_number("threshold", self.threshold, least=0, most=1)
+        check_number("ema_decay", self.ema_decay, least=0, below=1)
+        images = self.unlabelled_images() if self.unlabelled_weight else None
+        if images is None:
+            if self.student_of_checkpoint is not None:
+                raise ReSegError(
+                    "this run was begun with unlabelled images, and has none now: prepare them again, with an "
+                    "unlabelled_weight other than 0, or begin anew without --c"
+                )
+            super().on_train_start()
+            return
+        if self.is_cascaded:
+            raise ReSegError("unlabelled images have no segmentation of a previous stage: cascades are not supported")
+        whole = self.batch_size
+        self.batch_size, others = step.shares(whole)
+        # as many patches to validate on as ever
+        self.num_val_iterations_per_epoch = math.ceil(self.num_val_iterations_per_epoch * whole / self.batch_size)
+        super().on_train_start()
+        self.loss = step.LossOfBoth(self.loss, self._unlabelled_loss())
+        self.mean_teacher = MeanTeacher(self.network, self.ema_decay)
+        self.mean_teacher.reset()
+        if self.student_of_checkpoint is not None:  # the network's weights are the mean teacher's
+            unwrap(self.network).load_state_dict(self.student_of_checkpoint)
+            self.student_of_checkpoint = None
+        self.dataloader_unlabelled = unlabelled.augmented(self, images, others)
+        self.print_to_log_file(
+            f"{len(images.identifiers)} unlabelled images; a step has {self.batch_size} patches with labels and "
+            f"{others} without"
+        )
+
+    def unlabelled_images(self) -> unlabelled.Images | None:
+        """What `prepare` has preprocessed, and cases of imagesTr with the label "ignore" alone; None without any."""
+        dataset = Path(self.preprocessed_dataset_folder_base)
+        sources = unlabelled.prepared(dataset, self.plans_manager, self.configuration_manager)
+        if not sources:
+            unlabelled.refuse_unprepared(dataset.name)
+        sources |= dict.fromkeys(self.without_labels, self.dataset_class(self.preprocessed_dataset_folder))
+        if sources:
+            return unlabelled.Images(sources)
+        self.print_to_log_file(
+            f"No unlabelled images: this training is nnU-Net's own. Images of {dataset.name}/imagesUn in nnUNet_raw "
+            f'are used after `{unlabelled.PREPARE} {dataset.name}`, and so are cases whose label is "ignore" alone'
+        )
+        return None
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split, without the cases that have no label."""
+        split = super().do_split()
+        if not self.unlabelled_weight or not self.without_labels:
+            return split
+        training, validation = ([case for case in part if case not in self.without_labels] for part in split)
+        if not training or not validation:
+            raise ReSegError(f"fold {self.fold} has no case with a label to train on, or none to validate on")
+        return training, validation
+
+    @cached_property
+    def without_labels(self) -> set[str]:
+        """Cases of imagesTr whose label is "ignore" alone."""
+        return unlabelled.without_labels(self.dataset_class(self.preprocessed_dataset_folder), self.label_manager)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's own step, on its batch and mixed unlabelled images in one."""
+        if self.mean_teacher is None:
+            return super().train_step(batch)
+        images = next(self.dataloader_unlabelled)["data"].to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext():
+            logits = self.mean_teacher.predict(images)
+        logits = logits if isinstance(logits, Tensor) else logits[0]
+        ignored = self._ignored()
+        target = step.pseudo_target(logits, self.threshold, ignored, self.label_manager.has_regions)
+        mixed, target = step.mixed(images, target, self.perturb)
+        self.loss.expect(step.downsampled(target, self._get_deep_supervision_scales()), self.factor())
+        data = torch.cat([batch["data"].to(self.device, non_blocking=True), mixed])
+        outputs = super().train_step({**batch, "data": data})
+        self.mean_teacher.update()
+        values = self.loss.unlabelled, step.counted(target, ignored)
+        return {**outputs, **{name: value.item() for name, value in zip(LOGGED, values)}}
+
+    def factor(self) -> float:
+        """The factor of the unlabelled loss in this epoch."""
+        epochs = self.rampup * self.num_epochs
+        return self.unlabelled_weight * ramp_up(self.current_epoch, epochs if epochs > 0 else None)
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the unlabelled loss and the share of sure voxels beside the loss, which contains them."""
+        super().on_train_epoch_end(train_outputs)
+        if self.mean_teacher is None:
+            return
+        found = np.array([[output[name] for name in LOGGED] for output in train_outputs]).mean(0)
+        if self.is_ddp:
+            everywhere: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, found)
+            found = np.mean(everywhere, 0)
+        values = dict(zip(LOGGED, found.tolist()))
+        progress.log(self.logger, values, self.current_epoch)
+        self.print_to_log_file(
+            f"unlabelled loss {values['unlabelled_loss']:.4f} times {self.factor():.4f}, "
+            f"{100 * values['sure_share']:.1f} % of voxels sure"
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Validate with the mean teacher's weights."""
+        super().on_validation_epoch_start()
+        self._exchange_weights()
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Train on with the network's own."""
+        self._exchange_weights()
+        super().on_validation_epoch_end(val_outputs)
+
+    def on_epoch_end(self) -> None:
+        """Plot what is logged."""
+        super().on_epoch_end()
+        if self.mean_teacher is not None and self.local_rank == 0:
+            progress.plot(self.logger, LOGGED, self.output_folder)
+
+    def on_train_end(self) -> None:
+        """Leave the mean teacher's weights in the network, which nnU-Net validates then."""
+        super().on_train_end()
+        if self.mean_teacher is not None:
+            self._exchange_weights()
+            self.mean_teacher = None
+            unlabelled.stop(self.dataloader_unlabelled)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As the stock trainer under its name, the mean teacher's weights as the network's, and atomically."""
+        partial = f"{filename}.stock"
+        super().save_checkpoint(partial)
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            name = trainer_to_predict_with(type(self), nnUNetTrainerSemi)
+            changes: dict[str, Any] = {"trainer_name": name, "reseg_trainer": type(self).__name__}
+            if self.mean_teacher is not None:
+                changes["network_weights"] = self.mean_teacher.network.state_dict()
+                changes[STUDENT] = unwrap(self.network).state_dict()
+            finish(partial, filename, changes)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        """The mean teacher's weights into the network, to validate or predict; `on_train_start` does the rest."""
+        super().load_checkpoint(filename_or_checkpoint)
+        checkpoint = filename_or_checkpoint
+        if isinstance(checkpoint, str):
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=False)
+        self.student_of_checkpoint = checkpoint.get(STUDENT)
+
+    def _exchange_weights(self) -> None:
+        """The network's weights and buffers become the mean teacher's, and the other way round, in place."""
+        if self.mean_teacher is None:
+            return
+        with torch.no_grad():
+            for a, b in zip(_tensors(self.mean_teacher.network), _tensors(unwrap(self.network)), strict=True):
+                kept = a.clone()
+                a.copy_(b)
+                b.copy_(kept)
+
+    def _ignored(self) -> int:
+        """The value of voxels that do not count."""
+        own = self.label_manager.ignore_label
+        return int(max(self.label_manager.all_labels)) + 1 if own is None else own
+
+    def _unlabelled_loss(self) -> nn.Module:
+        """The same kind of loss as of the labelled images, built for labels with an ignore value."""
+        own, labels = self.label_manager, {**self.dataset_json["labels"], "ignore": self._ignored()}
+        self.label_manager = self.plans_manager.get_label_manager({**self.dataset_json, "labels": labels})
+        try:
+            loss = self._build_loss()
+        finally:
+            self.label_manager = own
+        scales = self._get_deep_supervision_scales()
+        levels = None if scales is None else len(scales)
+        axes = len(self.configuration_manager.patch_size)
+        if not self.is_ddp:  # there it would reduce values over processes
+            step.check_ignoring(loss, own.num_segmentation_heads, levels, self._ignored(), own.has_regions, axes)
+        return loss
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

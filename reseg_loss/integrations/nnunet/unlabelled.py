@@ -1,0 +1,149 @@
+"""Images without labels, as nnU-Net's loader takes them: those of `prepare`, and cases whose label is all "ignore"."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from ...errors import ReSegError
+
+# what a configuration says beside how images are preprocessed
+OTHER = ("architecture", "batch_dice", "batch_size", "data_identifier", "median_image_size_in_voxels", "patch_size")
+PREPARE = "python -m reseg_loss.integrations.nnunet prepare"
+
+
+def folder_of(dataset: Path, configuration: Any) -> Path:
+    """Where the preprocessed images of a configuration lie; nnU-Net deletes its own folders, so it is none of them."""
+    return dataset / "unlabelled" / configuration.data_identifier
+
+
+def record_of(folder: Path) -> Path:
+    """The file that says how and from which images a folder was made; it is written last."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def preprocessing(plans: Any, configuration: Any) -> dict[str, Any]:
+    """What of the plans decides how images are preprocessed, as JSON gives it back."""
+    settings = {
+        "configuration": {name: value for name, value in configuration.configuration.items() if name not in OTHER},
+        "transpose": plans.transpose_forward,
+        "intensities": plans.foreground_intensity_properties_per_channel,
+        "reader": plans.plans["image_reader_writer"],
+    }
+    return json.loads(json.dumps(settings))
+
+
+def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
+    """By id the data set of each image that `prepare` has preprocessed; empty if it was not run.
+
+    Raises:
+        ReSegError: they were preprocessed by other plans, or files are missing.
+    """
+    folder = folder_of(dataset, configuration)
+    record = record_of(folder)
+    if not record.exists():
+        return {}
+    about = json.loads(record.read_text())
+    again = f"run `{PREPARE} {dataset.name}` again"
+    if about["preprocessing"] != preprocessing(plans, configuration):
+        raise ReSegError(f"the unlabelled images in {folder} were preprocessed by other plans than these: {again}")
+    if {file.stem for file in folder.glob("*.pkl")} != {*about["cases"]}:
+        raise ReSegError(f"{folder} does not have the {len(about['cases'])} images that {record.name} names: {again}")
+    return dict.fromkeys(about["cases"], infer_dataset_class(str(folder))(str(folder)))
+
+
+def refuse_unprepared(dataset: str) -> None:
+    """Raise a ReSegError if nnUNet_raw has images without labels of a data set, where none are prepared."""
+    if nnUNet_raw.is_set():
+        folder = Path(nnUNet_raw) / dataset / "imagesUn"
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ReSegError(
+                f"the images in {folder} are not preprocessed for this configuration: run `{PREPARE} {dataset}`, or "
+                "move them away to train without them"
+            )
+
+
+def without_labels(dataset: Any, labels: Any) -> set[str]:
+    """The ids of a data set's cases whose label is "ignore" everywhere, as their preprocessing has found it."""
+    if not labels.has_ignore_label:
+        return set()
+    annotated = (-1, *labels.all_labels)
+
+    def nothing(identifier: str) -> bool:
+        places = dataset.load_case(identifier)[-1]["class_locations"].get(annotated)
+        return places is not None and len(places) == 0
+
+    return {identifier for identifier in dataset.identifiers if nothing(identifier)}
+
+
+class Images:
+    """Cases of several of nnU-Net's data sets as one, for its loader.
+
+    Args:
+        sources: the data set of each id.
+    """
+
+    def __init__(self, sources: Mapping[str, Any]) -> None:
+        self.sources = dict(sources)
+        self.identifiers = sorted(sources)
+
+    def load_case(self, identifier: str) -> Any:
+        """Image, segmentation, none of a previous stage, and properties, as nnU-Net's data sets give them."""
+        return self.sources[identifier].load_case(identifier)
+
+
+def augmented(trainer: Any, images: Images, batch_size: int) -> Any:
+    """An endless iterator of batches of patches from anywhere in the images, with the trainer's own augmentation."""
+    configuration = trainer.configuration_manager
+    rotation, dummy_2d, initial_patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    transforms = trainer.get_training_transforms(
+        configuration.patch_size, rotation, None, mirrored, dummy_2d, use_mask_for_norm=configuration.use_mask_for_norm
+    )
+    loader = nnUNetDataLoader(
+        images,
+        batch_size,
+        initial_patch,
+        configuration.patch_size,
+        trainer.label_manager,
+        oversample_foreground_percent=0.0,
+        transforms=transforms,
+    )
+    loader.has_ignore = False  # it would look for annotated voxels
+    processes = get_allowed_n_proc_DA()
+    if processes == 0:
+        batches = SingleThreadedAugmenter(loader, None)
+    else:
+        batches = NonDetMultiThreadedAugmenter(
+            loader,
+            None,
+            processes,
+            num_cached=max(6, processes // 2),
+            seeds=None,
+            pin_memory=trainer.device.type == "cuda",
+            wait_time=0.002,
+        )
+    next(batches)  # the processes start with it
+    return batches
+
+
+def stop(batches: Any) -> None:
+    """End the processes of `augmented`, if it has any."""
+    finish = getattr(batches, "_finish", None)
+    if finish is not None:
+        finish()
+
+
+def named(identifiers: Iterable[str], shown: int = 5) -> str:
+    """The first few of some ids, for a message."""
+    found = sorted(set(identifiers))
+    return ", ".join(found[:shown]) + (f" and {len(found) - shown} more" if len(found) > shown else "")

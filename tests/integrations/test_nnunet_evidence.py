@@ -1,0 +1,136 @@
+"""benchmarks/nnunet.py on a few patients of a few small slices: every kind of row, cut short and gone on with."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nnunet_tiny as tiny
+import numpy as np
+import pytest
+
+pytestmark = [
+    pytest.mark.nnunet,
+    pytest.mark.skipif(
+        importlib.util.find_spec("nnunetv2") is None,
+        reason="needs nnunetv2, in an environment of its own: pip install '.[nnunet]' pytest",
+    ),
+    pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
+]
+
+
+@pytest.fixture
+def nnunet(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script; nothing later finds the checkout by its path, so that the installed package stays the one tested."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
+    return importlib.import_module("benchmarks.nnunet")
+
+
+def write_native(path: Path) -> None:
+    """acdc_native.npz of eight patients: three with labels, two without, two to test, one to validate."""
+    from PIL import Image
+
+    rng = np.random.default_rng(1)
+    slices, blobs, about = [], [], []
+    for patient in (7, 8, 38, 50, 60, 61, 70, 99):
+        height, width = 32, 36 - patient % 3 * 4
+        for phase in (1, 0):
+            for position in range(4):
+                y, x = np.mgrid[:height, :width]
+                radius = np.hypot((y - height / 2) / height, (x - rng.integers(12, width - 12)) / width)
+                label = sum((radius < 0.4 - 0.12 * c).astype(np.uint8) for c in range(3))
+                image = (30 * label + rng.integers(0, 10, label.shape)).astype(np.uint8)
+                blob = io.BytesIO()
+                Image.fromarray(image).convert("RGB").save(blob, "webp", lossless=True, exact=True)
+                blobs.append(np.frombuffer(blob.getvalue(), np.uint8))
+                slices.append(label)
+                about.append((patient, phase, position, height, width))
+    columns = dict(zip(("patient", "phase", "slice", "height", "width"), np.array(about).T))
+    parts = {"labelled_1": [99], "labelled_3": [99, 38, 50], "labelled_7": [99], "validation": [70], "test": [7, 8]}
+    ends, labels = np.cumsum([len(blob) for blob in blobs]), np.concatenate([label.ravel() for label in slices])
+    everything = {**columns, **{name: np.array(who) for name, who in parts.items()}}
+    np.savez(path, webp=np.concatenate(blobs), ends=ends, labels=labels, **everything)
+
+
+def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeypatch, tmp_path, capsys):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
+        monkeypatch.setenv(name, "")  # the script sets them
+    write_native(tmp_path / "acdc_native.npz")
+    names = [row.name for row in nnunet.ROWS[:4]]
+    out = tmp_path / "out.jsonl"
+    command = ["--data", tmp_path, "--work", tmp_path / "work", "--out", out, "--epochs", "2", "--iterations", "2"]
+    command = [*map(str, command), "--processes", "1", "--rows", *names]
+    monkeypatch.setattr(nnunet, "ROWS", tuple(_of_one_seed(row) for row in nnunet.ROWS))
+    seen: list[str] = []
+    plan = nnunet.plan
+
+    def small_plan(dataset: str, *args: Any, **kwargs: Any) -> None:
+        seen.append(dataset)
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # 0 crashes the planning
+        plan(dataset, *args, **kwargs)
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        tiny.shrink_plans(tmp_path / "work" / "preprocessed", dataset)
+
+    monkeypatch.setattr(nnunet, "plan", small_plan)
+    nnunet.main([*command, "--minutes", "0.0001"])
+    assert "the time is up; run it again to go on" in capsys.readouterr().out
+    assert not out.exists()
+    nnunet.main(command)
+    lines = {line["row"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert [*lines] == names
+    assert seen == ["Dataset103_acdc_native_3"]
+    for line in lines.values():
+        assert line["patients"] == [7, 7, 8, 8]
+        assert len(line["each_dsc"]) == 3
+        assert 0 <= line["mean_dsc"] <= 1
+        assert line["seconds"] > 0
+        assert line["nnunetv2"]
+    assert lines[names[0]]["epochs"] == lines[names[1]]["epochs"] == lines[names[3]]["epochs"] == 2
+    assert lines[names[2]]["epochs"] == round(2 * lines[names[1]]["ms"] / lines[names[0]]["ms"])
+    assert lines[names[3]]["seconds"] > lines[names[0]]["seconds"]
+    raw = tmp_path / "work" / "raw"
+    for folder, images in (("imagesTr", 6), ("labelsTr", 6), ("imagesUn", 4)):
+        assert len([*(raw / "Dataset103_acdc_native_3" / folder).iterdir()]) == images
+    assert len([*(raw / "Dataset104_acdc_native_3_taught" / "labelsTr").iterdir()]) == 10
+    nnunet.main(command)
+    assert len(out.read_text().splitlines()) == 4
+    capsys.readouterr()
+    nnunet.main(["--out", str(out), "--report"])
+    told = capsys.readouterr().out
+    by_hand = {name: 100 * lines[name]["mean_dsc"] for name in names}
+    assert f"| {names[1]} | {by_hand[names[1]]:.1f} | " in told
+    assert f"| {names[1]} - {names[0]} | {by_hand[names[1]] - by_hand[names[0]]:+.1f} | " in told
+    nnunet.main([*command[:-3], "--smoke"])
+    assert re.search(f"{names[0]}: \\d+\\.\\d ms a step of 2 x 32x32, \\d+\\.\\d min", capsys.readouterr().out)
+
+
+def _of_one_seed(row: Any) -> Any:
+    return replace(row, seeds=row.seeds[:1])
+
+
+def test_rows_and_pairs_hold_together(nnunet):
+    names = [row.name for row in nnunet.ROWS]
+    assert len({*names}) == len(names)
+    assert {name for pair in nnunet.PAIRS for name in pair} == {*names}
+    for row in nnunet.ROWS:
+        earlier = nnunet.ROWS[: nnunet.ROWS.index(row)]
+        for other in filter(None, (row.as_long_as, row.taught_by)):
+            assert nnunet.named(other) in earlier
+            assert nnunet.named(other).task == row.task
+
+
+def test_volumes_come_back_as_nnunet_reads_them(nnunet, tmp_path):
+    from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    nnunet.write_nifti(tmp_path / "a.nii.gz", array, (10.0, 1.5, 1.25))
+    image, about = NibabelIO().read_images([str(tmp_path / "a.nii.gz")])
+    assert np.array_equal(image[0], array)
+    assert about["spacing"] == [10.0, 1.5, 1.25]
