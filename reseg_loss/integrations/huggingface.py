@@ -26,7 +26,8 @@ class SemiSupervisedTrainer(Trainer):
     The loss is that of `SemiSupervised`, whatever the model would return; its heads are in the optimizer that the
     Trainer makes. The mean teacher follows after each step of the optimizer. It is what `evaluate`, `predict` and
     `save_model` see, `load_best_model_at_end` and the "model.safetensors" of checkpoints as well. All that a resumed
-    run needs beside, the weights in training among it, is in a file "semi.pt" of the checkpoint's folder.
+    run needs beside, the weights in training among it, is in a file "semi.pt" of the checkpoint's folder. With another
+    number of processes the unlabelled images begin anew.
 
     Args:
         *args: of `transformers.Trainer`.
@@ -63,6 +64,7 @@ class SemiSupervisedTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the heads; one that is given has them already."""
+        self._end()  # where the Trainer begins anew with a smaller batch
         self.semi.to(self.args.device)
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)

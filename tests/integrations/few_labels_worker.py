@@ -132,6 +132,7 @@ def monai() -> tuple[str, dict[str, Any]]:
         "torch": torch, "Path": Path, "device": torch.device("cpu"), "UNet": MonaiUNet,
         "SupervisedTrainer": SupervisedTrainer, "SupervisedEvaluator": SupervisedEvaluator,
         "CheckpointSaver": CheckpointSaver, "CheckpointLoader": CheckpointLoader,
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
         "ValidationHandler": ValidationHandler,
         "dice": MeanDice(num_classes=3, output_transform=classes),
         "train_loader": DataLoader(Slices(6, channel), 2, shuffle=True),
