@@ -642,8 +642,7 @@ def test_processes_feed_the_images_and_end(folders, monkeypatch, tmp_path):
 
 def test_the_pages_subclass_is_found(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    text = section("nnU-Net v2")
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if SEMI in code]
+    (code,) = re.findall(r"```python\n(.*?)```", section("nnU-Net with unlabelled images"), re.DOTALL)
     (tmp_path / "my_trainers").mkdir()
     (tmp_path / "my_trainers" / "mine.py").write_text(code)
     paths = [str(tmp_path / "my_trainers"), str(command_line.folder())]
