@@ -156,10 +156,20 @@ def dry_run(model: nn.Module) -> Iterator[None]:
         torch.set_autocast_cache_enabled(False)
         for module in model.modules():
             module.training = False  # not eval(): models that override it fuse or switch parts
+        _RUNNING.append(model)
         try:
             yield
         finally:
+            _RUNNING.pop()
             _reshard(model)
+
+
+_RUNNING: list[nn.Module] = []
+
+
+def is_dry() -> bool:
+    """Whether this is in a `dry_run`, of which what records a training must see nothing."""
+    return bool(_RUNNING)
 
 
 def _reshard(model: nn.Module) -> None:
