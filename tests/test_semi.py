@@ -96,6 +96,7 @@ class Plain:
         return total
 
     def loss(self, image: Tensor, label: Tensor, others: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        self.teacher.train(not self.joint)
         with torch.no_grad():
             p, found = self.teacher(others).float().softmax(1).max(1)
         target = torch.where(p >= 0.45, found, IGNORED)
@@ -117,6 +118,8 @@ class Plain:
         with torch.no_grad():
             for slow, fast in zip(self.teacher.parameters(), self.model.parameters()):
                 slow.copy_(decay * slow + (1 - decay) * fast)
+            for slow, fast in zip(self.teacher.buffers(), self.model.buffers()) if self.joint else ():
+                slow.copy_(decay * slow + (1 - decay) * fast if slow.is_floating_point() else fast)
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
