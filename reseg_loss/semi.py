@@ -260,7 +260,7 @@ class SemiSupervised(Regularizer):
         Returns, Raises: as `loss`.
         """
         try:
-            if not isinstance(y, Targets) or not isinstance(y.images, Tensor):
+            if not isinstance(y, Targets) or not (isinstance(y.images, Tensor) and isinstance(y.label, Tensor)):
                 raise ReSegError(f"y= is what mix() gave beside the images, got {outline(y)}")
             images, label, mixed = y
             sizes = [len(images)] if mixed is None else [len(images) - len(mixed.images), len(mixed.images)]
