@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -172,7 +173,7 @@ class SemiSupervised(Regularizer):
 
     @property
     def consistency(self) -> CutMixConsistency:
-        """What mixes the unlabelled images and holds the mean teacher, and settings that may change."""
+        """What mixes the unlabelled images and holds the mean teacher, and settings that may change; not its weight."""
         return self._consistency
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -274,7 +275,7 @@ class SemiSupervised(Regularizer):
         Returns, Raises: as `loss`.
         """
         try:
-            if not isinstance(y, Targets) or not isinstance(y.images, Tensor):
+            if not isinstance(y, Targets) or not (isinstance(y.images, Tensor) and isinstance(y.label, Tensor)):
                 raise ReSegError(f"y= is what mix() gave beside the images, got {outline(y)}")
             images, label, mixed = y
             sizes = [len(images)] if mixed is None else [len(images) - len(mixed.images), len(mixed.images)]
@@ -297,6 +298,7 @@ class SemiSupervised(Regularizer):
         """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0."""
         self._consistency.reset()
         self._calls, self._unsure, self._labelled = 0, None, None
+        self._told_of.clear()
 
     def remove(self) -> None:
         """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
@@ -380,7 +382,7 @@ class SemiSupervised(Regularizer):
         if mixed is None:
             return total
         name = "task_loss" if self.unlabelled_loss is None else "unlabelled_loss"
-        loss = self.unlabelled_loss or task_loss
+        loss = task_loss if self.unlabelled_loss is None else self.unlabelled_loss
         prediction = parts[1].for_loss(loss)
         main = self._consistency.value(prediction, mixed, loss, name=name, instead="another as unlabelled_loss=")
         levels = self._levels_loss(parts[1].deep, mixed.label, loss)
@@ -538,8 +540,8 @@ def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
         if loss is not None and not callable(loss):
             raise ReSegError(f"{name} is a function of the model's output and a label, got {type(loss).__name__}")
         value = getattr(loss, "ignore_index", None)
-        if isinstance(value, int):
-            values[name] = value
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            values[name] = int(value)
     if len(set(values.values())) > 1:
         raise ReSegError(f"the two losses leave different label values out, {values}; give both the same ignore_index")
     return next(iter(values.values()), IGNORED)
