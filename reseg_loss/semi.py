@@ -441,6 +441,11 @@ class SemiSupervised(Regularizer):
                 what = "pseudo-labels are taken from logits (output= names others that it returns)"
                 refuse_probabilities(activation, what, self._model)
             output = f"in:{module}"
+        if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
+            raise ReSegError(
+                f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "
+                f"have {deep.num_classes}; pass output= with the path to the logits, or build the heads with num_classes="
+            )
         if deep != "auto":
             return output, deep
         if not (isinstance(output, str) and output.startswith("in:")) and coarser_outputs(returned, logits):
@@ -501,7 +506,7 @@ class SemiSupervised(Regularizer):
         return [self.average] if self._deep is None else [self.average, self._deep.heads]
 
     def _extractor_if_any(self) -> FeatureExtractor | None:
-        return None if self._deep is None else self._deep.extractor
+        return self._deep.extractor if self._deep is not None and self._bound else None
 
     def _arm(self) -> None:
         self._consistency.weight = self._weight
