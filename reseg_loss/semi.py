@@ -444,7 +444,7 @@ class SemiSupervised(Regularizer):
         if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
             raise ReSegError(
                 f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "
-                f"have {deep.num_classes}; pass output= with the path to the logits, or build the heads with num_classes="
+                f"have {deep.num_classes}; pass output= with the path to the logits, or build the heads anew"
             )
         if deep != "auto":
             return output, deep
