@@ -329,8 +329,9 @@ class SemiSupervised(Regularizer):
 
     def _moved(self, tensor: Any) -> Any:
         parameter = next(self._model.parameters(), None)
-        moves = isinstance(tensor, Tensor) and parameter is not None
-        return tensor.to(parameter.device, non_blocking=True) if moves else tensor
+        if parameter is None or not isinstance(tensor, Tensor):
+            return tensor
+        return tensor.to(parameter.device, non_blocking=True)
 
     def _parts(self, output: Any, images: Tensor, sizes: list[int]) -> list[_Part]:
         """An output for images, split along the batch, and what the coarser levels have for each part."""
