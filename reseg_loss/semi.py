@@ -344,8 +344,9 @@ class SemiSupervised(Regularizer):
 
     def _moved(self, tensor: Any) -> Any:
         parameter = next(self._model.parameters(), None)
-        moves = isinstance(tensor, Tensor) and parameter is not None
-        return tensor.to(parameter.device, non_blocking=True) if moves else tensor
+        if parameter is None or not isinstance(tensor, Tensor):
+            return tensor
+        return tensor.to(parameter.device, non_blocking=True)
 
     def _parts(self, output: Any, images: Tensor, sizes: list[int]) -> list[_Part]:
         """An output for images, split along the batch, and what the coarser levels have for each part."""
@@ -456,6 +457,11 @@ class SemiSupervised(Regularizer):
                 what = "pseudo-labels are taken from logits (output= names others that it returns)"
                 refuse_probabilities(activation, what, self._model)
             output = f"in:{module}"
+        if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
+            raise ReSegError(
+                f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "
+                f"have {deep.num_classes}; pass output= with the path to the logits, or build the heads anew"
+            )
         if deep != "auto":
             return output, deep
         if not (isinstance(output, str) and output.startswith("in:")) and coarser_outputs(returned, logits):
@@ -516,7 +522,7 @@ class SemiSupervised(Regularizer):
         return [self.average] if self._deep is None else [self.average, self._deep.heads]
 
     def _extractor_if_any(self) -> FeatureExtractor | None:
-        return None if self._deep is None else self._deep.extractor
+        return self._deep.extractor if self._deep is not None and self._bound else None
 
     def _arm(self) -> None:
         self._consistency.weight = self._weight

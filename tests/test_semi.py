@@ -445,6 +445,12 @@ def test_deep_may_be_none_or_yours():
         made(UNet(), deep=ds)
     with pytest.raises(ReSegError, match=r"ignore_index=None.*build DeepSupervision\(..., ignore_index=255\)"):
         made(model, deep=DeepSupervision(model, batch()[0]))
+    with pytest.raises(ReSegError, match=r"has 3 channels, the heads of deep supervision have 2"):
+        made(model, deep=DeepSupervision(model, batch()[0], num_classes=2, ignore_index=IGNORED))
+    with pytest.raises(ReSegError, match="taps are not known"):
+        made(model, deep=DeepSupervision(model, ignore_index=IGNORED))
+    unbound = SemiSupervised(model, rampup_steps=None, deep=DeepSupervision(model, ignore_index=IGNORED))
+    unbound.remove()
     for wrong in ("heads", True, nn.Identity()):
         with pytest.raises(ReSegError, match="it is 'auto', None or a DeepSupervision"):
             made(model, deep=wrong)
