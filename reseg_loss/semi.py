@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -54,13 +55,14 @@ class SemiSupervised(Regularizer):
     the model's output, and of its coarser levels (`DeepSupervision`). Of the pixels without labels those count of
     which the mean teacher is sure. Keep the mean teacher (`average`): it segments better than the model.
 
-    - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together, which
-      gives what two forwards would. One with it runs twice, on each kind by itself, as in all that was measured:
-      together the noise on the mixed images changes the statistics of the labelled ones, and the mean teacher lost 7
-      points and the model 2 (benchmarks/results/ssl4mis.jsonl, joint statistics). `joint` says it otherwise. The mean
-      teacher runs on the unlabelled images by itself in either case, as they are, before they are mixed. Its modules
-      are in the modes of the model's: its batch normalisation takes that batch's statistics and has running ones of its
-      own, and dropout is on.
+    - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. One
+      with it runs twice, on each kind by itself; `joint` says it otherwise. For together the noise on the mixed images
+      is in the statistics of the labelled ones, too: on 3 patients of ACDC that cost the model 1.7 points
+      (benchmarks/results/ssl4mis.md, joint statistics).
+    - **The mean teacher** runs on the unlabelled images by themselves, as they are before they are mixed. With two
+      forwards its modules are in the modes of the model's: batch normalisation takes the statistics of these images and
+      has running ones of its own, and dropout is on. With one forward it is in evaluation, with an average of the
+      model's buffers. (With statistics of its own it lost 6.7 points there.)
     - **Memory.** Where one forward of both does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
       backward after each part.
 
@@ -145,6 +147,7 @@ class SemiSupervised(Regularizer):
             threshold=threshold,
             ema_decay=ema_decay,
             perturb=perturb,
+            average_buffers=self.joint,
             overlapping=overlapping,
             output=output,
         )
@@ -170,7 +173,7 @@ class SemiSupervised(Regularizer):
 
     @property
     def consistency(self) -> CutMixConsistency:
-        """What mixes the unlabelled images and holds the mean teacher, and settings that may change."""
+        """What mixes the unlabelled images and holds the mean teacher, and settings that may change; not its weight."""
         return self._consistency
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -272,7 +275,7 @@ class SemiSupervised(Regularizer):
         Returns, Raises: as `loss`.
         """
         try:
-            if not isinstance(y, Targets) or not isinstance(y.images, Tensor):
+            if not isinstance(y, Targets) or not (isinstance(y.images, Tensor) and isinstance(y.label, Tensor)):
                 raise ReSegError(f"y= is what mix() gave beside the images, got {outline(y)}")
             images, label, mixed = y
             sizes = [len(images)] if mixed is None else [len(images) - len(mixed.images), len(mixed.images)]
@@ -295,6 +298,7 @@ class SemiSupervised(Regularizer):
         """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0."""
         self._consistency.reset()
         self._calls, self._unsure, self._labelled = 0, None, None
+        self._told_of.clear()
 
     def remove(self) -> None:
         """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
@@ -378,7 +382,7 @@ class SemiSupervised(Regularizer):
         if mixed is None:
             return total
         name = "task_loss" if self.unlabelled_loss is None else "unlabelled_loss"
-        loss = self.unlabelled_loss or task_loss
+        loss = task_loss if self.unlabelled_loss is None else self.unlabelled_loss
         prediction = parts[1].for_loss(loss)
         main = self._consistency.value(prediction, mixed, loss, name=name, instead="another as unlabelled_loss=")
         levels = self._levels_loss(parts[1].deep, mixed.label, loss)
@@ -536,8 +540,8 @@ def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
         if loss is not None and not callable(loss):
             raise ReSegError(f"{name} is a function of the model's output and a label, got {type(loss).__name__}")
         value = getattr(loss, "ignore_index", None)
-        if isinstance(value, int):
-            values[name] = value
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            values[name] = int(value)
     if len(set(values.values())) > 1:
         raise ReSegError(f"the two losses leave different label values out, {values}; give both the same ignore_index")
     return next(iter(values.values()), IGNORED)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..common.inputs import readable
 from ..common.outputs import is_activation
 from ..errors import ReSegError, outline
-from .hooks import Recorder
+from .hooks import Recorder, is_of_a_step
 
 
 class Ending:
@@ -99,10 +99,7 @@ class _Keep(Recorder):
         self.several = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self.active or not module.training or torch.is_grad_enabled() is not self.grad:
-            return
-        # a checkpointed module runs again inside backward (never the case in a compiled graph)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return
-        self.several = self.kept is not None
-        self.kept = (next(iter((*args, *kwargs.values())), None), output)
+        of_step = module.training or not self.grad  # a mean teacher may predict in evaluation
+        if self.active and of_step and torch.is_grad_enabled() is self.grad and is_of_a_step():
+            self.several = self.kept is not None
+            self.kept = (next(iter((*args, *kwargs.values())), None), output)

@@ -94,6 +94,9 @@ def test_folders_that_do_not_fit_are_explained(folders, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), np.eye(4)), tmp_path / "labels" / "case1.nii.gz")
     with pytest.raises(ValueError, match="its label"):
         [case.read() for case in load(folders).train]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"There is no \.nii"):
+        load([*folders[:2], f"--unlabelled={tmp_path / 'none'}"])
     for wrong in (
         np.full((3, 4, 5), 0.5, np.float32),
         np.full((3, 4, 5), -1, np.int16),
@@ -102,9 +105,6 @@ def test_folders_that_do_not_fit_are_explained(folders, tmp_path):
         nib.save(nib.Nifti1Image(wrong, np.eye(4)), tmp_path / "labels" / "case1.nii.gz")
         with pytest.raises(ValueError, match=r"case1\.nii\.gz has values from .* labels are 0, 1, 2"):
             load(folders)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"There is no \.nii"):
-        load([*folders[:2], f"--unlabelled={tmp_path / 'none'}"])
 
 
 # --- the script

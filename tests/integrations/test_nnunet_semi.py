@@ -99,7 +99,9 @@ WITHOUT_US = "import sys; sys.modules['reseg_loss'] = None; from nnunetv2.infere
 
 
 def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_library(folders, monkeypatch, tmp_path):
-    """As the page has them; the trainer has few steps and slower ones for the run that is killed."""
+    """As the page has them; the trainer has few steps, and endless ones for the run that is killed."""
+    for command in ("plan_and_preprocess -d", "train 27 2d 0 -tr nnUNetTrainerSemi", "predict -d", "nnunet prepare 27"):
+        assert command in section("nnU-Net with unlabelled images")
     programs = Path(sys.executable).parent
     shutil.copytree(folders / "raw", tmp_path / "raw")
     for name in ("raw", "preprocessed"):
@@ -111,7 +113,7 @@ def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_
     tiny.shrink_plans(tmp_path / "preprocessed")
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     ours = (sys.executable, "-m", "reseg_loss.integrations.nnunet")
-    assert "WARNING" not in run(*ours, "prepare", tiny.ID).stdout
+    assert "WARNING" not in run(*ours, "prepare", tiny.ID, "-np", "2").stdout
     fast, slow = tmp_path / "fast", tmp_path / "slow"
     for folder, code in ((fast, TRAINERS), (slow, TRAINERS + SLOW)):
         folder.mkdir()
@@ -642,8 +644,7 @@ def test_processes_feed_the_images_and_end(folders, monkeypatch, tmp_path):
 
 def test_the_pages_subclass_is_found(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    text = section("nnU-Net v2")
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if SEMI in code]
+    (code,) = re.findall(r"```python\n(.*?)```", section("nnU-Net with unlabelled images"), re.DOTALL)
     (tmp_path / "my_trainers").mkdir()
     (tmp_path / "my_trainers" / "mine.py").write_text(code)
     paths = [str(tmp_path / "my_trainers"), str(command_line.folder())]
