@@ -21,5 +21,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 def fitted(text: str) -> str:
     """The text with links to the README as links to the site's first page, and to other files as their names."""
-    text = re.sub(r"\]\(\.\./\.\./README\.md(#[^)]*)?\)", "](../index.md)", text)
-    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+([^)]*)\)", r"\1 (`\2`)", text)
+    text = re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?!\.\./|README)([^)]*)\)", r"\1 (`\2`)", text)
+    return re.sub(r"\]\(\.\./\.\./README\.md(#[^)]*)?\)", "](../index.md)", text)

@@ -133,7 +133,8 @@ class CutMixConsistency(Regularizer):
         self.deep, self.perturb, self.overlapping = deep, perturb, overlapping
         self.rampup_steps, self.threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
         self.ignore_index = check_number("ignore_index", ignore_index, whole=True)
-        self.output, self._endings = output, None
+        self.output: Any = output
+        self._endings: tuple[Ending, Ending] | None = None
         self._check_deep()  # before a copy is made
         self._mean_teacher = MeanTeacher(model, ema_decay, average_buffers=average_buffers)
         self.output, self._endings = self._hooked(output)

@@ -59,10 +59,10 @@ class SemiSupervised(Regularizer):
       with it runs twice, on each kind by itself; `joint` says it otherwise. For together the noise on the mixed images
       is in the statistics of the labelled ones, too: on 3 patients of ACDC that cost the model 1.7 points
       (benchmarks/results/ssl4mis.md, joint statistics).
-    - **The mean teacher** runs on the unlabelled images by themselves, as they are before they are mixed. With two
-      forwards its modules are in the modes of the model's: batch normalisation takes the statistics of these images and
-      has running ones of its own, and dropout is on. With one forward it is in evaluation, with an average of the
-      model's buffers. (With statistics of its own it lost 6.7 points there.)
+    - **The mean teacher** runs on the unlabelled images by themselves, as they are before they are mixed. Its modules
+      are in the modes of the model's: batch normalisation takes the statistics of these images and has running ones of
+      its own, and dropout is on. Only of a model with batch normalisation that runs once it is in evaluation, with an
+      average of the model's buffers. (With statistics of its own it lost 6.7 points there.)
     - **Memory.** Where one forward of both does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
       backward after each part.
 
@@ -123,7 +123,8 @@ class SemiSupervised(Regularizer):
         if not (joint is None or isinstance(joint, bool)):
             raise ReSegError(f"joint={joint!r}; it is True, False, or None for what suits the model")
         self._forward = model
-        self.joint = not any(isinstance(m, BATCH_NORM) for m in self._model.modules()) if joint is None else joint
+        statistics = any(isinstance(m, BATCH_NORM) for m in self._model.modules())
+        self.joint = not statistics if joint is None else joint
         self.task_loss, self.unlabelled_loss = task_loss, unlabelled_loss
         self._ours = tuple(loss(IGNORED) for loss in OURS)
         ignore_index = _ignored_value(task_loss, unlabelled_loss)
@@ -147,7 +148,7 @@ class SemiSupervised(Regularizer):
             threshold=threshold,
             ema_decay=ema_decay,
             perturb=perturb,
-            average_buffers=self.joint,
+            average_buffers=self.joint and statistics,
             overlapping=overlapping,
             output=output,
         )
@@ -343,8 +344,9 @@ class SemiSupervised(Regularizer):
 
     def _moved(self, tensor: Any) -> Any:
         parameter = next(self._model.parameters(), None)
-        moves = isinstance(tensor, Tensor) and parameter is not None
-        return tensor.to(parameter.device, non_blocking=True) if moves else tensor
+        if parameter is None or not isinstance(tensor, Tensor):
+            return tensor
+        return tensor.to(parameter.device, non_blocking=True)
 
     def _parts(self, output: Any, images: Tensor, sizes: list[int]) -> list[_Part]:
         """An output for images, split along the batch, and what the coarser levels have for each part."""
@@ -455,6 +457,11 @@ class SemiSupervised(Regularizer):
                 what = "pseudo-labels are taken from logits (output= names others that it returns)"
                 refuse_probabilities(activation, what, self._model)
             output = f"in:{module}"
+        if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
+            raise ReSegError(
+                f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "
+                f"have {deep.num_classes}; pass output= with the path to the logits, or build the heads anew"
+            )
         if deep != "auto":
             return output, deep
         if not (isinstance(output, str) and output.startswith("in:")) and coarser_outputs(returned, logits):
@@ -515,7 +522,7 @@ class SemiSupervised(Regularizer):
         return [self.average] if self._deep is None else [self.average, self._deep.heads]
 
     def _extractor_if_any(self) -> FeatureExtractor | None:
-        return None if self._deep is None else self._deep.extractor
+        return self._deep.extractor if self._deep is not None and self._bound else None
 
     def _arm(self) -> None:
         self._consistency.weight = self._weight

@@ -471,7 +471,7 @@ def task_losses() -> Iterator[Attempt]:
     label = batch()[1]
     logits = torch.randn(2, CLASSES, *label.shape[1:], generator=torch.Generator().manual_seed(0))
     one_hot = F.one_hot(label, CLASSES).movedim(-1, 1)
-    losses: dict[str, tuple[Any, Tensor, Callable[[Tensor], Tensor]]] = {
+    losses: dict[str, tuple[Any, Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
         "CrossEntropyDiceLoss": (CrossEntropyDiceLoss, label, _cross_entropy_and_dice),
         "BinaryCrossEntropyDiceLoss": (BinaryCrossEntropyDiceLoss, one_hot, _binary),
     }
