@@ -82,6 +82,9 @@ class CutMixConsistency(Regularizer):
         ema_decay: of the average, per `update`.
         perturb: changes the mixed images, (B, C, *spatial) to the same shape, and must leave everything where it is;
             None leaves them as they are. The default is `perturb_intensities`.
+        average_buffers: the mean teacher predicts in evaluation, with an average of the model's buffers, instead of in
+            training with batch statistics of its own; for steps in which the model's batch normalisation sees mixed
+            images together with others.
         overlapping: each channel is a class of its own (sigmoid), sure by itself; labels are (B, C, *spatial).
         output: path to the logits in what the model returns, as an index, a key or a tuple of them; None takes the
             first tensor of the image's size, or the only one that is coarser, interpolated. Of a model that ends in a
@@ -98,6 +101,7 @@ class CutMixConsistency(Regularizer):
         "ignore_index": int,
         "threshold": float,
         "ema_decay": float,
+        "average_buffers": bool,
         "overlapping": bool,
         "output": ([(int, str)], str, None),
         "started": bool,
@@ -115,21 +119,24 @@ class CutMixConsistency(Regularizer):
         threshold: float = 0.95,
         ema_decay: float = 0.99,
         perturb: Callable[[Tensor], Tensor] | None = random_intensities,
+        average_buffers: bool = False,
         overlapping: bool = False,
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
         super().__init__(model, weight)
-        if not isinstance(overlapping, bool):
-            raise ReSegError(f"overlapping={overlapping!r}; it is True or False")
+        for name, value in (("average_buffers", average_buffers), ("overlapping", overlapping)):
+            if not isinstance(value, bool):
+                raise ReSegError(f"{name}={value!r}; it is True or False")
         if perturb is not None and not callable(perturb):
             raise ReSegError(f"perturb={perturb!r}; it is a function of images, or None")
         self._forward = model
         self.deep, self.perturb, self.overlapping = deep, perturb, overlapping
         self.rampup_steps, self.threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
         self.ignore_index = check_number("ignore_index", ignore_index, whole=True)
-        self.output, self._endings = output, None
+        self.output: Any = output
+        self._endings: tuple[Ending, Ending] | None = None
         self._check_deep()  # before a copy is made
-        self._mean_teacher = MeanTeacher(model, ema_decay)
+        self._mean_teacher = MeanTeacher(model, ema_decay, average_buffers=average_buffers)
         self.output, self._endings = self._hooked(output)
         self._check_deep()
         self._shares: Tensor | None = None
@@ -141,8 +148,9 @@ class CutMixConsistency(Regularizer):
     def average(self) -> nn.Module:
         """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
 
-        Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
-        images; at weight 0 they are the model's. `loss` sets its modes back to the model's, dropout included.
+        Its parameters average the model's. Buffers are its own, so its batch normalisation knows the unlabelled images,
+        and at weight 0 the model's; with `average_buffers` they average the model's. `loss` sets its modes: to the
+        model's, dropout included, or with `average_buffers` to evaluation.
         """
         return self._mean_teacher.network
 
@@ -401,6 +409,7 @@ class CutMixConsistency(Regularizer):
             "ignore_index": self.ignore_index,
             "threshold": self.threshold,
             "ema_decay": self.ema_decay,
+            "average_buffers": self._mean_teacher.average_buffers,
             "overlapping": self.overlapping,
             "output": list(self.output) if isinstance(self.output, tuple) else self.output,
             "started": self._mean_teacher.started,
@@ -422,6 +431,7 @@ class CutMixConsistency(Regularizer):
         self.output, self._endings = output, endings
         self.rampup_steps, self.threshold, self._mean_teacher.decay = rampup_steps, threshold, decay
         self.ignore_index, self.overlapping = state["ignore_index"], state["overlapping"]
+        self._mean_teacher.average_buffers = state["average_buffers"]
         self._mean_teacher.started = state["started"]
         self._asked = False  # of another ignore_index
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -54,13 +55,14 @@ class SemiSupervised(Regularizer):
     the model's output, and of its coarser levels (`DeepSupervision`). Of the pixels without labels those count of
     which the mean teacher is sure. Keep the mean teacher (`average`): it segments better than the model.
 
-    - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together, which
-      gives what two forwards would. One with it runs twice, on each kind by itself, as in all that was measured:
-      together the noise on the mixed images changes the statistics of the labelled ones, and the mean teacher lost 7
-      points and the model 2 (benchmarks/results/ssl4mis.jsonl, joint statistics). `joint` says it otherwise. The mean
-      teacher runs on the unlabelled images by itself in either case, as they are, before they are mixed. Its modules
-      are in the modes of the model's: its batch normalisation takes that batch's statistics and has running ones of its
-      own, and dropout is on.
+    - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. One
+      with it runs twice, on each kind by itself; `joint` says it otherwise. For together the noise on the mixed images
+      is in the statistics of the labelled ones, too: on 3 patients of ACDC that cost the model 1.7 points
+      (benchmarks/results/ssl4mis.md, joint statistics).
+    - **The mean teacher** runs on the unlabelled images by themselves, as they are before they are mixed. Its modules
+      are in the modes of the model's: batch normalisation takes the statistics of these images and has running ones of
+      its own, and dropout is on. Only of a model with batch normalisation that runs once it is in evaluation, with an
+      average of the model's buffers. (With statistics of its own it lost 6.7 points there.)
     - **Memory.** Where one forward of both does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
       backward after each part.
 
@@ -121,7 +123,8 @@ class SemiSupervised(Regularizer):
         if not (joint is None or isinstance(joint, bool)):
             raise ReSegError(f"joint={joint!r}; it is True, False, or None for what suits the model")
         self._forward = model
-        self.joint = not any(isinstance(m, BATCH_NORM) for m in self._model.modules()) if joint is None else joint
+        statistics = any(isinstance(m, BATCH_NORM) for m in self._model.modules())
+        self.joint = not statistics if joint is None else joint
         self.task_loss, self.unlabelled_loss = task_loss, unlabelled_loss
         self._ours = tuple(loss(IGNORED) for loss in OURS)
         ignore_index = _ignored_value(task_loss, unlabelled_loss)
@@ -145,6 +148,7 @@ class SemiSupervised(Regularizer):
             threshold=threshold,
             ema_decay=ema_decay,
             perturb=perturb,
+            average_buffers=self.joint and statistics,
             overlapping=overlapping,
             output=output,
         )
@@ -170,7 +174,7 @@ class SemiSupervised(Regularizer):
 
     @property
     def consistency(self) -> CutMixConsistency:
-        """What mixes the unlabelled images and holds the mean teacher, and settings that may change."""
+        """What mixes the unlabelled images and holds the mean teacher, and settings that may change; not its weight."""
         return self._consistency
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -272,7 +276,7 @@ class SemiSupervised(Regularizer):
         Returns, Raises: as `loss`.
         """
         try:
-            if not isinstance(y, Targets) or not isinstance(y.images, Tensor):
+            if not isinstance(y, Targets) or not (isinstance(y.images, Tensor) and isinstance(y.label, Tensor)):
                 raise ReSegError(f"y= is what mix() gave beside the images, got {outline(y)}")
             images, label, mixed = y
             sizes = [len(images)] if mixed is None else [len(images) - len(mixed.images), len(mixed.images)]
@@ -295,6 +299,7 @@ class SemiSupervised(Regularizer):
         """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0."""
         self._consistency.reset()
         self._calls, self._unsure, self._labelled = 0, None, None
+        self._told_of.clear()
 
     def remove(self) -> None:
         """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
@@ -339,8 +344,9 @@ class SemiSupervised(Regularizer):
 
     def _moved(self, tensor: Any) -> Any:
         parameter = next(self._model.parameters(), None)
-        moves = isinstance(tensor, Tensor) and parameter is not None
-        return tensor.to(parameter.device, non_blocking=True) if moves else tensor
+        if parameter is None or not isinstance(tensor, Tensor):
+            return tensor
+        return tensor.to(parameter.device, non_blocking=True)
 
     def _parts(self, output: Any, images: Tensor, sizes: list[int]) -> list[_Part]:
         """An output for images, split along the batch, and what the coarser levels have for each part."""
@@ -378,7 +384,7 @@ class SemiSupervised(Regularizer):
         if mixed is None:
             return total
         name = "task_loss" if self.unlabelled_loss is None else "unlabelled_loss"
-        loss = self.unlabelled_loss or task_loss
+        loss = task_loss if self.unlabelled_loss is None else self.unlabelled_loss
         prediction = parts[1].for_loss(loss)
         main = self._consistency.value(prediction, mixed, loss, name=name, instead="another as unlabelled_loss=")
         levels = self._levels_loss(parts[1].deep, mixed.label, loss)
@@ -451,6 +457,11 @@ class SemiSupervised(Regularizer):
                 what = "pseudo-labels are taken from logits (output= names others that it returns)"
                 refuse_probabilities(activation, what, self._model)
             output = f"in:{module}"
+        if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
+            raise ReSegError(
+                f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "
+                f"have {deep.num_classes}; pass output= with the path to the logits, or build the heads anew"
+            )
         if deep != "auto":
             return output, deep
         if not (isinstance(output, str) and output.startswith("in:")) and coarser_outputs(returned, logits):
@@ -511,7 +522,7 @@ class SemiSupervised(Regularizer):
         return [self.average] if self._deep is None else [self.average, self._deep.heads]
 
     def _extractor_if_any(self) -> FeatureExtractor | None:
-        return None if self._deep is None else self._deep.extractor
+        return self._deep.extractor if self._deep is not None and self._bound else None
 
     def _arm(self) -> None:
         self._consistency.weight = self._weight
@@ -536,8 +547,8 @@ def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
         if loss is not None and not callable(loss):
             raise ReSegError(f"{name} is a function of the model's output and a label, got {type(loss).__name__}")
         value = getattr(loss, "ignore_index", None)
-        if isinstance(value, int):
-            values[name] = value
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            values[name] = int(value)
     if len(set(values.values())) > 1:
         raise ReSegError(f"the two losses leave different label values out, {values}; give both the same ignore_index")
     return next(iter(values.values()), IGNORED)

@@ -5,33 +5,22 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torch
+from measured import CL, NETWORKS, SETTINGS, check_accuracy, check_costs, table
 from models import UNet, loader, task_loss
 from torch import nn
 
-from benchmarks.accuracy_report import paired, select
-from benchmarks.evidence.plan import read_plan
-from benchmarks.evidence.results import finished, read_lines
 from reseg_loss import ReSegWrapper
 
 ROOT = Path(__file__).parents[1]
-PLANS = ROOT / "benchmarks" / "plans"
 RUNS = ("bare", "deep supervision", "reseg")
-CL = "bf16 channels_last"
 README = (ROOT / "README.md").read_text()
 
 
 def fences(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def table(start: str) -> list[list[str]]:
-    """The cells of the README's table that begins so."""
-    lines = README[README.index(start) :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def after_the_diff(diff: str) -> str:
@@ -109,69 +98,12 @@ def test_every_linked_file_exists():
     ],
 )
 def test_the_cost_tables_are_those_of_the_results(start, file, precision, compiled, size):
-    results = json.loads((ROOT / "benchmarks" / "results" / file).read_text())["results"]
-    header, _, *lines = table(start)
-    names = header[1:] if precision is None else [f"{name}, {precision}" for name in header[1:]]
-    groups = [tuple(name.replace(", channels_last", f", {CL}").split(", ")) for name in names]
-    known = {(r["model"], r["precision"], r["row"]): r for r in results if r["compiled"] == compiled}
-    for row, *cells in lines:
-        for group, cell in zip(groups, cells, strict=True):
-            r = known.get((*group, row))
-            measured = "" if r is None else f"{r['ms']:.1f} ms" if row == "bare" else f"{r['ratio']:.2f}"
-            assert cell == measured, (row, group)
-    assert (len(lines), len(groups)) == size
-
-
-CUTMIX = "ds x2 + deep cutmix"
-AVERAGE = f"{CUTMIX}: its mean teacher"
-VARIANTS = {  # a row of the accuracy tables: what it shows, and over what
-    '`preset="paper"`, the default': ("paper", "bare"),
-    '`preset="standardized"`': ("standardized", "bare"),
-    "deep supervision, equal weights: the default": ("ds equal", "bare"),
-    "that and CutMix, unlabelled images: its mean teacher": ("ds equal + deep cutmix: its mean teacher", "bare"),
-    "deep supervision, weights 1, 0.5, 0.25": ("ds x2", "bare"),
-    "the same, 2.5 times the steps": ("ds x2, 2.5 times as long", "bare"),
-    "the same and CutMix, labelled images only": (f"{CUTMIX}, labelled images", "bare"),
-    "the same and CutMix, unlabelled images": (CUTMIX, "bare"),
-    "that one's mean teacher": (AVERAGE, "bare"),
-    "CutMix, unlabelled images, over the same without it": (CUTMIX, "ds x2"),
-    "its mean teacher, over the same": (AVERAGE, "ds x2"),
-}
-SETTINGS = (
-    ("confirm_acdc_5", "time_5"),
-    ("sunnybrook_5",),
-    ("augmentation_5", "presets_5", "time_strong_5", "free_5", "equal_cutmix_5"),
-    ("sunnybrook_strong_5", "equal_sunnybrook_5"),
-    ("augmentation_15", "equal_15"),
-    ("confirm_acdc_70",),
-)
-NETWORKS = (
-    ("smp_unet_5",),
-    ("transunet_5",),
-    ("swin_unet_5",),
-    ("swin_unet_adamw_5",),
-    ("hippocampus_5",),
-    ("across", "equal_across"),
-)
+    check_costs(table(README, start), file, precision, compiled, size)
 
 
 @pytest.mark.parametrize(("start", "plans"), [("| augmentation |", SETTINGS), ("| network |", NETWORKS)])
 def test_the_accuracy_tables_are_those_of_the_results(start, plans):
-    lines = list(finished(read_lines(ROOT / "benchmarks" / "results" / "accuracy.jsonl")).values())
-    columns = [
-        [select(plan, lines, plan.decide_on) for plan in (read_plan(PLANS / f"{name}.json") for name in names)]
-        for names in plans
-    ]
-    _, _, _, bare, *rows = [[cell.strip(" *\\") for cell in row] for row in table(start)]
-    assert bare[1:] == [f"{fmean(each[0].values('bare', 'mean_dsc').values()):.1f}" for each in columns]
-    for row, *cells in rows:
-        variant, reference = VARIANTS[row]
-        for cell, each in zip(cells, columns, strict=True):
-            known = [(s, name) for s in each for name in (variant, f"{variant}, for free") if name in s.lines]
-            if cell or known:
-                scores, name = known[0]
-                difference = paired(scores.values(name, "mean_dsc"), scores.values(reference, "mean_dsc"))
-                assert (cell, difference.pairs) == (str(difference), 8), (row, scores.plan.name)
+    check_accuracy(table(README, start), plans)
 
 
 def test_the_examples_numbers_are_those_of_the_results():

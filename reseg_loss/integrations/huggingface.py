@@ -82,16 +82,16 @@ class SemiSupervisedTrainer(Trainer):
         """In training the loss of labelled and unlabelled images; else the model's own."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        name = self.semi.model.main_input_name
+        name = str(getattr(self.semi.model, "main_input_name", "pixel_values"))
         if set(inputs) != {name, "labels"}:
             raise ReSegError(f"a training batch has {sorted(inputs)}, and {[name, 'labels']} can be mixed")
         returned: list[Any] = []
 
         def forward(x: Tensor) -> Any:
-            returned.append(model(**{str(name): x}))
+            returned.append(model(**{name: x}))
             return returned[-1]
 
-        loss = self.semi.loss(inputs[name], inputs["labels"], self._next(str(name)), forward=forward)
+        loss = self.semi.loss(inputs[name], inputs["labels"], self._next(name), forward=forward)
         return (loss, returned[0]) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -167,11 +167,12 @@ class SemiSupervisedHandler:
             value, self._loss = self._loss, None
             return value
 
-        engine.inferer, engine.loss_function = run, loss_of
+        running: Any = engine  # which declares an Inferer, and takes any function
+        running.inferer, running.loss_function = run, loss_of
         end = follow(self.semi, [engine.optimizer], type(self).__name__)
 
         def remove() -> None:
-            engine.inferer, engine.loss_function = inferer, loss
+            running.inferer, running.loss_function = inferer, loss
             end()
 
         self._remove = remove

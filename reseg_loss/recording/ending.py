@@ -99,6 +99,7 @@ class _Keep(Recorder):
         self.several = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.active and module.training and torch.is_grad_enabled() is self.grad and is_of_a_step():
+        of_step = module.training or not self.grad  # a mean teacher may predict in evaluation
+        if self.active and of_step and torch.is_grad_enabled() is self.grad and is_of_a_step():
             self.several = self.kept is not None
             self.kept = (next(iter((*args, *kwargs.values())), None), output)

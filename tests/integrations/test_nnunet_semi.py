@@ -99,7 +99,9 @@ WITHOUT_US = "import sys; sys.modules['reseg_loss'] = None; from nnunetv2.infere
 
 
 def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_library(folders, monkeypatch, tmp_path):
-    """As the page has them; the trainer has few steps and slower ones for the run that is killed."""
+    """As the page has them; the trainer has few steps, and endless ones for the run that is killed."""
+    for command in ("plan_and_preprocess -d", "train 27 2d 0 -tr nnUNetTrainerSemi", "predict -d", "nnunet prepare 27"):
+        assert command in section("nnU-Net with unlabelled images")
     programs = Path(sys.executable).parent
     shutil.copytree(folders / "raw", tmp_path / "raw")
     for name in ("raw", "preprocessed"):
@@ -111,7 +113,7 @@ def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_
     tiny.shrink_plans(tmp_path / "preprocessed")
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     ours = (sys.executable, "-m", "reseg_loss.integrations.nnunet")
-    assert "WARNING" not in run(*ours, "prepare", tiny.ID).stdout
+    assert "WARNING" not in run(*ours, "prepare", tiny.ID, "-np", "2").stdout
     fast, slow = tmp_path / "fast", tmp_path / "slow"
     for folder, code in ((fast, TRAINERS), (slow, TRAINERS + SLOW)):
         folder.mkdir()

@@ -23,7 +23,7 @@ from ...recording.copying import unwrap
 from . import progress, step, unlabelled
 from .checkpoints import finish, trainer_to_predict_with
 
-LOGGED = ("unlabelled_loss", "sure_share")
+LOGGED: tuple[str, ...] = ("unlabelled_loss", "sure_share")
 STUDENT = "reseg_student"  # in checkpoints
 
 

@@ -38,7 +38,7 @@ def pseudo_target(logits: Tensor, threshold: float, ignored: int, regions: bool)
     """
     if not regions:
         return pseudo_label(logits, threshold, ignored).unsqueeze(1).to(torch.int16)
-    each = pseudo_label(logits.flatten(0, 1).unsqueeze(1), threshold, NOT_SURE).view(logits.shape)
+    each = pseudo_label(logits, threshold, NOT_SURE, overlapping=True)
     return torch.cat([each == 1, (each == NOT_SURE).any(1, keepdim=True)], 1)
 
 

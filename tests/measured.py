@@ -1,0 +1,126 @@
+"""Tables of measured numbers in a text, checked against the results that they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.accuracy_report import Scores, paired, select
+from benchmarks.evidence.plan import read_plan
+from benchmarks.evidence.results import finished, read_lines
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CL = "bf16 channels_last"
+CUTMIX = "ds x2 + deep cutmix"
+AVERAGE = f"{CUTMIX}: its mean teacher"
+VARIANTS = {  # a row of the accuracy tables: what it shows, and over what
+    '`preset="paper"`, the default': ("paper", "bare"),
+    '`preset="standardized"`': ("standardized", "bare"),
+    "deep supervision, equal weights: the default": ("ds equal", "bare"),
+    "that and CutMix, unlabelled images: its mean teacher": ("ds equal + deep cutmix: its mean teacher", "bare"),
+    "deep supervision, weights 1, 0.5, 0.25": ("ds x2", "bare"),
+    "the same, 2.5 times the steps": ("ds x2, 2.5 times as long", "bare"),
+    "the same and CutMix, labelled images only": (f"{CUTMIX}, labelled images", "bare"),
+    "the same and CutMix, unlabelled images": (CUTMIX, "bare"),
+    "that one's mean teacher": (AVERAGE, "bare"),
+    "CutMix, unlabelled images, over the same without it": (CUTMIX, "ds x2"),
+    "its mean teacher, over the same": (AVERAGE, "ds x2"),
+}
+CONTROLS = {  # a row of the controls: what takes the place of "standardized"
+    "an untrained teacher": "standardized, untrained teacher",
+    "teacher fed another sample's label": "standardized, other label",
+    "teacher from label to label": "standardized, label to label",
+    "teacher from image to image": "standardized, image to image",
+    "encoder against encoder, decoder against decoder": "standardized, uncrossed",
+    "the bare run, trained as long as both stages": "bare, long",
+}
+SETTINGS = (
+    ("confirm_acdc_5", "time_5"),
+    ("sunnybrook_5",),
+    ("augmentation_5", "presets_5", "time_strong_5", "free_5", "equal_cutmix_5"),
+    ("sunnybrook_strong_5", "equal_sunnybrook_5"),
+    ("augmentation_15", "equal_15"),
+    ("confirm_acdc_70",),
+)
+NETWORKS = (
+    ("smp_unet_5",),
+    ("transunet_5",),
+    ("swin_unet_5",),
+    ("swin_unet_adamw_5",),
+    ("hippocampus_5",),
+    ("across", "equal_across"),
+)
+
+
+def table(text: str, start: str) -> list[list[str]]:
+    """The cells of a text's table that begins so."""
+    lines = text[text.index(start) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def check_costs(
+    cells: list[list[str]], file: str, precision: str | None, compiled: bool, size: tuple[int, int]
+) -> None:
+    """A table of step times: ms of the bare step, and ratios to it."""
+    results = json.loads((BENCHMARKS / "results" / file).read_text())["results"]
+    header, _, *lines = cells
+    names = header[1:] if precision is None else [f"{name}, {precision}" for name in header[1:]]
+    groups = [tuple(name.replace(", channels_last", f", {CL}").split(", ")) for name in names]
+    known = {(r["model"], r["precision"], r["row"]): r for r in results if r["compiled"] == compiled}
+    for row, *values in lines:
+        for group, value in zip(groups, values, strict=True):
+            r = known.get((*group, row))
+            measured = "" if r is None else f"{r['ms']:.1f} ms" if row == "bare" else f"{r['ratio']:.2f}"
+            assert value == measured, (row, group)
+    assert (len(lines), len(groups)) == size
+
+
+def check_memory(cells: list[list[str]], file: str) -> None:
+    """A table of the eager U-Net's peak memory in bf16 with channels last: GiB, and the ratio to the bare step's."""
+    results = json.loads((BENCHMARKS / "results" / file).read_text())["results"]
+    known = {r["row"]: r for r in results if (r["model"], r["precision"], r["compiled"]) == ("U-Net", CL, False)}
+    _, _, *lines = cells
+    assert len(lines) > 2
+    for row, *values in lines:
+        assert values == [f"{known[row]['peak_mib'] / 1024:.1f}", f"{known[row]['peak_ratio']:.2f}"], row
+
+
+def scores_of(names: Sequence[str]) -> list[Scores]:
+    """What was measured of these plans, each on the part that it decides on."""
+    lines = list(finished(read_lines(BENCHMARKS / "results" / "accuracy.jsonl")).values())
+    plans = (read_plan(BENCHMARKS / "plans" / f"{name}.json") for name in names)
+    return [select(plan, lines, plan.decide_on) for plan in plans]
+
+
+def check_accuracy(cells: list[list[str]], plans: Sequence[Sequence[str]]) -> None:
+    """A table with a column for each group of plans: DSC of the bare run, and paired differences over 8 seeds."""
+    columns = [scores_of(names) for names in plans]
+    start = next(i for i, row in enumerate(cells) if row[0].startswith("bare"))
+    bare, *rows = [[cell.strip(" *\\") for cell in row] for row in cells[start:]]
+    assert bare[1:] == [f"{fmean(each[0].values('bare', 'mean_dsc').values()):.1f}" for each in columns]
+    for row, *values in rows:
+        variant, reference = VARIANTS[row]
+        for value, each in zip(values, columns, strict=True):
+            known = [(s, name) for s in each for name in (variant, f"{variant}, for free") if name in s.lines]
+            if value or known:
+                scores, name = known[0]
+                difference = paired(scores.values(name, "mean_dsc"), scores.values(reference, "mean_dsc"))
+                assert difference is not None
+                assert (value, difference.pairs) == (str(difference), 8), (row, scores.plan.name)
+
+
+def check_controls(cells: list[list[str]]) -> None:
+    """The table of what takes the place of `standardized`: paired differences to it."""
+    (scores,) = scores_of(["controls_5"])
+    reference = scores.values("standardized", "mean_dsc")
+
+    def difference(variant: str) -> str:
+        return str(paired(scores.values(variant, "mean_dsc"), reference))
+
+    shown = {row: value.replace("*", "") for row, value in cells[2:]}
+    without = [f"standardized, no {term}" for term in ("encoder to decoder", "decoder to encoder", "bottleneck")]
+    expected = {row: difference(variant) for row, variant in CONTROLS.items()}
+    expected["without the student's decoder, encoder, bottleneck"] = ", ".join(map(difference, without))
+    assert shown == expected
