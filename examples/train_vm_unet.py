@@ -47,6 +47,7 @@ BACKBONE = Backbone(
     ),
     load=load_vm_unet,
     weights="vmamba_small_e238_ema.pth",
+    small_steps=300,  # after 150 it has not learnt the second class yet
 )
 
 if __name__ == "__main__":

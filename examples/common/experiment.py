@@ -60,6 +60,7 @@ class Backbone:
     """Fills the network from a public file of pretrained weights."""
     weights: str = ""
     """The name of that file."""
+    small_steps: int = SMALL_STEPS
 
 
 @dataclass
@@ -415,7 +416,7 @@ def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.Argu
     if args.paper and args.weights is None and backbone.load is not None:
         say(f"note: {backbone.name} was published from pretrained weights; give them with --weights {backbone.weights}")
     recipe = backbone.small_recipe if args.small else backbone.recipe
-    small = SMALL_STEPS if args.unlabelled is None else SMALL_SEMI_STEPS
+    small = backbone.small_steps if args.unlabelled is None else SMALL_SEMI_STEPS
     args.steps = args.steps or (small if args.small else STEPS)
     args.recon_steps = args.recon_steps or (SMALL_RECON_STEPS if args.small else RECON_STEPS)
     args.batch_size = args.batch_size or recipe.batch_size
