@@ -31,6 +31,7 @@ def test_the_import_test_can_fail():
 
 def test_version_license_and_extras_are_declared_once():
     assert version("reseg-loss") == reseg_loss.__version__
+    assert f"\nversion: {reseg_loss.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     about = metadata("reseg-loss")
     assert about["License-Expression"] == "Apache-2.0"
     assert about["Requires-Python"] == ">=3.10"
