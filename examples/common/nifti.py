@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -37,7 +38,7 @@ def load_folders(images: Path, labels: Path, unlabelled: Path, *, channels: bool
 
 def save_prediction(case: Case, prediction: np.ndarray, folder: Path) -> Path:
     """Write a label map (D, H, W) on the grid and with the header of the image that it is of."""
-    image = nib.load(case.name)
+    image: Any = nib.load(case.name)  # nibabel's own types say less than its images have
     turned = nib.io_orientation(image.affine)
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), turned)
     label = nib.apply_orientation(prediction.astype(np.uint8).transpose(2, 1, 0), back)
