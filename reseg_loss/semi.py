@@ -55,6 +55,21 @@ class SemiSupervised(Regularizer):
     the model's output, and of its coarser levels (`DeepSupervision`). Of the pixels without labels those count of
     which the mean teacher is sure. Keep the mean teacher (`average`): it segments better than the model.
 
+    ```python
+    from reseg_loss import SemiSupervised, batches
+
+    semi = SemiSupervised(model, example_input=image, rampup_steps=2000)
+    optimizer = torch.optim.SGD([*model.parameters(), *semi.parameters()], 0.01, momentum=0.9)
+    for image, label, unlabelled in batches(train_loader, unlabelled_loader, steps=10_000):
+        loss = semi.loss(image, label, unlabelled)  # the whole loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        semi.update()  # the mean teacher follows
+    semi.remove()
+    torch.save(semi.average.state_dict(), "model.pt")  # the bare model's keys
+    ```
+
     - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. One
       with it runs twice, on each kind by itself; `joint` says it otherwise. For together the noise on the mixed images
       is in the statistics of the labelled ones, too: on 3 patients of ACDC that cost the model 1.7 points
