@@ -426,7 +426,10 @@ class Stage2:
             # the ramp is a table here, for a captured step would keep the first call's
             kind, options = mixing_of(variant.mixing)
             options = {"threshold": SURE, "ema_decay": EMA, **options}
-            if variant.mixing is not None and variant.mixing.get("joint"):
+            joint = (variant.mixing or {}).get("joint")
+            if joint is True:
+                raise ValueError(f"{variant.name}: at bee5123 it had a mean teacher that the package has no more")
+            if joint == "averaged buffers":
                 self.semi = SemiSupervised(
                     self.student,
                     example,
