@@ -214,7 +214,7 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
     reseg = deep = semi = None
     task_loss = recipe.loss()
     parameters = [*model.parameters()]
-    if variant.semi:  # before reseg, which would record the forward that it looks at the model with
+    if variant.semi:
         semi = SemiSupervised(
             model,
             example_input=example,

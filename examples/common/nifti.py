@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -38,7 +37,7 @@ def load_folders(images: Path, labels: Path, unlabelled: Path, *, channels: bool
 
 def save_prediction(case: Case, prediction: np.ndarray, folder: Path) -> Path:
     """Write a label map (D, H, W) on the grid and with the header of the image that it is of."""
-    image: Any = nib.load(case.name)  # nibabel's own types say less than its images have
+    image = _load(Path(case.name))
     turned = nib.io_orientation(image.affine)
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), turned)
     label = nib.apply_orientation(prediction.astype(np.uint8).transpose(2, 1, 0), back)
@@ -59,10 +58,16 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
+def _load(path: Path) -> nib.Nifti1Image:
+    image = nib.load(path)
+    if not isinstance(image, nib.Nifti1Image):
+        raise ValueError(f"{path} is a {type(image).__name__}, not a NIfTI image.")
+    return image
+
+
 def _array(path: Path) -> np.ndarray:
     """The volume as (D, H, W): from feet to head, back to front, left to right."""
-    image = nib.as_closest_canonical(nib.load(path))
-    array = np.asarray(image.dataobj)
+    array = np.asarray(nib.as_closest_canonical(_load(path)).dataobj)
     if array.ndim != 3:
         raise ValueError(f"{path} has {array.ndim} axes; a volume has 3.")
     return array.transpose(2, 1, 0)
@@ -79,7 +84,7 @@ def _label(path: Path) -> np.ndarray:
 
 
 def _case(image: Path, label: Path | None, channels: bool) -> Case:
-    voxel = nib.as_closest_canonical(nib.load(image)).header.get_zooms()[:3]
+    voxel = nib.as_closest_canonical(_load(image)).header.get_zooms()[:3]
     spacing = (float(voxel[2]), float(voxel[1]), float(voxel[0]))
     return Case(str(image), str(image), _reader(image, label, channels), spacing)
 
