@@ -459,6 +459,8 @@ class CutMixConsistency(Regularizer):
     def _select(self, output: Any, images: Tensor, which: int) -> tuple[Tensor, Tensor]:
         """Prediction and logits in an output of the model (0) or of the mean teacher (1)."""
         path = None if isinstance(self.output, str) else self.output
+        if which == 1 and self._mean_teacher.average_buffers and isinstance(output, Tensor):
+            path = None  # a model may return more in training than in evaluation
         prediction = full_size(output, len(images), tuple(images.shape[2:]), path)
         return prediction, prediction if self._endings is None else self._endings[which].logits(prediction)
 

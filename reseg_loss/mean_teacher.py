@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .common.distributed import broadcast
 from .common.dryrun import refuse_lazy
-from .errors import ReSegError
+from .errors import ReSegError, outline
 from .recording.copying import compiler_of, copy_model, is_sharded, unwrap
 
 
@@ -46,6 +46,8 @@ class MeanTeacher:
 
     def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
         """Let `predict` run compiled, by torch.compile or what stands for it; does nothing if it was done."""
+        if not callable(compiler):
+            raise ReSegError(f"compiler= is torch.compile or a function like it, got {outline(compiler)}")
         if self._run is not None:
             return
         network = self.network

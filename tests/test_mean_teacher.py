@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from models import UNet, batch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from reseg_loss import ReSegError
 from reseg_loss.mean_teacher import MeanTeacher
@@ -69,15 +71,22 @@ def test_whatever_it_fails_by_is_said_of_the_images(error):
 
 @pytest.mark.parametrize("how", ["plain", "torch.compile", "model.compile"])
 def test_it_is_compiled_where_the_model_is(how):
-    model = run = UNet()
-    if how == "torch.compile":
-        run = torch.compile(model, backend="eager")
-    elif how == "model.compile":
-        model.compile(backend="eager")
-    network = MeanTeacher(run, 0.9).network  # pyright: ignore
-    assert (network._compiled_call_impl is not None) is (how != "plain")
-    assert type(network) is UNet
-    assert list(network.state_dict()) == list(model.state_dict())
+    torch._dynamo.reset()
+    model, backend = UNet(), CompileCounterWithBackend("eager")
+    run = torch.compile(model, backend=backend) if how == "torch.compile" else model
+    if how == "model.compile":
+        model.compile(backend=backend)
+    teacher = MeanTeacher(run, 0.9)  # pyright: ignore
+    if how == "model.compile":  # torch does not tell its backend
+        teacher.compile(partial(torch.compile, backend=backend))
+    teacher.start()
+    with torch.no_grad():
+        assert torch.allclose(teacher.predict(IMAGE), model(IMAGE) if how == "plain" else copy.deepcopy(model)(IMAGE))
+    assert (backend.frame_count > 0) is (how != "plain")
+    assert type(teacher.network) is UNet
+    assert list(teacher.network.state_dict()) == list(model.state_dict())
+    with pytest.raises(ReSegError, match="compiler= is"):
+        teacher.compile("eager")  # pyright: ignore
 
 
 def test_a_model_that_has_changed_is_refused():

@@ -357,6 +357,8 @@ def parts() -> Iterator[Attempt]:
         "several classes a pixel",
         "no class a pixel",
     )
+    for value in (None, 3, 1.5, "inductor", True, [torch.compile], {}, (), IMAGES, object()):
+        yield Attempt("CutMixConsistency.compile", repr(value)[:30], lambda v=value: mixing()[1].compile(v))
     for title, images in BAD_IMAGES.items():
         if title in ("another size", "fp16"):
             continue  # right, and the model's affair

@@ -34,14 +34,14 @@ PASSING |= {f"Upsample{name}Backward0" for name in ("Nearest2D", "Nearest3D", "B
 def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
     """The tensor (B, C, *spatial) in what a model returns: the first float tensor of the image's size, or at `path`.
 
-    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. A path is for models that return
+    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. An index is for models that return
     several tensors; where one returns the image-sized tensor alone, in evaluation say, it is that tensor.
 
     Raises:
         ReSegError: there is none.
     """
     for key in path or ():
-        if _is_image(output, batch, spatial):
+        if isinstance(key, int) and _is_image(output, batch, spatial):
             break
         output = _entry(output, key, path)
     found = list(tensors(output))

@@ -193,7 +193,9 @@ def test_models_with_other_outputs(form, kwargs):
 
 
 def test_a_model_without_an_image_sized_output_is_refused():
-    with pytest.raises(ReSegError, match=r"no float output of the image's size \(8, 8\) among \[0\] \(2, 3, 4, 4\)"):
+    with pytest.raises(
+        ReSegError, match=r"no float output of the image's size \(8, 8\), for 2 images, among \[0\] \(2, 3, 4, 4\)"
+    ):
         select_output([torch.zeros(2, 3, 4, 4)], 2, (8, 8))
     with pytest.raises(ReSegError, match="output="):
         select_output({"mask": torch.zeros(2, 3, 8, 8, dtype=torch.long)}, 2, (8, 8))
