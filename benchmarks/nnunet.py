@@ -125,7 +125,7 @@ def read(task: Task, folder: Path) -> Slices:
 def volumes(data: Slices, patients: Sequence[int]) -> Iterator[Volume]:
     """All volumes of some patients."""
     for number in np.unique(data.volume[np.isin(data.patient, patients)]):
-        rows = np.flatnonzero(data.volume == number)
+        rows = np.flatnonzero(data.volume == number).tolist()
         who = int(data.patient[rows[0]])
         if data.native is None or data.native_images is None:
             image, label = data.images[rows[0]], data.labels[rows[0]]
@@ -345,8 +345,8 @@ def scored(pairs: Iterator[tuple[Volume, np.ndarray]], classes: int) -> dict[str
     each: dict[str, list[list[float | None]]] = {name: [[] for _ in range(classes)] for name in ("dsc", "hd95")}
     numbers = [(c, c) for c in range(1, classes + 1)]
     for volume, segmented in pairs:
-        tensors = (torch.from_numpy(a)[None] for a in (segmented, volume.label))
-        found = score(*tensors, torch.zeros(1, dtype=torch.int64), numbers)
+        predicted, truth = (torch.from_numpy(a)[None] for a in (segmented, volume.label))
+        found = score(predicted, truth, torch.zeros(1, dtype=torch.int64), numbers)
         patients.append(volume.patient)
         for name, columns in each.items():
             for column, (value,) in zip(columns, found[f"each_{name}"]):

@@ -1,6 +1,6 @@
 """MONAI's DynUNet or UNet on 3D patches: bare, with deep supervision, and with reseg-loss.
 
-    python examples/train_3d.py --small                           # the packaged template, about 3 minutes on 2 cores
+    python examples/train_3d.py --small                           # the packaged template, a few minutes on 2 cores
     python examples/train_3d.py --small --contrasts 2             # with a second, made-up contrast
     python examples/train_3d.py --data hippocampus.npz --amp bf16 # on a GPU; D x H x W volumes, see common/volumes.py
     torchrun --nproc_per_node 2 examples/train_3d.py ...          # several GPUs share each batch
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from common.experiment import (
     AMP,
+    TOO_SHORT,
     Backbone,
     Setting,
     Variant,
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _, results[name] = trained_and_tested(variant, setting)
         say(f"\n{scores_table(results, args.dataset.class_names)}\n\nScores are in {args.out}/.")
         say("One seed proves nothing: repeat with another --seed.")
+        if args.small:
+            say(TOO_SHORT)
         if args.data is None:
             say("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
 
@@ -126,7 +129,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", help=f"some of {','.join(RUNS)} (default: bare,deep,reseg)")
     unlabelled_option(parser)
     parser.add_argument("--steps", type=positive, help="training steps of each run (default: 1500, small 100)")
-    parser.add_argument("--recon-steps", type=positive, help="steps of stage 1 (default: 800, small 60)")
+    parser.add_argument("--recon-steps", type=positive, help="steps of stage 1 (default: 800, small 100)")
     parser.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help="(default: %(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate (default: 0.001, small 0.003)")
     parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="(default: %(default)s)")
@@ -148,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.patch and any(n % 8 for n in args.patch):
         parser.error(f"--patch {' '.join(map(str, args.patch))}: the networks halve it three times; multiples of 8")
     args.steps = args.steps or (100 if args.small else 1500)
-    args.recon_steps = args.recon_steps or (60 if args.small else 800)
+    args.recon_steps = args.recon_steps or (100 if args.small else 800)
     recipe = SMALL_RECIPE if args.small else RECIPE
     args.lr = args.lr or recipe.lr
     # what the 2D scripts let choose beside

@@ -1,6 +1,6 @@
 """Few labels and many images without: one network that learns from both, with `SemiSupervised`.
 
-    python examples/train_semi.py --small                            # the packaged template, about a minute on 2 cores
+    python examples/train_semi.py --small                            # the packaged template, a few minutes on 2 cores
     python examples/train_semi.py --data acdc.npz --patients 3 --amp bf16     # the other patients without their labels
     python examples/train_semi.py --images imagesTr --labels labelsTr --unlabelled imagesTs --patch 32 96 96
 
@@ -136,6 +136,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.dataset.unlabelled:
             parser.error("no image is left without a label; use fewer with --patients or --slices")
         return args
+    if args.out.resolve() in {folder.resolve() for folder in folders}:
+        parser.error("--out: predictions have the names of their images, so they need a folder of their own")
     try:
         data = load_folders(*folders, channels=args.patch is not None)
     except ValueError as error:  # its message says what to do, so a traceback would only hide it

@@ -1,6 +1,6 @@
 """The Unet of segmentation_models_pytorch, on a ResNet-34, without and with reseg-loss.
 
-    python examples/train_smp.py --small                     # the packaged template, under a minute on 2 cores
+    python examples/train_smp.py --small                     # the packaged template, a few minutes on 2 cores
     python examples/train_smp.py --data ACDC --amp bf16      # on a GPU
 
 It is none of the paper's networks: `--paper` trains it as the paper trains its U-Net.

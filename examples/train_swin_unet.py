@@ -1,6 +1,6 @@
 """Swin-UNet (Cao et al., 2021) without and with reseg-loss.
 
-    python examples/train_swin_unet.py --small                                       # under a minute on 2 cores
+    python examples/train_swin_unet.py --small                                       # a few minutes on 2 cores
     python examples/train_swin_unet.py --data Synapse --paper --weights swin_tiny_patch4_window7_224.pth
 
 `--help` says what else there is.

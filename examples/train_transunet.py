@@ -1,6 +1,6 @@
 """TransUNet (Chen et al., 2021) without and with reseg-loss.
 
-    python examples/train_transunet.py --small                                       # under a minute on 2 cores
+    python examples/train_transunet.py --small                                       # a few minutes on 2 cores
     python examples/train_transunet.py --data Synapse --paper --weights R50+ViT-B_16.npz    # as published
 
 `--help` says what else there is.

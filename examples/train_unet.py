@@ -1,6 +1,6 @@
 """U-Net (Ronneberger et al., 2015) without and with reseg-loss.
 
-    python examples/train_unet.py --small                      # the packaged template, under a minute on 2 cores
+    python examples/train_unet.py --small                      # the packaged template, a few minutes on 2 cores
     python examples/train_unet.py --data ACDC --amp bf16       # published size on a GPU
     torchrun --nproc_per_node 2 examples/train_unet.py ...     # several GPUs share each batch
 

@@ -1,6 +1,6 @@
 """VM-UNet (Ruan, Li and Xiang, 2024) without and with reseg-loss.
 
-    python examples/train_vm_unet.py --small                                       # under a minute on 2 cores
+    python examples/train_vm_unet.py --small                                       # a few minutes on 2 cores
     python examples/train_vm_unet.py --data Synapse --paper --weights vmamba_small_e238_ema.pth
 
 On a GPU it wants mamba-ssm's selective scan, which is several times faster than the one in torch: see the README.
@@ -47,6 +47,7 @@ BACKBONE = Backbone(
     ),
     load=load_vm_unet,
     weights="vmamba_small_e238_ema.pth",
+    small_steps=300,  # after 150 it has not learnt the second class yet
 )
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
@@ -12,18 +11,28 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .common.distributed import refuse_join
-from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, readable, refuse_not_finite, value_of
-from .common.labels import unwrapped
+from .common.inputs import (
+    OF_IMAGES,
+    OF_MODEL,
+    check_number,
+    check_weight,
+    is_dense,
+    readable,
+    refuse_not_finite,
+    value_of,
+)
+from .common.labels import plain_label, unwrapped
 from .common.outputs import activation_of, as_path, full_size, refuse_probabilities
 from .common.state import load_states
-from .errors import ReSegError
+from .errors import ReSegError, outline, warn
 from .mean_teacher import MeanTeacher
 from .mixing import boxes, mix, pixels_per_class, predicted, ramp_up, random_intensities, sure_label
-from .recording.copying import is_compiled
+from .recording.copying import compiler_of
 from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss
 
+INSTEAD = "another here: it need not be the same"  # where a task loss cannot leave a label value out
 FORGOTTEN_STEPS = 20  # changes of the parameters without `update`, after which we warn
 # before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
 BROADCASTS_TWICE = torch.__version__ >= "2.13"
@@ -73,6 +82,9 @@ class CutMixConsistency(Regularizer):
         ema_decay: of the average, per `update`.
         perturb: changes the mixed images, (B, C, *spatial) to the same shape, and must leave everything where it is;
             None leaves them as they are. The default is `perturb_intensities`.
+        average_buffers: the mean teacher predicts in evaluation, with an average of the model's buffers, instead of in
+            training with batch statistics of its own; for steps in which the model's batch normalisation sees mixed
+            images together with others.
         overlapping: each channel is a class of its own (sigmoid), sure by itself; labels are (B, C, *spatial).
         output: path to the logits in what the model returns, as an index, a key or a tuple of them; None takes the
             first tensor of the image's size, or the only one that is coarser, interpolated. Of a model that ends in a
@@ -89,6 +101,7 @@ class CutMixConsistency(Regularizer):
         "ignore_index": int,
         "threshold": float,
         "ema_decay": float,
+        "average_buffers": bool,
         "overlapping": bool,
         "output": ([(int, str)], str, None),
         "started": bool,
@@ -106,18 +119,26 @@ class CutMixConsistency(Regularizer):
         threshold: float = 0.95,
         ema_decay: float = 0.99,
         perturb: Callable[[Tensor], Tensor] | None = random_intensities,
+        average_buffers: bool = False,
         overlapping: bool = False,
         output: int | str | Sequence[int | str] | None = None,
     ) -> None:
         super().__init__(model, weight)
+        for name, value in (("average_buffers", average_buffers), ("overlapping", overlapping)):
+            if not isinstance(value, bool):
+                raise ReSegError(f"{name}={value!r}; it is True or False")
+        if perturb is not None and not callable(perturb):
+            raise ReSegError(f"perturb={perturb!r}; it is a function of images, or None")
         self._forward = model
         self.deep, self.perturb, self.overlapping = deep, perturb, overlapping
         self.rampup_steps, self.threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
         self.ignore_index = check_number("ignore_index", ignore_index, whole=True)
-        self._check_deep()
-        self._mean_teacher = MeanTeacher(model, ema_decay)
+        self.output: Any = output
         self._endings: tuple[Ending, Ending] | None = None
-        self._hook(output)
+        self._check_deep()  # before a copy is made
+        self._mean_teacher = MeanTeacher(model, ema_decay, average_buffers=average_buffers)
+        self.output, self._endings = self._hooked(output)
+        self._check_deep()
         self._shares: Tensor | None = None
         self._forgotten = _Forgotten()
         self._looked = False  # at values of the first call
@@ -127,10 +148,16 @@ class CutMixConsistency(Regularizer):
     def average(self) -> nn.Module:
         """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
 
-        Its parameters average the model's; buffers are its own, so its batch normalisation knows the unlabelled
-        images; at weight 0 they are the model's. `loss` sets its modes back to the model's, dropout included.
+        Its parameters average the model's. Buffers are its own, so its batch normalisation knows the unlabelled images,
+        and at weight 0 the model's; with `average_buffers` they average the model's. `loss` sets its modes: to the
+        model's, dropout included, or with `average_buffers` to evaluation.
         """
         return self._mean_teacher.network
+
+    @property
+    def ending(self) -> str | None:
+        """The path of the sigmoid or softmax module whose input the logits are; None where they are returned."""
+        return self.output.removeprefix("in:") if isinstance(self.output, str) else None
 
     @property
     def ema_decay(self) -> float:
@@ -190,8 +217,9 @@ class CutMixConsistency(Regularizer):
                 "would replace: call deep.loss(label, task_loss) before this loss"
             )
         refuse_two_forwards(forward, self._model)
-        if isinstance(forward, nn.Module) and is_compiled(forward):
-            self.compile()
+        compiler = compiler_of(forward)
+        if compiler is not None:
+            self.compile(compiler)
         y = self.mix(images)
         # all of it inside the record, which forgets the features if anything fails: no other label may meet them
         with self.deep.record() if self.deep is not None else nullcontext():
@@ -202,12 +230,12 @@ class CutMixConsistency(Regularizer):
         self._last |= {"loss": value.detach(), "weight": factor.detach() if isinstance(factor, Tensor) else factor}
         return factor * value
 
-    def compile(self, **options: Any) -> None:
-        """Compile the mean teacher for `loss`, with the options of torch.compile; does nothing if it was done.
+    def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
+        """Compile the mean teacher for `loss`, by torch.compile or a function like it; only once.
 
-        Where what runs the model is compiled (the `model` that was given, `forward` of `loss`) that is done anyway.
+        Where what runs the model is compiled (the `model` that was given, or `forward` of `loss`) that is done anyway.
         """
-        self._mean_teacher.compile(**options)
+        self._mean_teacher.compile(compiler)
 
     # --- the parts of `loss`, for loops in which something else runs the model
 
@@ -232,6 +260,8 @@ class CutMixConsistency(Regularizer):
         first = not self._looked
         refuse_not_finite(images, {}, f"unlabelled {OF_IMAGES}", first=first)
         self._mean_teacher.start()
+        if self._endings is not None:
+            self._endings[1].forget()  # what a validation of it may have left
         logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
         classes = logits.shape[1]
         if 0 <= self.ignore_index < (2 if self.overlapping else max(classes, 2)):
@@ -254,7 +284,15 @@ class CutMixConsistency(Regularizer):
         return Mixed(mixed, label, shares)
 
     def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *spatial) and their pseudo-label with boxes of others; a subclass may mix them otherwise."""
+        """Images (B, C, *spatial) and their pseudo-label with boxes of others; a subclass may mix them otherwise.
+
+        Raises:
+            ReSegError: the label is not of these images.
+        """
+        images, label = plain_images(images), plain_label(label)
+        axes = images.ndim - 2
+        if label.ndim <= axes or len(label) != len(images) or label.shape[-axes:] != images.shape[2:]:
+            raise ReSegError(f"a pseudo-label is of the images {outline(images)}, got {outline(label)}")
         box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
         return mix(images, box), mix(label, box)
 
@@ -264,9 +302,12 @@ class CutMixConsistency(Regularizer):
         They are one, but where the model ends in a sigmoid or softmax module.
 
         Raises:
-            ReSegError: there is none, it is not finite, or it ends in a sigmoid or softmax that is no module.
+            ReSegError: there is none, it has no gradient, is not finite, or ends in a sigmoid or softmax that is no
+                module.
         """
         prediction, logits = self._select(output, images, 0)
+        if not prediction.requires_grad and any(p.requires_grad for p in self._model.parameters()):
+            raise ReSegError("the model's output has no gradient: it ran without, or the output was detached")
         refuse_not_finite(logits, {}, OF_MODEL, first=not self._looked)
         if not self._looked:
             self._looked = True
@@ -277,24 +318,47 @@ class CutMixConsistency(Regularizer):
             refuse_probabilities(activation_of(logits), what, self._model)
         return prediction, logits
 
-    def value(self, prediction: Tensor, y: Mixed, task_loss: TaskLoss) -> Tensor:
+    def value(
+        self,
+        prediction: Tensor,
+        y: Mixed,
+        task_loss: TaskLoss,
+        *,
+        name: str = "task_loss",
+        instead: str = INSTEAD,
+    ) -> Tensor:
         """The task loss of the mixed images on what is sure, neither weighted nor ramped; counts the call.
 
+        Args:
+            prediction: of the mixed images, (B, channels, *spatial): what `select` gave first.
+            y: what `mix` gave.
+            task_loss: as in `loss`.
+            name: of the argument that `task_loss` came by, for messages.
+            instead: what to give where `task_loss` cannot leave a label value out, for messages.
+
         Raises:
-            ReSegError: `task_loss` fails, or does not leave `ignore_index` out.
+            ReSegError: the prediction is not of the mixed images, or `task_loss` fails, or does not leave
+                `ignore_index` out.
         """
+        if not isinstance(y, Mixed):
+            raise ReSegError(f"y= is what mix() gave, got {outline(y)}")
+        if not isinstance(prediction, Tensor) or (len(prediction), *prediction.shape[2:]) != (
+            len(y.images),
+            *y.images.shape[2:],
+        ):
+            raise ReSegError(f"a prediction is of the mixed images {outline(y.images)}, got {outline(prediction)}")
         if prediction.shape[1] != len(y.sure) and not (prediction.shape[1] == 1 and len(y.sure) == 2):
             raise ReSegError(
                 f"the model gave {prediction.shape[1]} channels for the mixed images, its mean teacher "
                 f"{len(y.sure)} classes; pass output= with the path to the logits"
             )
-        self._ask(task_loss, prediction, y.label)
+        self._ask(task_loss, prediction, y.label, name, instead)
         sure = y.label != self.ignore_index
         counts = sure.any()
         # most losses are NaN where everything is ignored
         target = torch.where(counts, y.label, torch.zeros_like(y.label))
-        value = counts * value_of(task_loss, prediction, target, "unlabelled images")
-        refuse_not_finite(value, {}, "task_loss is NaN or infinite for unlabelled images, whose logits are finite")
+        value = counts * value_of(task_loss, prediction, target, "unlabelled images", name)
+        refuse_not_finite(value, {}, f"{name} is NaN or infinite for unlabelled images, whose logits are finite")
         self._shares = y.sure
         self._last = {"sure": sure.float().mean()}
         self._calls += 1
@@ -345,6 +409,7 @@ class CutMixConsistency(Regularizer):
             "ignore_index": self.ignore_index,
             "threshold": self.threshold,
             "ema_decay": self.ema_decay,
+            "average_buffers": self._mean_teacher.average_buffers,
             "overlapping": self.overlapping,
             "output": list(self.output) if isinstance(self.output, tuple) else self.output,
             "started": self._mean_teacher.started,
@@ -353,10 +418,20 @@ class CutMixConsistency(Regularizer):
 
     def _load(self, state: Mapping[str, Any]) -> None:
         rampup_steps, threshold, decay = _checked(state["rampup_steps"], state["threshold"], state["ema_decay"])
-        load_states((self.average, state["average"]))
-        self._hook(state["output"])
+        check_number("ignore_index", state["ignore_index"], whole=True)
+        output, endings = self._hooked(state["output"])
+        try:
+            load_states((self.average, state["average"]))
+        except ReSegError:
+            for ending in endings or ():
+                ending.remove()
+            raise
+        for ending in self._endings or ():
+            ending.remove()
+        self.output, self._endings = output, endings
         self.rampup_steps, self.threshold, self._mean_teacher.decay = rampup_steps, threshold, decay
         self.ignore_index, self.overlapping = state["ignore_index"], state["overlapping"]
+        self._mean_teacher.average_buffers = state["average_buffers"]
         self._mean_teacher.started = state["started"]
         self._asked = False  # of another ignore_index
 
@@ -366,14 +441,20 @@ class CutMixConsistency(Regularizer):
     def _beside(self) -> list[nn.Module]:
         return [self.average]
 
-    def _hook(self, output: Any) -> None:
-        """Take `output` over, and where it is the input of a module have that kept, of the model and its average."""
-        path = output.removeprefix("in:") if isinstance(output, str) and output.startswith("in:") else None
-        chosen = output if path is not None else as_path(output)
-        endings = None if path is None else (Ending(self._model, path), Ending(self.average, path))
-        for ending in self._endings or ():
-            ending.remove()
-        self.output, self._endings = chosen, endings
+    def _hooked(self, output: Any) -> tuple[Any, tuple[Ending, Ending] | None]:
+        """`output` as it is kept, and where it is the input of a module what keeps that of the model and its average.
+
+        Raises:
+            ReSegError: it is no path, or that module is none, or no sigmoid or softmax.
+        """
+        if not isinstance(output, str) or not output.startswith("in:"):
+            return as_path(output), None
+        path = output.removeprefix("in:")
+        endings = Ending(self._model, path), Ending(self.average, path, grad=False)
+        if self._removed:
+            for ending in endings:
+                ending.remove()
+        return output, endings
 
     def _select(self, output: Any, images: Tensor, which: int) -> tuple[Tensor, Tensor]:
         """Prediction and logits in an output of the model (0) or of the mean teacher (1)."""
@@ -384,10 +465,17 @@ class CutMixConsistency(Regularizer):
     def _per_class(self, label: Tensor, channels: int) -> Tensor:
         return pixels_per_class(label, max(channels, 2), overlapping=self.overlapping)
 
-    def _ask(self, task_loss: TaskLoss, prediction: Tensor, label: Tensor) -> None:
+    def _ask(
+        self,
+        task_loss: TaskLoss,
+        prediction: Tensor,
+        label: Tensor,
+        name: str = "task_loss",
+        instead: str = INSTEAD,
+    ) -> None:
         """See at the first call that a task loss leaves `ignore_index` out."""
         if not self._asked:
-            _check_ignoring(task_loss, prediction.detach(), label, self.ignore_index)
+            _check_ignoring(task_loss, prediction.detach(), label, self.ignore_index, name, instead)
             self._asked = True
 
     def _perturbed(self, images: Tensor) -> Tensor:
@@ -411,6 +499,12 @@ class CutMixConsistency(Regularizer):
             raise ReSegError(
                 f"deep supervision has ignore_index={deep.ignore_index}, this {self.ignore_index}, which marks pixels "
                 f"that must not count there either: build DeepSupervision(..., ignore_index={self.ignore_index})"
+            )
+        if self._endings is not None and deep.ending != self.ending:
+            raise ReSegError(
+                f"the logits are what the module {self.ending!r} takes in, while the heads of deep supervision give "
+                f"task_loss {'logits' if deep.ending is None else f'what {deep.ending!r} makes of theirs'}; a model "
+                "that returns logits beside probabilities is trained on these: pass output= with the path to them"
             )
 
 
@@ -436,10 +530,9 @@ class _Forgotten:
         self._calls += 1
         if self._calls > FORGOTTEN_STEPS and self._calls % FORGOTTEN_STEPS == 1 and self._changes >= FORGOTTEN_STEPS:
             self._told = True
-            warnings.warn(
+            warn(
                 f"{FORGOTTEN_STEPS} changes of the parameters without update(): the mean teacher does not learn; call "
-                "update() after each step of the optimizer",
-                stacklevel=4,
+                "update() after each step of the optimizer"
             )
 
 
@@ -452,7 +545,9 @@ def _checked(rampup_steps: Any, threshold: Any, ema_decay: Any) -> tuple[int | N
     )
 
 
-def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_index: int) -> None:
+def _check_ignoring(
+    task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_index: int, name: str, instead: str
+) -> None:
     """Raise a ReSegError unless the loss leaves `ignore_index` out: asked before any prediction is sure, not after.
 
     Without it, one that fails on the value would do so in the middle of a training, on CUDA without a message.
@@ -463,12 +558,12 @@ def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_in
     label.flatten(1)[:, : label[0].numel() // 2] = 0
     must = (
         f"it must leave the label value {ignore_index} out, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does. "
-        "If the loss of the labelled images cannot, give another here: it need not be the same"
+        f"If the loss of the labelled images cannot, give {instead}"
     )
     try:
         with torch.enable_grad():
             logits = logits.requires_grad_()
-            value = value_of(task_loss, logits, label, "a label with pixels that do not count")
+            value = value_of(task_loss, logits, label, "a label with pixels that do not count", name)
             (gradient,) = torch.autograd.grad(value, logits)
         ignored = (label == ignore_index).unsqueeze(1) if label.ndim < gradient.ndim else label == ignore_index
         leaves_out = bool((gradient.isfinite().all() & ~(gradient != 0).logical_and(ignored).any()).item())
@@ -477,10 +572,10 @@ def _check_ignoring(task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_in
     except ReSegError as error:
         raise error if error.__cause__ is None else ReSegError(f"{error}; {must}") from error.__cause__
     except Exception as error:
-        raise ReSegError(f"task_loss failed on a label of shape {tuple(label.shape)}, int64, with pixels that do not "
+        raise ReSegError(f"{name} failed on a label of shape {tuple(label.shape)}, int64, with pixels that do not "
                          f"count; {must} ({type(error).__name__}: {error})") from error  # fmt: skip
     if not leaves_out:
-        raise ReSegError(f"task_loss has a gradient at pixels that do not count, or none that is finite; {must}")
+        raise ReSegError(f"{name} has a gradient at pixels that do not count, or none that is finite; {must}")
 
 
 def _plain(forward: Any) -> Any:
@@ -506,9 +601,10 @@ def refuse_two_forwards(forward: Any, model: nn.Module) -> None:
 def plain_images(images: Any) -> Tensor:
     """The images as a plain tensor: element 0 of a list, MetaTensor unwrapped."""
     images = unwrapped(images)
-    if not isinstance(images, Tensor) or images.ndim not in (4, 5) or not images.is_floating_point():
-        found = f"{tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise ReSegError(f"unlabelled images are a float tensor (B, C, H, W) or (B, C, D, H, W), got {found}")
+    if not is_dense(images) or images.ndim not in (4, 5) or not images.is_floating_point():
+        raise ReSegError(
+            f"unlabelled images are a dense float tensor (B, C, H, W) or (B, C, D, H, W), got {outline(images)}"
+        )
     if len(images) < 2:
         what = "one unlabelled image has no other" if len(images) else "an empty batch has no unlabelled images"
         raise ReSegError(f"{what} to be mixed with: use batches of at least 2 (drop_last=True)")

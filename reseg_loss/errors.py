@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,3 +41,11 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 4) -> str:
     """A sentence with the names nearest to `name`; empty if nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
     return f" Did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line of the caller's code that came into this package, however deep in it this is."""
+    package, depth, frame = Path(__file__).parent, 1, inspect.currentframe()
+    while frame is not None and package in Path(frame.f_code.co_filename).parents:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, stacklevel=max(depth, 2))

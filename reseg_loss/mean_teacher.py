@@ -12,28 +12,30 @@ from torch import Tensor, nn
 from .common.distributed import broadcast
 from .common.dryrun import refuse_lazy
 from .errors import ReSegError
-from .recording.copying import copy_model, is_compiled, is_sharded, unwrap
+from .recording.copying import compiler_of, copy_model, is_sharded, unwrap
 
 
 class MeanTeacher:
-    """An average of a model over its training, which predicts as the model does in training.
+    """An average of a model over its training, which labels images.
 
-    Its parameters average the model's. Buffers are its own, so its batch normalisation knows the images that it
-    predicts. It starts as the model at the first `start`, so that a model may get other weights before. (Tarvainen and
-    Valpola, NeurIPS 2017.)
+    Its parameters average the model's. It starts as the model at the first `start`, so that a model may get other
+    weights before. (Tarvainen and Valpola, NeurIPS 2017.)
 
     Args:
         model: the model, or its wrappers. Where it is compiled, the copy is, too.
         decay: of the average, per `update`.
+        average_buffers: False predicts in the modes of the model's modules: in training batch normalisation takes the
+            statistics of the predicted images and has running ones of its own, and dropout is on. True predicts in
+            evaluation, with an average of the model's buffers: for a model whose batches hold other images, too.
 
     Raises:
         ReSegError: the model cannot be copied, is sharded (`fully_shard`), lazy, or has parameters in less than 32
             bits.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, average_buffers: bool = False) -> None:
         self._model = unwrap(model)
-        self.decay, self.started = decay, False
+        self.decay, self.average_buffers, self.started = decay, average_buffers, False
         _refuse_sharded(self._model)
         refuse_lazy(self._model)
         _refuse_low(self._model)
@@ -42,8 +44,8 @@ class MeanTeacher:
         self._run: Callable[[Tensor], Any] | None = None  # compiled
         self._given = model
 
-    def compile(self, **options: Any) -> None:
-        """Compile the network, with the options of torch.compile; does nothing if it was done."""
+    def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
+        """Let `predict` run compiled, by torch.compile or what stands for it; does nothing if it was done."""
         if self._run is not None:
             return
         network = self.network
@@ -53,7 +55,7 @@ class MeanTeacher:
         def run(images: Tensor) -> Any:
             return network(images)
 
-        self._run = torch.compile(run, **options)
+        self._run = compiler(run)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None}  # a copy's would run the original's network
@@ -77,7 +79,7 @@ class MeanTeacher:
 
     @torch.no_grad()
     def update(self, *, buffers: bool = False) -> None:
-        """Follow the model by one step; with `buffers`, take those over where no forward of its own keeps them.
+        """Follow the model by one step; with `buffers`, take those over, where no forward of its own keeps them.
 
         Raises:
             ReSegError: the model's parameters are others than when this was made.
@@ -86,16 +88,23 @@ class MeanTeacher:
         self.start()
         mine, theirs = list(self.network.parameters()), list(self._model.parameters())
         _same("parameters", mine, theirs)
+        if self.average_buffers:
+            own, given = list(self.network.buffers()), list(self._model.buffers())
+            _same("buffers", own, given)
+            for a, b in zip(own, given):
+                if not a.is_floating_point():  # counters
+                    a.copy_(b)
+            mine, theirs = mine + own, theirs + given
         pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)  # pyright: ignore
-        if buffers:
+        if buffers and not self.average_buffers:
             self._take_over("buffers")
 
     def predict(self, images: Tensor) -> Any:
-        """What the network returns for images, without gradients, each of its modules in the mode of the model's.
+        """What the network returns for images, without gradients.
 
-        So it has batch statistics and dropout as the model, and parts that the user has frozen in evaluation are so
-        here, too.
+        Each of its modules is in the mode of the model's, so that parts which the user has frozen in evaluation are so
+        here, too; with `average_buffers` all are in evaluation.
 
         Raises:
             ReSegError: the model has other modules than when this was made, or the network fails on the images.
@@ -106,20 +115,22 @@ class MeanTeacher:
                 "the model has other modules than when its mean teacher was made; build this after the model is changed"
             )
         for mine, theirs in pairs:
-            if mine.training != theirs.training:
-                mine.training = theirs.training
-        if is_compiled(self._given):
-            self.compile()
+            training = theirs.training and not self.average_buffers
+            if mine.training != training:
+                mine.training = training
+        compiler = compiler_of(self._given)
+        if compiler is not None:
+            self.compile(compiler)
         run = self.network if self._run is None else self._run
         try:
             with torch.no_grad():
                 return run(images)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ReSegError):
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise ReSegError(
                 f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
-                f"{images.device}; they must be as the model takes the labelled ones: {error}"
+                f"{images.device}; they must be as the model takes the labelled ones ({type(error).__name__}: {error})"
             ) from error
 
     def _take_over(self, what: str) -> None:

@@ -13,9 +13,9 @@ from .common.distributed import UnmovedWarning, distributed, refuse_join, undist
 from .common.dryrun import preserved_rng
 from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
 from .common.labels import LabelEncoding, has_value, plain_label
-from .common.outputs import activation_function, refuse_probabilities, select_output, trained_ending
+from .common.outputs import is_activation, loss_of_logits, refuse_probabilities, select_output, trained_ending
 from .common.state import load_states
-from .errors import ReSegError
+from .errors import ReSegError, TapError, outline
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer, nothing
 from .taps import TapPlan, Trace, look
@@ -113,7 +113,9 @@ class DeepSupervision(Regularizer):
         self._heads: nn.Module | None = None
         self._ending: str | None = None
         self._checked = False
-        self._unmoved = UnmovedWarning("the deep supervision heads", "add ds.parameters() to your optimizer")
+        self._unmoved = UnmovedWarning(
+            "the deep supervision heads", "give your optimizer ds.parameters(), of SemiSupervised semi.parameters()"
+        )
         if example_input is not None:
             plan, trace = look(self._model, example_input, taps=taps, levels=levels)
             activation, self._ending = trained_ending(self._model, example_input, trace.common_activation())
@@ -185,7 +187,7 @@ class DeepSupervision(Regularizer):
             if self._weight == 0:
                 self._last = {}
                 return nothing(label.device)
-            total = self.loss_of(self.outputs(), label, self.of_logits(task_loss))
+            total = self.loss_of(self.outputs(), label, loss_of_logits(task_loss, self._model, self._ending))
         except BaseException:
             if self._extractor is not None:
                 self._extractor.forget()
@@ -228,7 +230,9 @@ class DeepSupervision(Regularizer):
         Raises:
             ReSegError: the label does not fit, or the task loss fails on it.
         """
-        label = label.to(outputs.image.device, non_blocking=True)
+        if not isinstance(outputs, HeadOutputs):
+            raise ReSegError(f"outputs= is what outputs() gave, or a part of it, got {outline(outputs)}")
+        label = plain_label(label).to(outputs.image.device, non_blocking=True)
         image = outputs.image.shape
         LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index).check_shape(label, image)
         total = torch.zeros((), device=outputs.image.device)
@@ -245,13 +249,6 @@ class DeepSupervision(Regularizer):
             self._last[name] = value.detach()
         self._checked = True
         return total
-
-    def of_logits(self, task_loss: TaskLoss) -> TaskLoss:
-        """Your task loss as one of logits: of what the model's `ending` makes of them, where it has one."""
-        if self._ending is None:
-            return task_loss
-        activate = activation_function(self._model.get_submodule(self._ending))
-        return lambda logits, label: task_loss(activate(logits), label)
 
     def stats(self) -> dict[str, float]:
         """The last call's values for a log: each head's task loss, "loss" and "weight".
@@ -281,8 +278,11 @@ class DeepSupervision(Regularizer):
         if known is not None and classes != known:
             raise ReSegError(f"this state is for {classes} classes, not {known}")
         check_number("num_classes", classes, least=1, whole=True)
-        if state["ending"] is not None and state["ending"] not in dict(self._model.named_modules()):
-            raise ReSegError(f"this state is of a model that ends in its module {state['ending']!r}; this one has none")
+        ending = dict(self._model.named_modules()).get(state["ending"])
+        if state["ending"] is not None and (ending is None or not is_activation(ending)):
+            raise ReSegError(
+                f"this state is of a model that ends in a sigmoid or softmax module {state['ending']!r}; this has none"
+            )
         plan = plan_from_dict(state["taps"])
         weights = _checked(state["level_weights"])
         if len(weights) != len(plan.selected):
@@ -319,7 +319,7 @@ class DeepSupervision(Regularizer):
     def _make(self, plan: TapPlan, classes: int, weights: list[float] | None) -> tuple[FeatureExtractor, _Heads]:
         """Heads and hooks for known taps."""
         if not plan.selected:
-            raise ReSegError(f"no level is left to supervise:\n{plan.draw()}")
+            raise TapError(f"no level is left to supervise:\n{plan.draw()}")
         channels = {f"decoder_{i + 1}": level.decoder.channels for i, level in enumerate(plan.selected)}
         if weights is not None and len(weights) != len(channels):
             raise ReSegError(f"{len(weights)} weights for {len(channels)} levels:\n{plan.draw()}")

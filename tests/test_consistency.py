@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,17 @@ from models import ignoring as task_loss
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
-from reseg_loss.mixing import boxes, mix, perturb_intensities, pseudo_label, ramp_up, random_intensities
+from reseg_loss.mixing import (
+    boxes,
+    mix,
+    perturb_intensities,
+    pixels_per_class,
+    predicted,
+    pseudo_label,
+    ramp_up,
+    random_intensities,
+    sure_label,
+)
 
 
 def made(model: nn.Module | None = None, **kwargs: Any) -> tuple[nn.Module, CutMixConsistency]:
@@ -140,6 +151,38 @@ def test_pseudo_labels_of_one_channel_are_binary():
     found = pseudo_label(logits, 0.95, -1)
     assert found.shape == logits.shape
     assert found.flatten().tolist() == [0, -1, -1, -1, 1, -1]
+
+
+@pytest.mark.parametrize(("channels", "overlapping"), [(3, True), (1, True), (1, False), (3, False)])
+@pytest.mark.parametrize("spatial", [(3, 4), (2, 3, 2)])
+def test_classes_and_their_pixels_are_those_of_a_loop(channels, overlapping, spatial):
+    torch.manual_seed(0)
+    logits = torch.randn(2, channels, *spatial)
+    label, confidence = predicted(logits, overlapping=overlapping)
+    binary = overlapping or channels == 1
+    assert label.shape == confidence.shape == (2, *((channels,) if binary else ()), *spatial)
+    count = [0] * (channels if overlapping else max(channels, 2))
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in label.shape)).tolist():
+        if binary:
+            p = 1 / (1 + math.exp(-logits[tuple(at)].item()))
+            found, sure = int(p >= 0.5), max(p, 1 - p)
+        else:
+            each = logits[(at[0], slice(None), *at[1:])].double().softmax(0).tolist()
+            found, sure = each.index(max(each)), max(each)
+        assert label[tuple(at)] == found
+        assert confidence[tuple(at)].item() == pytest.approx(sure, rel=1e-6)
+        if overlapping:
+            count[at[1]] += found
+        else:
+            count[found] += 1
+    assert pixels_per_class(label, len(count), overlapping=overlapping).tolist() == count
+    assert torch.equal(sure_label(label, confidence, 0.6, 9), pseudo_label(logits, 0.6, 9, overlapping=overlapping))
+
+
+def test_pixels_of_many_classes():
+    label = torch.randint(0, 40, (2, 9, 9))
+    label[0] = IGNORED
+    assert pixels_per_class(label, 37).tolist() == [(label == c).sum().item() for c in range(37)]
 
 
 def test_the_ramp():
@@ -383,7 +426,7 @@ def test_a_compiled_model_and_mean_teacher_give_the_same():
         deep = supervised(model)
         _, mixed = made(run, deep=deep)
         if compiled:
-            mixed.compile(backend="aot_eager")
+            mixed.compile(partial(torch.compile, backend="aot_eager"))
         assert type(mixed.average) is UNet
         for _ in range(2):
             model.zero_grad()
@@ -666,6 +709,8 @@ def test_images_that_do_not_fit_are_refused(images, message):
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"weight": -1.0}, "weight=-1.0"),
+        ({"overlapping": 1}, "overlapping=1"),
+        ({"perturb": "blur"}, "perturb='blur'"),
     ],
 )
 def test_bad_settings_are_refused(kwargs, message):
@@ -701,6 +746,88 @@ def test_what_cannot_work_is_refused():
         model.eval(), mixed.loss(image, task_loss)
 
 
+class Ends(UNet):
+    """Ends in a softmax module, and may return its logits beside it."""
+
+    def __init__(self, beside: bool = False) -> None:
+        super().__init__()
+        self.end, self.beside = nn.Softmax(1), beside
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return (self.end(logits), logits) if self.beside else self.end(logits)
+
+
+def of_probabilities(p: Tensor, label: Tensor) -> Tensor:
+    return F.nll_loss(p.log(), label, ignore_index=IGNORED)
+
+
+@pytest.mark.parametrize("with_deep", [False, True])
+def test_pseudo_labels_of_a_model_that_ends_in_a_module_are_those_of_its_logits(with_deep):
+    values = []
+    for kind, output, loss in ((UNet, None, task_loss), (Ends, "in:end", of_probabilities)):
+        torch.manual_seed(0)
+        model = kind()
+        torch.manual_seed(1)
+        deep = supervised(model) if with_deep else None
+        _, mixed = made(model, deep=deep, output=output)
+        assert mixed.ending == (output and "end")
+        values.append(mixed.loss(batch()[0], loss))
+    torch.testing.assert_close(*values)
+    state = through_file(mixed.state_dict())
+    other = CutMixConsistency(Ends(), rampup_steps=None, ignore_index=IGNORED)
+    other.load_state_dict(state)
+    other.loss(batch()[0], of_probabilities)
+    for each in (mixed, other):
+        each.remove()
+        assert not hooks(each.average)
+    assert not hooks(other.model)
+    other.load_state_dict(state)
+    assert not hooks(other.model), "none after remove()"
+
+
+def test_heads_that_give_logits_to_a_loss_of_probabilities_are_refused():
+    model = Ends(beside=True)
+    with pytest.raises(ReSegError, match=r"heads of deep supervision give task_loss logits.*pass output="):
+        made(model, deep=supervised(model), output="in:end")
+    made(model, deep=supervised(model), output=1)[1].loss(batch()[0], task_loss)
+    assert not hooks(Ends())
+
+
+def test_a_state_with_an_unknown_module_changes_nothing():
+    model, mixed = made(Ends(), output="in:end")
+    before, set_before = copy.deepcopy(mixed.state_dict()), hooks(model)
+    for output in ("in:nothing", "in:head", "in:"):
+        average = {name: value + 1 for name, value in before["average"].items()}
+        with pytest.raises(ReSegError, match=r"module|sigmoid or softmax"):
+            mixed.load_state_dict({**before, "output": output, "average": average})
+        with pytest.raises(ReSegError, match="another model"):
+            mixed.load_state_dict({**before, "average": {}})
+    assert all(torch.equal(v, before["average"][k]) for k, v in mixed.average.state_dict().items())
+    assert hooks(model) == set_before == 1
+    mixed.loss(batch()[0], of_probabilities)
+
+
+def test_the_halves_say_what_does_not_fit():
+    model, mixed = made()
+    images = batch(n=3)[0]
+    y = mixed.mix(images)
+    for label in (y.label[:1], y.label[:, None, :8], torch.zeros(3), None):
+        with pytest.raises(ReSegError, match="label"):
+            mixed.exchange(images, label)  # pyright: ignore
+    prediction, logits = mixed.select({"out": model(y.images)}, y.images)
+    assert prediction is logits
+    for wrong in (prediction[:1], prediction[..., :8], None, prediction[:, :2]):
+        with pytest.raises(ReSegError, match=r"prediction is of the mixed images|gave 2 channels"):
+            mixed.value(wrong, y, task_loss)  # pyright: ignore
+    with pytest.raises(ReSegError, match=r"what mix\(\) gave"):
+        mixed.value(prediction, tuple(y), task_loss)  # pyright: ignore
+    with pytest.raises(ReSegError, match="has no gradient"):
+        mixed.select(prediction.detach(), y.images)
+    mixed.value(prediction, y, task_loss).backward()
+    assert mixed.calls == 1
+
+
 def test_a_forgotten_update_is_warned_about_once():
     """After 20 changes of the parameters, however many calls there are for each; fused steps count, too."""
     model, mixed = made(UNet(width=1))
@@ -717,8 +844,9 @@ def test_a_forgotten_update_is_warned_about_once():
     mixed.update()
     for _ in range(20):
         step()
-    with pytest.warns(UserWarning, match=r"20 changes of the parameters without update\(\)"):
+    with pytest.warns(UserWarning, match=r"20 changes of the parameters without update\(\)") as caught:
         mixed.loss(image, task_loss)
+    assert caught[0].filename == __file__
     for _ in range(40):
         step()  # warnings are errors here
     mixed.update()

@@ -1,4 +1,4 @@
-"""What stays word for word, and what the three losses have in common: they are asked the same, and answer alike."""
+"""What stays word for word, and what the four losses have in common: they are asked the same, and answer alike."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ import torch
 from models import IGNORED, UNet, batch, ignoring, loader, ready, saved
 from torch import Tensor, nn
 
-from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, Settings
+from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, SemiSupervised, Settings
 from reseg_loss.regularizer import Regularizer
 
 
 class Kind(NamedTuple):
-    """How one of the losses is made for a model, and called in a step; the modules that it has beside the model."""
+    """How one of the losses is made for a model, and called in a step; the modules that it has beside the model.
+
+    `with_labelled`: it is the whole loss of a step, of which the weight is a factor of a part, and which is the loss of
+    the labelled images at weight 0. The others are added to that, and are 0 at weight 0.
+    """
 
     make: Callable[..., Any]
     call: Callable[[Any, nn.Module], Tensor]
     beside: str
+    trains: bool = False  # something beside the model
+    with_labelled: bool = False
 
 
 def aligning(model: nn.Module, **kwargs: Any) -> ReSegWrapper:
@@ -55,10 +61,19 @@ def mixed(consistency: CutMixConsistency, model: nn.Module) -> Tensor:
     return consistency.loss(batch()[0], ignoring)
 
 
+def semi_supervising(model: nn.Module, **kwargs: Any) -> SemiSupervised:
+    return SemiSupervised(model, batch()[0], rampup_steps=None, threshold=0, **kwargs)
+
+
+def semi_supervised(semi: SemiSupervised, model: nn.Module) -> Tensor:
+    return semi.loss(*batch(), batch(seed=1)[0])
+
+
 KINDS = {
     "ReSegWrapper": Kind(aligning, aligned, "teacher"),
-    "DeepSupervision": Kind(supervising, supervised, "heads"),
+    "DeepSupervision": Kind(supervising, supervised, "heads", trains=True),
     "CutMixConsistency": Kind(mixing, mixed, "average"),
+    "SemiSupervised": Kind(semi_supervising, semi_supervised, "average", trains=True, with_labelled=True),
 }
 of_all = pytest.mark.parametrize("name", KINDS)
 
@@ -119,9 +134,12 @@ def test_the_weight_is_read_set_and_refused(name):
     torch.manual_seed(1)
     whole = call()
     assert whole > 0
+    stats = loss.stats()
+    always = stats["labelled"] + stats["labelled/deep"] if KINDS[name].with_labelled else 0.0
     loss.weight = 0.5
     torch.manual_seed(1)
-    assert torch.allclose(call(), whole / 2, rtol=1e-4)
+    assert call().item() == pytest.approx(always + (whole.item() - always) / 2, rel=1e-4)
+    assert whole > always
     assert loss.weight == saved(loss)["weight"] == loss.stats()["weight"] == 0.5
 
 
@@ -134,8 +152,13 @@ def test_calls_count_those_at_a_weight(name):
     loss.weight = 0
     zero = call()
     zero.backward()
-    assert (loss.calls, zero.item()) == (1, 0)
-    assert loss.stats() == {"weight": 0}
+    stats = loss.stats()
+    assert (loss.calls, stats.pop("weight")) == (1, 0)
+    if KINDS[name].with_labelled:
+        assert zero.item() == pytest.approx(stats.pop("labelled") + stats.pop("labelled/deep"))
+    else:
+        assert zero.item() == 0
+    assert not stats
     loss.weight = 1
     assert call() > 0
     assert loss.calls == saved(loss)["calls"] == 2
@@ -147,7 +170,7 @@ def test_what_it_trains_is_beside_the_model(name):
     keys, own = list(model.state_dict()), {id(p) for p in model.parameters()}
     loss = KINDS[name].make(model)
     trained = list(loss.parameters())
-    assert bool(trained) is (name == "DeepSupervision")
+    assert bool(trained) is KINDS[name].trains
     assert own.isdisjoint(id(p) for p in trained)
     assert list(model.state_dict()) == keys
 
@@ -155,7 +178,7 @@ def test_what_it_trains_is_beside_the_model(name):
 @of_all
 def test_a_forward_is_marked_by_record(name):
     model, loss, call = made(name)
-    if name == "CutMixConsistency":  # runs its forward itself
+    if name in ("CutMixConsistency", "SemiSupervised"):  # run their forwards themselves
         with loss.record():
             assert call() > 0
         return

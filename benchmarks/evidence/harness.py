@@ -134,7 +134,7 @@ class Machine:
     def compile_average(self, mixed: CutMixConsistency) -> None:
         """Compile the mean teacher."""
         if self.compile == "all":
-            mixed.compile(dynamic=False, backend=self.backend)
+            mixed.compile(self.network)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -426,9 +426,18 @@ class Stage2:
             # the ramp is a table here, for a captured step would keep the first call's
             kind, options = mixing_of(variant.mixing)
             options = {"threshold": SURE, "ema_decay": EMA, **options}
-            if variant.mixing is not None and variant.mixing.get("joint"):
+            joint = (variant.mixing or {}).get("joint")
+            if joint is True:
+                raise ValueError(f"{variant.name}: at bee5123 it had a mean teacher that the package has no more")
+            if joint == "averaged buffers":
                 self.semi = SemiSupervised(
-                    self.student, example, rampup_steps=None, deep=deep, task_loss=self._logged_loss, **options
+                    self.student,
+                    example,
+                    rampup_steps=None,
+                    deep=deep,
+                    task_loss=self._logged_loss,
+                    joint=True,
+                    **options,
                 )
                 self.mixed = self.semi.consistency
             else:

@@ -17,6 +17,7 @@ from reseg_loss import (
     ReconLoss,
     ReSegError,
     ReSegWrapper,
+    SemiSupervised,
     Settings,
     Tap,
     TapError,
@@ -25,13 +26,15 @@ from reseg_loss import (
     find_taps,
     functional,
 )
+from reseg_loss.task_losses import BinaryCrossEntropyDiceLoss, CrossEntropyDiceLoss
 
 PACKAGE = "reseg_loss"
 
 __all__ = [
-    "PACKAGE", "PRESETS", "CrossAlignmentLoss", "CutMixConsistency", "DeepSupervision", "FeatureExtractor", "Features",
-    "Level", "ReSegError", "ReSegWrapper", "ReconLoss", "Settings", "Tap", "TapError", "TapPlan", "Teacher",
-    "find_taps", "functional", "teacher_parts",
+    "PACKAGE", "PRESETS", "BinaryCrossEntropyDiceLoss", "CrossAlignmentLoss", "CrossEntropyDiceLoss",
+    "CutMixConsistency", "DeepSupervision", "FeatureExtractor", "Features", "Level", "ReSegError", "ReSegWrapper",
+    "ReconLoss", "SemiSupervised", "Settings", "Tap", "TapError", "TapPlan", "Teacher", "find_taps", "functional",
+    "teacher_parts",
 ]  # fmt: skip
 
 

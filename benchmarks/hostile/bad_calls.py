@@ -45,6 +45,7 @@ from .subjects import (
     followed,
     mixing,
     net,
+    semi_supervised,
     supervised,
     task_loss,
 )
@@ -309,13 +310,15 @@ def small_methods() -> Iterator[Attempt]:
             )
         yield Attempt(f"ReSegWrapper.{member}", "before an example", lambda n=member: _unbuilt(n), true)
     heads = {t: p for t, p in _WRAPPER.items() if t not in ("after a step", "after load", "with every")}
-    for member in ("extractor", "heads", "num_classes", "model", "calls", "parameters", "record", "remove", "stats"):
+    members = ("extractor", "heads", "num_classes", "model", "calls", "parameters", "record", "remove", "stats")
+    for member in (*members, "ending"):
         for title, prepare in heads.items():
             yield Attempt(
                 f"DeepSupervision.{member}", title, lambda n=member, t=title, p=prepare: _use_heads(n, t, p), true
             )
         yield Attempt(f"DeepSupervision.{member}", "before an example", lambda n=member: _unbuilt_heads(n), true)
     mixings = ("average", "calls", "factor", "update", "reset", "stats", "model", "parameters", "record", "remove")
+    mixings += ("ending", "ema_decay")
     for member in mixings:
         for title, prepare in heads.items():
             if title != "after remove":
@@ -330,6 +333,7 @@ def small_methods() -> Iterator[Attempt]:
         "ReSegWrapper": lambda: aligned()[1],
         "DeepSupervision": lambda: supervised()[1],
         "CutMixConsistency": lambda: mixing()[1],
+        "SemiSupervised": lambda: semi_supervised()[1],
     }
     for name, make in makers.items():
         for title, value in NO_NUMBERS.items():

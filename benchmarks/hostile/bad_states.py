@@ -31,9 +31,11 @@ from .subjects import (
     batch,
     check_alignment,
     check_mixing,
+    check_semi,
     check_supervision,
     mixing,
     net,
+    semi_supervised,
     supervised,
 )
 from .verdict import ANYTHING, NEVER, Attempt, WrongError
@@ -495,6 +497,7 @@ def states() -> Iterator[Attempt]:
         "ReSegWrapper": (aligned, check_alignment),
         "DeepSupervision": (supervised, check_supervision),
         "CutMixConsistency": (mixing, check_mixing),
+        "SemiSupervised": (semi_supervised, check_semi),
     }
     for name, (make, check) in makers.items():
         for title, run in _state_attempts(name, make, check, makers).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import bad_calls, bad_states, bad_steps, changes, kills, nets
+from . import bad_calls, bad_semi, bad_states, bad_steps, changes, kills, nets
 from .mutants import MUTANTS, Mutant, StaleError
 from .verdict import NEVER, Attempt, Tally, judge, show
 
@@ -34,7 +34,7 @@ def run(tally: Tally, seed: int = 0, some: int | None = None, parts: Sequence[st
 
 def battery() -> dict[str, list[Attempt]]:
     """By part, the attempts whose result is compared with an independent one."""
-    sections = (*bad_steps.SECTIONS, *bad_calls.SECTIONS, *bad_states.SECTIONS)
+    sections = (*bad_steps.SECTIONS, *bad_semi.SECTIONS, *bad_calls.SECTIONS, *bad_states.SECTIONS)
     inputs = [attempt for section in sections for attempt in section()]
     return {
         "nets": list(nets.attempts_on_own()),

@@ -9,7 +9,7 @@ from typing import Any
 
 from reseg_loss.integrations import lightning, monai
 
-from . import api, bad_calls, bad_states, bad_steps, bad_values
+from . import api, bad_calls, bad_semi, bad_states, bad_steps, bad_values
 from .api import functional
 from .verdict import Attempt
 
@@ -18,7 +18,8 @@ FEWEST = 10  # of every public method
 
 def attempts() -> list[Attempt]:
     """All of them."""
-    sections = (*bad_values.SECTIONS, *bad_steps.SECTIONS, *bad_states.SECTIONS, *bad_calls.SECTIONS)
+    parts = (bad_values, bad_steps, bad_semi, bad_states, bad_calls)
+    sections = [section for part in parts for section in part.SECTIONS]
     return [attempt for section in sections for attempt in section()]
 
 

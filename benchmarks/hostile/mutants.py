@@ -174,12 +174,51 @@ MUTANTS = (
     _one("the mean teacher's decay inverted", "MeanTeacher.update", "1 - self.decay)", "self.decay)"),
     _one("the threshold ignored", "sure_label", "confidence >= threshold", "confidence >= 0"),
     _one("the label is not mixed", "CutMixConsistency.exchange", "mix(label, box)", "label"),
+    _one(
+        "the unlabelled loss dropped", "SemiSupervised._sum", "return total + factor *", "return total + 0 * factor *"
+    ),
+    _one(
+        "the unlabelled loss without its ramp",
+        "CutMixConsistency.factor",
+        "self._weight * ramp_up(",
+        "self._weight * (lambda *_: 1.0)(",
+    ),
+    _one(
+        "labelled and mixed images swapped",
+        "SemiSupervised.mix",
+        "torch.cat([image, mixed.images])",
+        "torch.cat([mixed.images, image])",
+    ),
+    _one(
+        "the parts of an output swapped",
+        "SemiSupervised.loss_of",
+        "len(images) - len(mixed.images), len(mixed.images)]",
+        "len(mixed.images), len(images) - len(mixed.images)]",
+    ),
+    _one(
+        "unsure pixels count",
+        "CutMixConsistency.mix",
+        "label = sure_label(label, confidence, self.threshold, self.ignore_index)",
+        "pass",
+    ),
+    _one(
+        "the coarser levels of unlabelled images dropped",
+        "SemiSupervised._sum",
+        "factor * (main + levels)",
+        "factor * main",
+    ),
+    _one(
+        "coarser levels learn another part's label",
+        "HeadOutputs.split",
+        "value.split(sizes) for value",
+        "value.flip(0).split(sizes) for value",
+    ),
     _one("gradients flow into the mean teacher", "MeanTeacher.__init__", ".requires_grad_(False)", ""),
     _one(
         "deep supervision counts ignored levels",
-        "DeepSupervision.loss_of",
-        "value if counts is None else value * counts",
-        "value",
+        "coarse_loss",
+        "counts * value_of(",
+        "value_of(",
     ),
     _one(
         "deep supervision shifts the label",

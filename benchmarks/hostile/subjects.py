@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import oracle
-from .api import CutMixConsistency, DeepSupervision, ReSegWrapper, teacher_parts
+from .api import CutMixConsistency, DeepSupervision, ReSegWrapper, SemiSupervised, teacher_parts
 from .oracle import Truth
 
 CLASSES, SIZE, WIDTH, IGNORED = 3, 32, 4, 255
@@ -126,6 +126,14 @@ def mixing(model: Any = None, **options: Any) -> tuple[Any, CutMixConsistency]:
     return model, CutMixConsistency(model, **settings)
 
 
+def semi_supervised(model: Any = None, **options: Any) -> tuple[Any, SemiSupervised]:
+    model = net() if model is None else model
+    settings = {"rampup_steps": None, "threshold": 0.4, "perturb": None, "task_loss": ignoring, **options}
+    settings = {"example_input": batch()[0], **settings}
+    torch.manual_seed(2)
+    return model, SemiSupervised(model, **settings)
+
+
 # --- legal steps against the oracle; each raises WrongError
 
 
@@ -212,11 +220,7 @@ def check_mixing(
 ) -> Tensor:
     """`average`: the mean teacher as it must be; None is the model, as before the first `update`."""
     images = batch(4, seed=9)[0] if images is None else images
-    teacher: Any = copy.deepcopy(model if average is None else average).train(model.training)
-    with torch.no_grad():
-        p = teacher(images).double().softmax(1)
-    confidence, pseudo = p.max(1)
-    pseudo = torch.where(confidence >= threshold, pseudo, torch.full_like(pseudo, ignored))
+    pseudo = _pseudo_label(model if average is None else average, images, threshold, ignored, model.training)
     seen: dict[str, Tensor] = {}
 
     def forward(x: Tensor) -> Tensor:
@@ -228,17 +232,7 @@ def check_mixing(
         return F.cross_entropy(logits, label, ignore_index=ignored)
 
     ours = mixed.loss(images, loss, forward=forward)
-    other = images.roll(1, 0)
-    moved = (seen["mixed"] != images).any(1)
-    for i, area in enumerate(moved):
-        rows, columns = area.any(1), area.any(0)
-        if not torch.equal(area, rows[:, None] & columns[None]):
-            raise oracle.WrongError("what is exchanged is no box")
-        for side, n in ((rows, area.shape[0]), (columns, area.shape[1])):
-            if not n / 4 - 1 <= int(side.sum()) <= n / 2 + 1:
-                raise oracle.WrongError(f"the box has {int(side.sum())} of {n} pixels, not a quarter to a half")
-        oracle.same(seen["mixed"][i][:, area], other[i][:, area], "what is in the box")
-    expected = torch.where(moved, pseudo.roll(1, 0), pseudo)
+    expected = _exchanged(images, seen["mixed"], pseudo)
     if bool((expected != ignored).any()):
         oracle.same(seen["label"], expected, "the pseudo-label")
     reference = factor * oracle.cross_entropy(seen["logits"], expected, ignored)
@@ -248,6 +242,78 @@ def check_mixing(
     if any(p.requires_grad or p.grad is not None for p in mixed.average.parameters()):
         raise oracle.WrongError("the mean teacher has gradients")
     return ours
+
+
+def check_semi(
+    model: Any,
+    semi: SemiSupervised,
+    *,
+    average: nn.Module | None = None,
+    factor: float = 1.0,
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0),
+    halves: bool = False,
+) -> Tensor:
+    """As `check_mixing`, of both kinds of images and their coarser levels; `halves`: by mix and loss_of."""
+    (image, label), images = batch(seed=8), batch(4, seed=9)[0]
+    label[:, :5] = IGNORED
+    pseudo = _pseudo_label(model if average is None else average, images, 0.4, IGNORED, model.training)
+    ran: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+
+    def forward(x: Tensor) -> Tensor:
+        with oracle.watching(model, TRUTH) as seen:
+            y = model(x)
+            ran.append((x, y, seen().decoder))
+        return y
+
+    if halves:
+        x, y = semi.mix(image, label, images)
+        ours = semi.loss_of(forward(x), y)
+    else:
+        ours = semi.loss(image, label, images, forward=forward)
+    heads = {} if semi.deep is None else dict(semi.deep.heads.items())
+
+    def reference(logits: Tensor, features: list[Tensor], target: Tensor) -> Tensor:
+        deep = oracle.deep_supervision(heads, features, target, weights, IGNORED) if heads else 0.0
+        return oracle.cross_entropy(logits, target, IGNORED) + deep
+
+    n = len(image)
+    x, logits, features = ran[0]
+    oracle.same(x[:n], image, "labelled images")
+    expected = reference(logits[:n], [f[:n] for f in features], label)
+    if semi.weight:
+        if not semi.joint:
+            n, (x, logits, features) = 0, ran[1]
+        target = _exchanged(images, x[n:], pseudo)
+        expected = expected + factor * reference(logits[n:], [f[n:] for f in features], target)
+    oracle.near(ours, expected, "the semi-supervised loss")
+    of = [p for p in (*model.parameters(), *semi.parameters()) if p.requires_grad]
+    oracle.near(oracle.gradients(ours, of), oracle.gradients(expected, of), "its gradient", 1e-3)
+    if any(p.requires_grad or p.grad is not None for p in semi.average.parameters()):
+        raise oracle.WrongError("the mean teacher has gradients")
+    return ours
+
+
+def _pseudo_label(average: nn.Module, images: Tensor, threshold: float, ignored: int, training: bool) -> Tensor:
+    teacher: Any = copy.deepcopy(average).train(training)
+    with torch.no_grad():
+        p = teacher(images).double().softmax(1)
+    confidence, pseudo = p.max(1)
+    return torch.where(confidence >= threshold, pseudo, torch.full_like(pseudo, ignored))
+
+
+def _exchanged(images: Tensor, mixed: Tensor, pseudo: Tensor) -> Tensor:
+    """The label of mixed images; a WrongError unless a box of each is the one before's."""
+    other = images.roll(1, 0)
+    moved = (mixed != images).any(1)
+    for i, area in enumerate(moved):
+        rows, columns = area.any(1), area.any(0)
+        if not torch.equal(area, rows[:, None] & columns[None]):
+            raise oracle.WrongError("what is exchanged is no box")
+        for side, n in ((rows, area.shape[0]), (columns, area.shape[1])):
+            if not n / 4 - 1 <= int(side.sum()) <= n / 2 + 1:
+                raise oracle.WrongError(f"the box has {int(side.sum())} of {n} pixels, not a quarter to a half")
+        oracle.same(mixed[i][:, area], other[i][:, area], "what is in the box")
+    return torch.where(moved, pseudo.roll(1, 0), pseudo)
 
 
 def followed(average: dict[str, Tensor], model: nn.Module, decay: float) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from .recipes import Recipe
 from .report import comparison_table
 from .training import IGNORED, evaluate, predict, train
 
+TOO_SHORT = "A --small run shows that all works. It is too short for its differences to mean anything."
 SMALL_STEPS, SMALL_RECON_STEPS = 150, 100
 SMALL_SEMI_STEPS = 500  # the mean teacher is an average over some hundreds of steps
 STEPS, RECON_STEPS = 1500, 800
@@ -59,6 +60,7 @@ class Backbone:
     """Fills the network from a public file of pretrained weights."""
     weights: str = ""
     """The name of that file."""
+    small_steps: int = SMALL_STEPS
 
 
 @dataclass
@@ -142,6 +144,8 @@ def main(backbone: Backbone, argv: Sequence[str] | None = None) -> None:
         print(
             f"\n{table}\n\nScores and pictures are in {args.out}/. One seed proves nothing: repeat with another --seed."
         )
+        if args.small:
+            print(TOO_SHORT)
         if args.data is None:
             print("The MNI152 template is one averaged brain: this is a demonstration, never evidence.")
 
@@ -210,7 +214,7 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
     reseg = deep = semi = None
     task_loss = recipe.loss()
     parameters = [*model.parameters()]
-    if variant.semi:  # before reseg, which would record the forward that it looks at the model with
+    if variant.semi:
         semi = SemiSupervised(
             model,
             example_input=example,
@@ -412,7 +416,7 @@ def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.Argu
     if args.paper and args.weights is None and backbone.load is not None:
         say(f"note: {backbone.name} was published from pretrained weights; give them with --weights {backbone.weights}")
     recipe = backbone.small_recipe if args.small else backbone.recipe
-    small = SMALL_STEPS if args.unlabelled is None else SMALL_SEMI_STEPS
+    small = backbone.small_steps if args.unlabelled is None else SMALL_SEMI_STEPS
     args.steps = args.steps or (small if args.small else STEPS)
     args.recon_steps = args.recon_steps or (SMALL_RECON_STEPS if args.small else RECON_STEPS)
     args.batch_size = args.batch_size or recipe.batch_size

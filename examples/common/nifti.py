@@ -19,7 +19,7 @@ def load_folders(images: Path, labels: Path, unlabelled: Path, *, channels: bool
 
     Args:
         images: a folder of .nii or .nii.gz.
-        labels: a folder with a file of the same name for each, whole numbers from 0.
+        labels: a folder with a file of the same name for each, whole numbers from 0 to 254.
         unlabelled: a folder of images without labels.
         channels: whether images are (1, D, H, W), as 3D networks take them, or (D, H, W).
     """
@@ -27,7 +27,7 @@ def load_folders(images: Path, labels: Path, unlabelled: Path, *, channels: bool
     missing = [label.name for _, label in pairs if not label.exists()]
     if missing:
         raise ValueError(f"{labels} has no {', '.join(missing[:5])}; a label has the name of its image.")
-    classes = 1 + max(int(_array(label).max()) for _, label in pairs)
+    classes = 1 + max(int(_label(label).max()) for _, label in pairs)
     train = [_case(image, label, channels) for image, label in pairs]
     others = [_case(image, None, channels) for image in _files(unlabelled)]
     names = ("background", *(f"class {index}" for index in range(1, classes)))
@@ -37,7 +37,7 @@ def load_folders(images: Path, labels: Path, unlabelled: Path, *, channels: bool
 
 def save_prediction(case: Case, prediction: np.ndarray, folder: Path) -> Path:
     """Write a label map (D, H, W) on the grid and with the header of the image that it is of."""
-    image = nib.load(case.name)
+    image = _load(Path(case.name))
     turned = nib.io_orientation(image.affine)
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), turned)
     label = nib.apply_orientation(prediction.astype(np.uint8).transpose(2, 1, 0), back)
@@ -58,17 +58,33 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
+def _load(path: Path) -> nib.Nifti1Image:
+    image = nib.load(path)
+    if not isinstance(image, nib.Nifti1Image):
+        raise ValueError(f"{path} is a {type(image).__name__}, not a NIfTI image.")
+    return image
+
+
 def _array(path: Path) -> np.ndarray:
     """The volume as (D, H, W): from feet to head, back to front, left to right."""
-    image = nib.as_closest_canonical(nib.load(path))
-    array = np.asarray(image.dataobj)
+    array = np.asarray(nib.as_closest_canonical(_load(path)).dataobj)
     if array.ndim != 3:
         raise ValueError(f"{path} has {array.ndim} axes; a volume has 3.")
     return array.transpose(2, 1, 0)
 
 
+def _label(path: Path) -> np.ndarray:
+    array = _array(path)
+    label = array.astype(np.uint8)
+    if not np.array_equal(label, array) or label.max() == 255:
+        raise ValueError(
+            f"{path} has values from {array.min():g} to {array.max():g}; labels are 0, 1, 2, ... up to 254."
+        )
+    return label
+
+
 def _case(image: Path, label: Path | None, channels: bool) -> Case:
-    voxel = nib.as_closest_canonical(nib.load(image)).header.get_zooms()[:3]
+    voxel = nib.as_closest_canonical(_load(image)).header.get_zooms()[:3]
     spacing = (float(voxel[2]), float(voxel[1]), float(voxel[0]))
     return Case(str(image), str(image), _reader(image, label, channels), spacing)
 
@@ -76,7 +92,7 @@ def _case(image: Path, label: Path | None, channels: bool) -> Case:
 def _reader(image: Path, label: Path | None, channels: bool) -> Callable[[], Volume]:
     def read() -> Volume:
         volume = np.asarray(SCALE(_array(image).astype(np.float32)[None]), dtype=np.float32)
-        classes = np.zeros(volume.shape[1:], np.uint8) if label is None else _array(label).astype(np.uint8)
+        classes = np.zeros(volume.shape[1:], np.uint8) if label is None else _label(label)
         if classes.shape != volume.shape[1:]:
             raise ValueError(f"{image} has shape {volume.shape[1:]}, its label {classes.shape}.")
         return volume if channels else volume[0], classes

@@ -51,7 +51,7 @@ def ways_figure(
     else:
         _show_image(axes[1, 1], reconstruction, "reseg's teacher, from truth")
     for column, way in enumerate(ways, 2):
-        dsc = "" if way.dsc is None else f"\nDSC {100 * way.dsc:.2f} on all test volumes"
+        dsc = "" if way.dsc is None else f"\nDSC {100 * way.dsc:.2f} (test set)"
         _show_labels(axes[0, column], way.label, way.name + dsc)
         _show_errors(axes[1, column], image, way.label != truth)
     handles = [*_class_patches(class_names), Patch(facecolor=ERROR, edgecolor="grey", label="wrong pixel")]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from .metrics import Summary
 
 UNITS = {"mm": "mm", "px": "pixels"}
+MISSED = 0.01  # DSC below which a class was not learnt
 
 
 def comparison_table(
@@ -28,7 +29,7 @@ def comparison_table(
         skipped = [f"{name} {count}" for name, count in zip(class_names[1:], summary.skipped) if count]
         if skipped:
             lines.append(f"volumes skipped, {run} (class neither in truth nor in prediction): {', '.join(skipped)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_unlearnt({"bare": bare, ours: reseg}, class_names)])
 
 
 def scores_table(results: Mapping[str, Summary], class_names: Sequence[str]) -> str:
@@ -39,7 +40,18 @@ def scores_table(results: Mapping[str, Summary], class_names: Sequence[str]) -> 
         dsc = [_number(value, 100) for value in (*summary.dsc, summary.mean_dsc)]
         rows.append([name, *dsc, _number(summary.mean_hd95, 1)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows)
+    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows]
+    return "\n".join([*lines, *_unlearnt(results, class_names)])
+
+
+def _unlearnt(results: Mapping[str, Summary], class_names: Sequence[str]) -> list[str]:
+    """A line for each run that has missed a class altogether."""
+    lines = []
+    for run, summary in results.items():
+        missed = [name for name, dsc in zip(class_names[1:], summary.dsc) if dsc is not None and dsc < MISSED]
+        if missed:
+            lines.append(f"{run} has not learnt {', '.join(missed)}: train longer before you compare it with anything")
+    return lines
 
 
 def _number(value: float | None, scale: float) -> str:

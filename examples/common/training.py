@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,13 +68,19 @@ def train(
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (poly(step, steps) if factor is None else factor(step))
         image, label, *unlabelled = (part.to(device, non_blocking=True) for part in batch)
+        sizes: list[int] = []
+
+        def forward(x: Tensor, sizes: list[int] = sizes) -> Any:
+            sizes.append(len(x))
+            with reseg.record() if reseg is not None and len(sizes) == 1 else nullcontext():
+                return model(x)
+
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            x, y = (image, None) if semi is None else semi.mix(image, label[:, None], *unlabelled)
-            logits = model(x)
-        task = loss = task_loss(logits.float(), label[:, None]) if semi is None else semi.loss_of(logits, y)
+            result = forward(image) if semi is None else semi.loss(image, label[:, None], *unlabelled, forward=forward)
+        task = loss = task_loss(result.float(), label[:, None]) if semi is None else result
         if reseg is not None:
-            # of the unlabelled images its teacher is told nothing
-            known = F.pad(label, [0, 0] * (label.ndim - 1) + [0, len(x) - len(label)], value=IGNORED)
+            # of the unlabelled images in the first forward, if there are any, its teacher is told nothing
+            known = F.pad(label, [0, 0] * (label.ndim - 1) + [0, sizes[0] - len(label)], value=IGNORED)
             loss = loss + reseg.alignment_loss(known)
         if deep is not None:
             loss = loss + deep.loss(label[:, None], lambda logits, label: task_loss(logits.float(), label))

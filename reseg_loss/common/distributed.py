@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from ..errors import ReSegError
+from ..errors import ReSegError, warn
 
 
 def rank() -> int:
@@ -165,7 +164,6 @@ class UnmovedWarning:
         elif self.calls == UNMOVED_CALLS:
             # fused optimizers leave no other mark than the values themselves
             if all(torch.equal(p, start) for p, start in zip(parameters, self._start)):
-                message = f"{self.what} did not change in {UNMOVED_CALLS} calls with gradient: {self.remedy}"
-                warnings.warn(message, stacklevel=4)  # the line that called `loss`
+                warn(f"{self.what} did not change in {UNMOVED_CALLS} calls with gradient: {self.remedy}")
             self._start = []
         self.calls += 1

@@ -153,14 +153,24 @@ def dry_run(model: nn.Module) -> Iterator[None]:
         torch.set_autocast_cache_enabled(False)
         for module in model.modules():
             module.training = False  # not eval(): models that override it fuse or switch parts
+        _RUNNING.append(model)
         try:
             yield
         finally:
+            _RUNNING.pop()
             fsdp = sys.modules.get("torch.distributed.fsdp")
             for module in model.modules():
                 # FSDP2's root keeps whole parameters after a forward, and counts on them
                 if fsdp is not None and isinstance(module, fsdp.FSDPModule):
                     fsdp.FSDPModule.reshard(module)
+
+
+_RUNNING: list[nn.Module] = []
+
+
+def is_dry() -> bool:
+    """Whether this is in a `dry_run`, of which what records a training must see nothing."""
+    return bool(_RUNNING)
 
 
 def private_copy(example_input: Any) -> Any:

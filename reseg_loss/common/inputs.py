@@ -50,14 +50,17 @@ def refuse_not_finite(
         raise ReSegError(wrong)
 
 
-def value_of(task_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label: Tensor, where: str) -> Tensor:
+def value_of(
+    task_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label: Tensor, where: str, name: str = "task_loss"
+) -> Tensor:
     """What the user's loss gives for logits and a label.
 
     Raises:
-        ReSegError: it is no function, fails, or gives no scalar. `where` says of what the logits are.
+        ReSegError: it is no function, fails, or gives no scalar. `where` says of what the logits are, `name` which
+            argument the loss is.
     """
     if not callable(task_loss):
-        raise ReSegError(f"task_loss is a function of logits and label, got {type(task_loss).__name__}")
+        raise ReSegError(f"{name} is a function of logits and label, got {type(task_loss).__name__}")
     if torch.compiler.is_compiling():  # which a break of the graph within `try` would end
         return task_loss(logits, label)
     try:
@@ -66,12 +69,12 @@ def value_of(task_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labe
         raise
     except Exception as error:
         raise ReSegError(
-            f"task_loss failed on {where}: logits {_outline(logits)} and a label {_outline(label)} "
+            f"{name} failed on {where}: logits {_outline(logits)} and a label {_outline(label)} "
             f"({type(error).__name__}: {error})"
         ) from error
     if not isinstance(value, Tensor) or value.ndim:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ReSegError(f"task_loss gave {what}, and a scalar is needed")
+        raise ReSegError(f"{name} gave {what}, and a scalar is needed")
     return value
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +26,22 @@ MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "softmax": (nn.Softmax, nn.Softmax2d),
     "log-softmax": (nn.LogSoftmax,),
 }
-# what may stand between an activation and the output and leaves its values as they are
+# what may stand between an activation and the output and leaves its values as they are, or between those around them
 PASSING = {f"{name}Backward0" for name in ("ToCopy", "Clone", "Slice", "Select", "View", "Alias", "Unsqueeze")}
+PASSING |= {f"Upsample{name}Backward0" for name in ("Nearest2D", "Nearest3D", "Bilinear2D", "Trilinear3D")}
 
 
 def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
     """The tensor (B, C, *spatial) in what a model returns: the first float tensor of the image's size, or at `path`.
 
-    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. An index is for models that return
+    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. A path is for models that return
     several tensors; where one returns the image-sized tensor alone, in evaluation say, it is that tensor.
 
     Raises:
         ReSegError: there is none.
     """
     for key in path or ():
-        if isinstance(key, int) and _is_image(output, batch, spatial):
+        if _is_image(output, batch, spatial):
             break
         output = _entry(output, key, path)
     found = list(tensors(output))
@@ -50,8 +52,8 @@ def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Seque
             return tensor[:, 0]
     shapes = ", ".join(f"{''.join(f'[{k}]' for k in keys)} {tuple(t.shape)}" for keys, t in found) or "no tensor"
     raise ReSegError(
-        f"no float output of the image's size {spatial} among {shapes.strip()}; pass output= with the path to it "
-        "(an index, a key or a tuple of them), or a model that returns one"
+        f"no float output of the image's size {spatial}, for {batch} images, among {shapes.strip()}; pass output= with "
+        "the path to it (an index, a key or a tuple of them), or a model that returns one"
     )
 
 
@@ -135,48 +137,75 @@ def of_all(activations: Iterable[str | None]) -> str | None:
     return found[0] if found and None not in found else None
 
 
-def in_training(model: nn.Module, example_input: Any) -> tuple[Any, dict[str, Any]]:
-    """What a model returns in training, with its history, and what its sigmoid and softmax modules gave, by path.
+class Ran(NamedTuple):
+    """One forward in training: its images, what it returned, and what each sigmoid and softmax module gave, by path."""
+
+    image: Tensor
+    output: Any
+    made: dict[str, Any]
+
+
+def in_training(model: nn.Module, example_input: Any) -> Ran:
+    """A forward of a model in training, with its history. An image alone is doubled, for the statistics of training.
 
     Raises:
-        ReSegError: the model fails on the example: one sample may be too few for the statistics of training.
+        ReSegError: the model fails on the example.
     """
     made: dict[str, Any] = {}
-    with dry_run(model), torch.enable_grad():
-        handles = []
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, out: made.update({name: out})
+
+    if isinstance(example_input, Tensor) and example_input.ndim and len(example_input) == 1:
+        example_input = torch.cat([example_input, example_input])
+    with dry_run(model), torch.enable_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
             module.training = True
-            if isinstance(module, tuple(chain(*MODULES.values()))):
-                handles.append(module.register_forward_hook(lambda _, __, out, name=name: made.update({name: out})))
-        try:
-            output = call(model, private_copy(example_input))
-        finally:
-            for handle in handles:
-                handle.remove()
-    return output, made
+            if is_activation(module):
+                stack.callback(module.register_forward_hook(note(name)).remove)
+        output = call(model, private_copy(example_input))
+    return Ran(image_of(example_input), output, made)
 
 
 def trained_ending(model: nn.Module, example_input: Any, evaluated: str | None) -> tuple[str | None, str | None]:
     """The activation that a model ends in when it trains, and the path of the module that does it, where one does.
 
     `evaluated` is the activation in evaluation: a model may have it there alone.
+
+    Raises:
+        ReSegError: the model fails on the example in training.
     """
     if evaluated is None:
         return None, None
-    try:
-        output, made = in_training(model, example_input)
-    except ReSegError:
-        return None, None
-    image = image_of(example_input)
-    activation = common_activation(output, tuple(image.shape[2:]))
+    image, output, made = in_training(model, example_input)
+    spatial = tuple(image.shape[2:])
+    activation = common_activation(output, spatial)
     if activation is None:
         return None, None
-    chosen = select_output(output, len(image), tuple(image.shape[2:]))
+    chosen = select_output(output, len(image), spatial)
     return activation, next((name for name, tensor in made.items() if tensor is chosen), None)
 
 
-def activation_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What a sigmoid or softmax module does, over the channels where it names no axis, without its hooks."""
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is a sigmoid or softmax."""
+    return isinstance(module, tuple(chain(*MODULES.values())))
+
+
+def loss_of_logits(
+    task_loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, ending: str | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A task loss as one of logits: of what the sigmoid or softmax module at `ending` makes of them; None is without.
+
+    The module's hooks do not run. Without an axis of its own it runs over the channels.
+
+    Raises:
+        ReSegError: the task loss is no function.
+    """
+    if not callable(task_loss):
+        raise ReSegError(f"task_loss is a function of logits and label, got {type(task_loss).__name__}")
+    if ending is None:
+        return task_loss
+    module = model.get_submodule(ending)
     dim = getattr(module, "dim", None)
     axis = 1 if dim is None else dim
     functions: dict[str, Callable[[Tensor], Tensor]] = {
@@ -185,7 +214,8 @@ def activation_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
         "softmax": lambda x: x.softmax(axis),
         "log-softmax": lambda x: x.log_softmax(axis),
     }
-    return next(functions[name] for name, kinds in MODULES.items() if isinstance(module, kinds))
+    activate = next(functions[name] for name, kinds in MODULES.items() if isinstance(module, kinds))
+    return lambda logits, label: task_loss(activate(logits), label)
 
 
 def refuse_probabilities(activation: str | None, what: str, model: nn.Module) -> None:

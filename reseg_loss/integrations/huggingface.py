@@ -21,12 +21,13 @@ FILE = "semi.pt"  # beside what the Trainer saves in a checkpoint's folder
 
 
 class SemiSupervisedTrainer(Trainer):
-    """A Trainer whose steps have a batch of unlabelled images, too, with one forward of the model for both.
+    """A Trainer whose steps have a batch of unlabelled images, too.
 
     The loss is that of `SemiSupervised`, whatever the model would return; its heads are in the optimizer that the
     Trainer makes. The mean teacher follows after each step of the optimizer. It is what `evaluate`, `predict` and
     `save_model` see, `load_best_model_at_end` and the "model.safetensors" of checkpoints as well. All that a resumed
-    run needs beside, the weights in training among it, is in a file "semi.pt" of the checkpoint's folder.
+    run needs beside, the weights in training among it, is in a file "semi.pt" of the checkpoint's folder. With another
+    number of processes the unlabelled images begin anew.
 
     Args:
         *args: of `transformers.Trainer`.
@@ -63,6 +64,7 @@ class SemiSupervisedTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the heads; one that is given has them already."""
+        self._end()  # where the Trainer begins anew with a smaller batch
         self.semi.to(self.args.device)
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -80,13 +82,17 @@ class SemiSupervisedTrainer(Trainer):
         """In training the loss of labelled and unlabelled images; else the model's own."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        name = self.semi.model.main_input_name
+        name = str(getattr(self.semi.model, "main_input_name", "pixel_values"))
         if set(inputs) != {name, "labels"}:
             raise ReSegError(f"a training batch has {sorted(inputs)}, and {[name, 'labels']} can be mixed")
-        x, y = self.semi.mix(inputs[name], inputs["labels"], self._next(str(name)))
-        outputs = model(**{str(name): x})
-        loss = self.semi.loss_of(outputs, y)
-        return (loss, outputs) if return_outputs else loss
+        returned: list[Any] = []
+
+        def forward(x: Tensor) -> Any:
+            returned.append(model(**{name: x}))
+            return returned[-1]
+
+        loss = self.semi.loss(inputs[name], inputs["labels"], self._next(name), forward=forward)
+        return (loss, returned[0]) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`, of the mean teacher."""

@@ -93,9 +93,9 @@ class DeepSupervisionHandler:
 
 
 class SemiSupervisedHandler:
-    """Gives each step of a SupervisedTrainer a batch of unlabelled images, too, with one forward for both.
+    """Gives each step of a SupervisedTrainer a batch of unlabelled images, too.
 
-    The trainer's loss function is the object's own, `loss_function=semi.loss_of`, and its optimizer has
+    The trainer's loss function is the object's own, `loss_function=semi.loss`, and its optimizer has
     `semi.parameters()`. Its batches stay the labelled ones, and so does its output: image, label and prediction are of
     these alone. The mean teacher follows after each step of the optimizer. It is a network like any other, so an
     evaluator sees it by `network=semi.average`, and a CheckpointSaver of its best by {"net": semi.average}.
@@ -106,7 +106,7 @@ class SemiSupervisedHandler:
     whose states Ignite does not gather, only that of `semi` is kept.
 
     Args:
-        semi: around the trainer's network, with `joint=True`.
+        semi: around the trainer's network.
         unlabelled: a loader of image batches: tensors (B, C, *spatial), tuples or lists whose element 0 is one, or
             dicts with "image" or "data". It is gone round without end.
 
@@ -118,7 +118,7 @@ class SemiSupervisedHandler:
         _check_kind(self, semi, SemiSupervised)
         self.semi = semi
         self._unlabelled = Rounds(unlabelled, "unlabelled")
-        self._targets: Any = None
+        self._loss: Tensor | None = None  # of the step whose forward has run
         self._random: list[dict[str, Any]] | None = None
         self._remove: Callable[[], None] = lambda: None
 
@@ -143,29 +143,36 @@ class SemiSupervisedHandler:
             raise ReSegError(
                 f"{type(engine).__name__} is no SupervisedTrainer of MONAI; use semi.loss in your own update function"
             )
-        if loss != self.semi.loss_of:
+        if loss != self.semi.loss:
             raise ReSegError(
-                "the whole loss is that of SemiSupervised: give the trainer loss_function=semi.loss_of, and your own "
-                "loss to SemiSupervised(task_loss=...)"
+                "the whole loss is that of SemiSupervised: give the trainer loss_function=semi.loss, and your own loss "
+                "to SemiSupervised(task_loss=...)"
             )
         if unwrap(network) is not self.semi.model:
             raise ReSegError("SemiSupervised is around another model than the trainer's network; build both with one")
 
-        def mixed(inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
-            unlabelled = unlabelled_image(self._unlabelled.next_batch())
-            x, self._targets = self.semi.mix(inputs, engine.state.output["label"], unlabelled)
-            return inferer(x, network, *args, **kwargs)
+        def run(inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
+            returned: list[Any] = []
 
-        def loss_of(output: Any, label: Tensor) -> Tensor:
-            value, self._targets = self.semi.loss_of(output, self._targets), None
-            engine.state.output["pred"] = tree_map(lambda x: x[: len(label)] if isinstance(x, Tensor) else x, output)
+            def forward(x: Tensor) -> Any:
+                returned.append(inferer(x, network, *args, **kwargs))
+                return returned[-1]
+
+            unlabelled = unlabelled_image(self._unlabelled.next_batch())
+            self._loss = self.semi.loss(inputs, engine.state.output["label"], unlabelled, forward=forward)
+            # labelled images come first, whether they are alone or not
+            return tree_map(lambda x: x[: len(inputs)] if isinstance(x, Tensor) else x, returned[0])
+
+        def loss_of(output: Any, label: Any) -> Any:
+            value, self._loss = self._loss, None
             return value
 
-        engine.inferer, engine.loss_function = mixed, loss_of
+        running: Any = engine  # which declares an Inferer, and takes any function
+        running.inferer, running.loss_function = run, loss_of
         end = follow(self.semi, [engine.optimizer], type(self).__name__)
 
         def remove() -> None:
-            engine.inferer, engine.loss_function = inferer, loss
+            running.inferer, running.loss_function = inferer, loss
             end()
 
         self._remove = remove

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..common.dryrun import check_module, tensors
@@ -65,14 +68,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in model.parameters())
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile is among a model's wrappers, or `model.compile()` was called."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module) or model._compiled_call_impl is not None:
-            return True
+def compiler_of(model: Any) -> Callable[[Any], Any] | None:
+    """What compiles another function as a model or its wrapper is compiled; None where it is not.
+
+    Of `model.compile(...)` torch does not tell the options, and takes its default ones.
+    """
+    while isinstance(model, nn.Module):
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            return getattr(model, "dynamo_ctx", torch.compile)
+        if model._compiled_call_impl is not None:
+            return torch.compile
         if not isinstance(model, nn.parallel.DistributedDataParallel):
-            return False
+            return None
         model = model.module
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..common.inputs import readable
+from ..common.outputs import is_activation
 from ..errors import ReSegError, outline
-from .hooks import Recorder
+from .hooks import Recorder, is_of_a_step
 
 
 class Ending:
@@ -17,19 +20,24 @@ class Ending:
     Args:
         model: the model, without wrappers.
         path: of the module in it.
+        grad: forwards with gradients count, or those without (of a mean teacher).
 
     Raises:
-        ReSegError: there is no such module.
+        ReSegError: there is no such module, or it is no sigmoid or softmax.
     """
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        try:
-            self.module = model.get_submodule(path)
-        except AttributeError as error:
-            raise ReSegError(f"{type(model).__name__} has no module {path!r}, whose input the logits are") from error
-        self.path, self._hook = path, _Keep()
+    def __init__(self, model: nn.Module, path: str, *, grad: bool = True) -> None:
+        module = dict(model.named_modules()).get(path)
+        if module is None:
+            raise ReSegError(f"{type(model).__name__} has no module {path!r}, whose input the logits are")
+        if not is_activation(module):
+            raise ReSegError(
+                f"{path!r} is a {type(module).__name__}; where output= is 'in:' and a module's path, that is the "
+                "sigmoid or softmax that the model ends in"
+            )
+        self.path, self._hook, self._looked = path, _Keep(grad), False
         self._hook.active = True
-        self._handle = self.module.register_forward_hook(self._hook)
+        self._handle = module.register_forward_hook(self._hook, with_kwargs=True)
         self._finalizer = weakref.finalize(self, self._handle.remove)
 
     def logits(self, output: Tensor) -> Tensor:
@@ -38,35 +46,60 @@ class Ending:
         Raises:
             ReSegError: the module did not run in training since the last call, or made something else.
         """
-        kept, self._hook.kept = self._hook.kept, None
+        kept, several = self._hook.kept, self._hook.several
+        self.forget()
         if kept is None:
             raise ReSegError(
-                f"the module {self.path!r}, whose input the logits are, did not run in training since the last call; "
-                "in a compiled model it must be hooked before the first call: build this before"
+                f"the module {self.path!r}, whose input the logits are, did not run in training since the last call. "
+                "In a compiled model it must be hooked before the first call, and a copy of a model has no hooks: "
+                "build this before, or anew"
             )
         taken, made = kept
-        # a wrapper may hand on another tensor of these values (DistributedDataParallel does)
-        if made.shape != output.shape or taken.shape != output.shape:
+        if made is not output and several:
             raise ReSegError(
-                f"the model's output is {outline(output)}, and its module {self.path!r}, whose input the logits are, "
-                f"made {outline(made)} of {outline(taken)}; pass output= with the path to the logits"
+                f"several training forwards have run the module {self.path!r}, whose input the logits are, since the "
+                "last call: ask for the loss of a forward before the next"
             )
+        if made is not output and not self._same(made, output):
+            raise ReSegError(
+                f"the model's output is {outline(output)}, and not what its module {self.path!r}, whose input the "
+                f"logits are, made: {outline(made)}. Pass output= with the path to the logits"
+            )
+        if not isinstance(taken, Tensor) or taken.shape != output.shape:
+            raise ReSegError(f"the module {self.path!r} made {outline(output)} of {outline(taken)}: no logits")
         return taken
+
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._hook.kept, self._hook.several = None, False
 
     def remove(self) -> None:
         """Take the hook off. May be called twice."""
         self._handle.remove()
-        self._hook.active, self._hook.kept = False, None
+        self._hook.active = False
+        self.forget()
+
+    def _same(self, made: Any, output: Tensor) -> bool:
+        """Whether a tensor has the output's values: a wrapper may hand on another (DistributedDataParallel does)."""
+        if not isinstance(made, Tensor) or made.shape != output.shape:
+            return False
+        if not readable(output.device, first=not self._looked):
+            return True
+        self._looked = True
+        return bool(((made == output) | (made != made)).all())  # NaN is told of elsewhere
 
 
 class _Keep(Recorder):
     """Keeps what its module took in and gave back in training."""
 
-    def __init__(self, recording: None = None) -> None:
-        super().__init__(recording)
-        self.active = False  # not in a copy of the model
-        self.kept: tuple[Tensor, Tensor] | None = None
+    def __init__(self, grad: bool = True) -> None:
+        super().__init__()
+        self.grad, self.active = grad, False  # not in a copy of the model
+        self.kept: tuple[Any, Any] | None = None
+        self.several = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.active and module.training:
-            self.kept = (args[0], output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        of_step = module.training or not self.grad  # a mean teacher may predict in evaluation
+        if self.active and of_step and torch.is_grad_enabled() is self.grad and is_of_a_step():
+            self.several = self.kept is not None
+            self.kept = (next(iter((*args, *kwargs.values())), None), output)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..common.dryrun import image_of
+from ..common.dryrun import image_of, is_dry
 from ..errors import ReSegError, TapError, outline
 from ..taps import Tap
 
@@ -123,6 +123,12 @@ class Recording:
             self.done = finished
 
 
+def is_of_a_step() -> bool:
+    """Whether a forward in training is one of a step: neither a checkpointed one, inside backward, nor a dry run."""
+    # which a compiled graph never is
+    return torch.compiler.is_compiling() or (torch._C._current_graph_task_id() == -1 and not is_dry())
+
+
 class AllSeen(Exception):  # noqa: N818
     """Ends a forward of which every tap was recorded."""
 
@@ -153,8 +159,7 @@ class RootEnter(Recorder):
         if recording.training_only:
             if not (module.training and torch.is_grad_enabled()):
                 return
-            # a checkpointed root runs again inside backward (never the case in a compiled graph)
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            if not is_of_a_step():
                 return
         settled = not torch.compiler.is_compiling()
         if settled:

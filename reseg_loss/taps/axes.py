@@ -90,7 +90,7 @@ def _grid_of(axes: Axes | None, batch: int, image: Size) -> layouts.Grid | None:
         return None
     space = [axis for axis in rest if _is_space(axis, outer)]
     others = [axis for axis in rest if not _is_space(axis, outer)]
-    letters = {axis: letter for letter, axis in _letters(len(image)).items()}
+    letters: dict[tuple[int | str, ...], str] = {along: letter for letter, along in _letters(len(image)).items()}
     names = [letters.get(tuple(piece.label for piece in axis), "?") if axis in space else "C" for axis in rest]
     layout = "".join(["CLS+" if any(map(_has_class_token, axes)) else "", "N", *names])
     spatial = tuple(piece.size for axis in space for piece in axis)
@@ -411,7 +411,8 @@ def _slice(axes: Axes, node: Node) -> Axes:
 
 
 def _split(axes: Axes, node: Node) -> Axes:
-    dim, sizes = node.arguments["dim"], node.arguments.get("split_size", node.arguments.get("split_sizes"))
+    dim, kind = node.arguments["dim"], "split_size" if "split_size" in node.arguments else "split_sizes"
+    sizes = node.arguments[kind]
     start = node.output * sizes if isinstance(sizes, int) else sum(sizes[: node.output])
     return _part(axes, dim, start, node.shape[dim])
 

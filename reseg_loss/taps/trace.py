@@ -25,8 +25,9 @@ ACTIVATION_OPERATORS = {
     "_softmax": "softmax",
     "_log_softmax": "log-softmax",
 }
-# what may stand between an activation and the output and leaves its values as they are
+# what may stand between an activation and the output and leaves its values as they are, or between those around them
 PASSED_BY = ("_to_copy", "clone", "slice", "select", "view", "_unsafe_view", "alias", "unsqueeze", "detach")
+PASSED_BY += ("upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_trilinear3d")
 
 
 class Ref(NamedTuple):

@@ -130,7 +130,7 @@ def test_a_model_that_is_moved_to_another_dtype_is_named_and_what_is_beside_it_c
     model(image)
     with pytest.raises(ReSegError, match=r"features are torch.float64, the heads .* by ds.to\(torch.float64\)"):
         ds.loss(label, task_loss)
-    with pytest.raises(ReSegError, match=r"mean teacher's torch.float32.* by mixed.to\(torch.float64\)"):
+    with pytest.raises(ReSegError, match=r"mean teacher's torch.float32.* by this loss's to\(torch.float64\)"):
         mixed.loss(image, ignoring)
     for each in (ds, mixed):
         each.to(torch.float64)

@@ -12,7 +12,14 @@ from models import IGNORED, UNet, batch, ignoring, saved, task_loss, through_fil
 from torch import Tensor, nn
 
 from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper
-from reseg_loss.common.outputs import activation_of
+from reseg_loss.common.outputs import (
+    activation_of,
+    coarser_outputs,
+    full_size,
+    in_training,
+    loss_of_logits,
+    trained_ending,
+)
 
 
 class EndsIn(UNet):
@@ -44,6 +51,8 @@ class Both(EndsIn):
         (lambda x: torch.stack([x, x.softmax(1)])[:, 1:], None),
         (lambda x: x.softmax(1)[:, :, 1:], "softmax"),
         (F.logsigmoid, "log-sigmoid"),
+        (lambda x: F.interpolate(x.softmax(1), scale_factor=2.0, mode="bilinear"), "softmax"),
+        (lambda x: F.interpolate(x.sigmoid(), scale_factor=2.0), "sigmoid"),
         (lambda x: x, None),
         (lambda x: 2 * x.sigmoid(), None),
         (lambda x: x.sigmoid().detach(), None),
@@ -51,6 +60,16 @@ class Both(EndsIn):
 )
 def test_an_activation_is_known_by_what_made_the_output(end, name):
     assert activation_of(end(nn.Conv2d(1, 3, 1)(torch.randn(2, 1, 4, 4)))) == name
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_probabilities_that_are_interpolated_are_probabilities(mode):
+    class Resized(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(super().forward(x).softmax(1), x.shape[2:], mode=mode)
+
+    with pytest.raises(ReSegError, match="ends in a softmax"):
+        DeepSupervision(Resized(), batch()[0])
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "log_softmax"])
@@ -155,7 +174,8 @@ def test_the_recipe_for_a_model_that_ends_in_an_activation_works(kind):
             self.end = nn.ModuleList([nn.Softmax(1)]) if kind == "module" else nn.ModuleList()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.end[0](super().forward(x)) if kind == "module" else super().forward(x).softmax(1)
+            y = super().forward(x)  # what is no tensor of the module's own is not served
+            return self.end[0](y).clone() if kind == "module" else y.softmax(1)
 
     model = Ends()
     keys = list(model.state_dict())
@@ -167,3 +187,107 @@ def test_the_recipe_for_a_model_that_ends_in_an_activation_works(kind):
         eval(recipe)
         DeepSupervision(model, batch()[0])
         assert list(model.state_dict()) == keys
+
+
+# --- sizes
+
+
+def of(*sizes: tuple[int, ...], channels: int = 3) -> list[Tensor]:
+    return [torch.randn(2, channels, *size) for size in sizes]
+
+
+def test_coarse_logits_alone_are_brought_to_the_images_size():
+    for size, spatial, mode in (((4, 6), (16, 24), "bilinear"), ((4, 4, 2), (16, 16, 8), "trilinear")):
+        (x,) = of(size)
+        full = F.interpolate(x, spatial, mode=mode, align_corners=False)
+        for output in (x, {"logits": x}, [torch.zeros(2), x]):
+            assert torch.equal(full_size(output, 2, spatial), full)
+        assert torch.equal(full_size({"a": {"b": x}}, 2, spatial, ("a", "b")), full)
+    (x,) = of((8, 8))
+    for odd in ((15, 15), (16, 16)):  # padded inside: 8 cells of 2 cover 15 pixels, too
+        assert full_size(x, 2, odd).shape[2:] == odd
+    fine, coarse = of((16, 16), (4, 4))
+    assert full_size([coarse, fine], 2, (16, 16)) is fine
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        of((13, 16)),  # cropped
+        of((12, 12)),
+        of((8, 4)),  # of another stride in each axis
+        of((8, 8), (4, 4)),  # which?
+        of((32, 32)),
+        torch.randn(3, 3, 8, 8),  # of another batch
+        torch.ones(2, 3, 8, 8, dtype=torch.long),
+        None,
+    ],
+)
+def test_a_size_that_does_not_tell_is_refused(output):
+    with pytest.raises(ReSegError, match=r"no float output of the image's size \(16, 16\), for 2 images, among"):
+        full_size(output, 2, (16, 16))
+
+
+def test_coarser_outputs_are_those_of_as_many_channels():
+    fine, half, quarter, flat = of((16, 16), (8, 8), (4, 4), (16, 8))
+    (other,) = of((8, 8), channels=5)
+    found = coarser_outputs({"a": [fine, half, other], "b": (quarter, torch.zeros(2), flat)}, fine)
+    assert [id(x) for x in found] == [id(half), id(quarter), id(flat)]
+    assert coarser_outputs([fine, fine.clone(), half[:1]], fine) == []
+    assert coarser_outputs(quarter, full_size(quarter, 2, (16, 16))) == []
+    stack = torch.stack([fine, 2 * fine, 3 * fine], 1)
+    assert all(
+        torch.equal(x, y) for x, y in zip(coarser_outputs(stack, stack[:, 0]), (2 * fine, 3 * fine), strict=True)
+    )
+
+
+# --- a forward in training
+
+
+def test_one_image_is_enough_for_the_statistics_of_training():
+    class Small(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(super().forward(F.avg_pool2d(x, 2)))  # 1 x 1 in its bottleneck
+
+    model = Small()
+    model.end = nn.Softmax(1)
+    image = batch()[0]
+    before = copy.deepcopy(model.state_dict())
+    ran = in_training(model, image[:1])
+    assert len(ran.image) == len(ran.output) == 2
+    assert list(ran.made) == ["end"]
+    assert ran.made["end"] is ran.output
+    assert ran.output.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert trained_ending(model, image[:1], "softmax") == (None, None)  # of a coarse output alone it says nothing
+    with pytest.raises(ReSegError, match="fails on the example"):
+        trained_ending(model, (image[:1],), "softmax")
+
+
+@pytest.mark.parametrize(
+    ("module", "same"),
+    [
+        (nn.Sigmoid(), torch.sigmoid),
+        (nn.LogSigmoid(), F.logsigmoid),
+        (nn.Softmax(1), lambda x: x.softmax(1)),
+        (nn.Softmax(-1), lambda x: x.softmax(-1)),
+        (nn.Softmax(), lambda x: x.softmax(1)),
+        (nn.Softmax2d(), lambda x: x.softmax(1)),
+        (nn.LogSoftmax(1), lambda x: x.log_softmax(1)),
+    ],
+)
+def test_a_loss_of_probabilities_is_made_one_of_logits(module, same):
+    model = nn.Sequential(nn.Identity(), module)
+    ran = []
+    module.register_forward_hook(lambda *_: ran.append(1))
+    logits, label = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4)
+
+    def mean(x: Tensor, y: Tensor) -> Tensor:
+        assert y is label
+        return x.square().mean()
+
+    assert torch.equal(loss_of_logits(mean, model, "1")(logits, label), mean(same(logits), label))
+    assert loss_of_logits(mean, model, None) is mean
+    assert not ran
+    with pytest.raises(ReSegError, match="task_loss is a function"):
+        loss_of_logits(3, model, "1")  # pyright: ignore

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from common.metrics import VolumeScores, score_volume, summarize
-from common.report import comparison_table
+from common.report import comparison_table, scores_table
 
 SHAPE = (5, 23, 17)
 
@@ -124,4 +124,18 @@ def test_table_shows_both_runs_the_unit_and_what_was_skipped():
     assert lines[2].split() == ["liver", "50.00", "|", "62.50", "4.00", "|", "3.00"]
     assert lines[3].split() == ["spleen", "-", "|", "0.00", "-", "|", "28.50"]
     assert lines[4].split() == ["mean", "of", "classes", "50.00", "|", "31.25", "4.00", "|", "15.75"]
-    assert lines[5:] == ["volumes skipped, bare (class neither in truth nor in prediction): spleen 1"]
+    assert lines[5] == "volumes skipped, bare (class neither in truth nor in prediction): spleen 1"
+    assert lines[6:] == ["with reseg has not learnt spleen: train longer before you compare it with anything"]
+
+
+def test_table_of_any_number_of_runs():
+    runs = {"bare": (0.5, 0.0), "semi": (0.75, 0.25), "deep": (0.5, 0.02)}
+    results = {name: summarize([VolumeScores("a", dsc, (4.0, 5.5), "mm")]) for name, dsc in runs.items()}
+    lines = scores_table(results, ("background", "liver", "spleen")).splitlines()
+    assert "  ".join(lines[0].split()) == "DSC  liver  DSC  spleen  DSC  mean  HD95  mean  in  mm"
+    assert [line.split() for line in lines[1:4]] == [
+        ["bare", "50.00", "0.00", "25.00", "4.75"],
+        ["semi", "75.00", "25.00", "50.00", "4.75"],
+        ["deep", "50.00", "2.00", "26.00", "4.75"],
+    ]
+    assert lines[4:] == ["bare has not learnt spleen: train longer before you compare it with anything"]

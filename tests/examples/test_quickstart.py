@@ -70,7 +70,7 @@ def test_the_picture_says_what_the_table_says(slices, monkeypatch, capsys):
     assert len(set(dsc.values())) > 1
     for way, value in dsc.items():
         title = quickstart.TITLES[way]
-        assert f"{title}\nDSC {value} on all test volumes" in titles
+        assert f"{title}\nDSC {value} (test set)" in titles
         assert any(row.split()[: len(title.split())] == title.split() and value in row.split() for row in rows)
     assert sum("errors here" in title for title in titles) == 3
 

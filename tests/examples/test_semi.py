@@ -97,6 +97,14 @@ def test_folders_that_do_not_fit_are_explained(folders, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"There is no \.nii"):
         load([*folders[:2], f"--unlabelled={tmp_path / 'none'}"])
+    for wrong in (
+        np.full((3, 4, 5), 0.5, np.float32),
+        np.full((3, 4, 5), -1, np.int16),
+        np.full((3, 4, 5), 300, np.int16),
+    ):
+        nib.save(nib.Nifti1Image(wrong, np.eye(4)), tmp_path / "labels" / "case1.nii.gz")
+        with pytest.raises(ValueError, match=r"case1\.nii\.gz has values from .* labels are 0, 1, 2"):
+            load(folders)
 
 
 # --- the script
@@ -174,6 +182,12 @@ def test_wrong_options_are_explained(more, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_semi.main(options(tmp_path, *more))
     assert message in capsys.readouterr().err
+
+
+def test_predictions_never_take_the_place_of_images(folders, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_semi.main(options(tmp_path / "others", *folders))
+    assert "a folder of their own" in capsys.readouterr().err
 
 
 def test_labels_for_all_leave_nothing_to_learn_from(slices, tmp_path, capsys):

@@ -56,7 +56,7 @@ def test_every_network_trains_without_and_with_reseg_and_deep_supervision(script
     assert bare["task_loss"] != ours["task_loss"]
     assert (out / "overlays.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for text in ("DSC in %", "HD95 in pixels", "reseg+deep", "class 1", "One seed proves nothing"):
+    for text in ("DSC in %", "HD95 in pixels", "reseg+deep", "class 1", "One seed proves nothing", "too short"):
         assert text in printed
     keys = list(backbone(script).small(2, 96).state_dict())
     assert list(torch.load(out / "reseg+deep.pt", weights_only=True)["model"]) == keys

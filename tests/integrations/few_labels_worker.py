@@ -34,7 +34,7 @@ class Run:
         self.unlabelled: list[float] = []
 
     def execute(self, code: str, names: dict[str, Any]) -> dict[str, Any]:
-        loss_of = SemiSupervised.loss_of
+        loss_of = SemiSupervised.loss
 
         def counted(semi: SemiSupervised, *args: Any, **kwargs: Any) -> Tensor:
             loss = loss_of(semi, *args, **kwargs)
@@ -45,12 +45,12 @@ class Run:
                 os.kill(os.getpid(), signal.SIGKILL)
             return loss
 
-        SemiSupervised.loss_of = counted
+        SemiSupervised.loss = counted
         torch.manual_seed(self.seed)
         try:
             exec(code, names)
         finally:
-            SemiSupervised.loss_of = loss_of
+            SemiSupervised.loss = loss_of
         semi = names["semi"] if "semi" in names else names["module"].semi
         return {
             "losses": self.losses,
@@ -98,7 +98,7 @@ def lightning() -> tuple[str, dict[str, Any]]:
     return code_after_the_diff("Few labels in Lightning", **EARLY, **more), {
         "L": L, "torch": torch, "MyUNet": unet, "task_loss": task_loss,
         "train_loader": DataLoader(Slices(6, pair), 2, shuffle=True),
-        "unlabelled_loader": DataLoader(Slices(14, alone, 1), 4, shuffle=True),
+        "unlabelled_loader": DataLoader(Slices(20, alone, 1), 4, shuffle=True),
         "val_loader": DataLoader(Slices(4, pair, 2), 2),
     }  # fmt: skip
 
@@ -132,10 +132,11 @@ def monai() -> tuple[str, dict[str, Any]]:
         "torch": torch, "Path": Path, "device": torch.device("cpu"), "UNet": MonaiUNet,
         "SupervisedTrainer": SupervisedTrainer, "SupervisedEvaluator": SupervisedEvaluator,
         "CheckpointSaver": CheckpointSaver, "CheckpointLoader": CheckpointLoader,
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
         "ValidationHandler": ValidationHandler,
         "dice": MeanDice(num_classes=3, output_transform=classes),
         "train_loader": DataLoader(Slices(6, channel), 2, shuffle=True),
-        "unlabelled_loader": DataLoader(Slices(14, alone, 1), 4, shuffle=True),
+        "unlabelled_loader": DataLoader(Slices(20, alone, 1), 4, shuffle=True),
         "val_loader": DataLoader(Slices(4, channel, 2), 2),
     }  # fmt: skip
 
@@ -162,7 +163,7 @@ def huggingface() -> tuple[str, dict[str, Any]]:
         "torch": torch, "Path": Path, "config": config, "TrainingArguments": TrainingArguments,
         "SegformerForSemanticSegmentation": SegformerForSemanticSegmentation,
         "train_set": Slices(6, form, **large), "val_set": Slices(4, form, 2, **large),
-        "unlabelled_loader": DataLoader(Slices(14, alone, 1, **large), 4, shuffle=True),
+        "unlabelled_loader": DataLoader(Slices(20, alone, 1, **large), 4, shuffle=True),
     }  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def accelerate() -> tuple[str, dict[str, Any]]:
     return code_after_the_diff("Few labels with Accelerate", **EARLY, **{"Accelerator(": "Accelerator(cpu=True, "}), {
         "torch": torch, "Path": Path, "Accelerator": Accelerator, "MyUNet": unet,
         "train_loader": DataLoader(Slices(6, pair), 2, shuffle=True),
-        "unlabelled_loader": DataLoader(Slices(14, alone, 1), 4, shuffle=True),
+        "unlabelled_loader": DataLoader(Slices(20, alone, 1), 4, shuffle=True),
     }  # fmt: skip
 
 
@@ -186,7 +187,7 @@ def torchrun() -> tuple[str, dict[str, Any]]:
     return code_after_the_diff("Few labels with torchrun", **EARLY, **more), {
         "torch": torch, "Path": Path, "os": os, "dist": dist, "MyUNet": unet,
         "DistributedDataParallel": nn.parallel.DistributedDataParallel,
-        "train_loader": loader(Slices(12, pair), 2), "unlabelled_loader": loader(Slices(28, alone, 1), 4),
+        "train_loader": loader(Slices(12, pair), 2), "unlabelled_loader": loader(Slices(36, alone, 1), 4),
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import few_labels_worker as few
 import torch
 import torch.distributed as dist
 from frameworks_page import code_after_the_diff
@@ -163,13 +164,43 @@ def lightning(folder: Path) -> Any:
     return run.found({"model": module.net, "ds": module.ds, "reseg": module.reseg})
 
 
+def few_labels(make: Callable[[], tuple[str, dict[str, Any]]], folder: Path, **more: str) -> Any:
+    """A page's code for few labels, whose processes begin with other weights."""
+    code, names = make()
+    for old, new in more.items():
+        assert old in code, old
+        code = code.replace(old, new)
+    os.chdir(folder)
+    found = few.Run(dist.get_rank(), None).execute(code, names)
+    # running statistics are each process's own, the model's till the next forward
+    model, average = ([v for k, v in found[part].items() if "running" not in k] for part in ("model", "average"))
+    parts = {"model": model, "ds": found["heads"], "teacher": average}
+    return {**parts, "losses": found["losses"], "calls": len(found["losses"])}
+
+
+def few_labels_in_lightning(folder: Path) -> Any:
+    processes = "accelerator='cpu', devices=2, strategy='ddp', "
+    return few_labels(few.lightning, folder, **{"accelerator='cpu', ": processes})
+
+
+def few_labels_in_monai(folder: Path) -> Any:
+    return few_labels(few.monai, folder, **{"train_loader, net": "train_loader, DistributedDataParallel(net)"})
+
+
+def few_labels_in_hugging_face(folder: Path) -> Any:
+    return few_labels(few.huggingface, folder, **{"use_cpu=True": "use_cpu=True, ddp_backend='gloo'"})
+
+
 def part(step: int) -> tuple[Tensor, Tensor]:
     image, label = batch(n=4, seed=step)
     mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     return image[mine], label[mine]
 
 
-CHECKS: list[Callable[[Path], Any]] = [ddp, fsdp2, accelerate, monai_engine, lightning]
+CHECKS: list[Callable[[Path], Any]] = [
+    ddp, fsdp2, accelerate, monai_engine, lightning,
+    few_labels_in_lightning, few_labels_in_monai, few_labels_in_hugging_face,
+]  # fmt: skip
 
 
 def main(folder: Path) -> None:

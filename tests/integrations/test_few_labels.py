@@ -16,7 +16,7 @@ from launch import TORCHRUN, environment
 
 # framework: (what to import, steps before the first checkpoint, steps in all)
 FRAMEWORKS = {
-    "lightning": ("lightning", 4, 12),
+    "lightning": ("lightning", 5, 15),
     "lightning_by_steps": ("lightning", 2, 9),
     "monai": ("ignite", 3, 9),
     "huggingface": ("transformers", 2, 9),

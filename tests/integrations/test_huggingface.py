@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch
+from models import UNet, batch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -136,14 +136,23 @@ def test_the_step_is_the_plain_loops_step(tmp_path, make, accumulate):
     assert trainer.semi.stats()["unlabelled"] > 0
 
 
+class Plain(UNet):
+    """A module that is not theirs, and has levels for heads."""
+
+    def forward(self, pixel_values: Tensor, labels: Any = None) -> Any:
+        return {"logits": super().forward(pixel_values)}
+
+
 def test_the_heads_are_in_the_optimizer_that_the_trainer_makes(tmp_path):
-    trainer = made(tmp_path)
+    trainer = made(tmp_path, lambda: Plain(3))
     before = [p.detach().clone() for p in trainer.semi.parameters()]
     trainer.train()
-    known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert {id(p) for p in trainer.semi.parameters()} <= known
-    if before:
-        assert not same(before, trainer.semi.parameters())
+    known = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(known) == len(set(known))
+    assert {id(p) for p in trainer.semi.parameters()} < set(known)
+    assert not any(torch.equal(x, y) for x, y in zip(before, trainer.semi.parameters(), strict=True))
+    trainer.train()  # once more
+    assert [id(p) for group in trainer.optimizer.param_groups for p in group["params"]] == known
 
 
 def test_evaluation_and_what_is_saved_are_the_mean_teacher(tmp_path):

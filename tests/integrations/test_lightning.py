@@ -436,6 +436,11 @@ def test_the_best_checkpoint_is_the_mean_teacher_that_was_validated(tmp_path):
     module.validated.clear()
     trainer.test(module, data(), verbose=False)
     assert same(module.validated[0], checkpoint["state_dict"].values()), "they are the module's now"
+    other = Bare()
+    module.load_state_dict(other.state_dict())
+    module.validated.clear()
+    trainer.test(module, data(), verbose=False)
+    assert same(module.validated[0], weights(other.net))
 
 
 def save(trainer: Any, module: FewLabels, folder: Path) -> None:

@@ -274,7 +274,7 @@ class FewLabels:
         self.loader = DataLoader(Dataset([{"image": x, "label": y[None]} for x, y in zip(image, label)]), batch_size=2)
         self.handler = SemiSupervisedHandler(self.semi, unlabelled_images())
         self.outputs: list[Any] = []
-        arguments = {"loss_function": self.semi.loss_of, "train_handlers": [self.handler, *handlers], **kwargs}
+        arguments = {"loss_function": self.semi.loss, "train_handlers": [self.handler, *handlers], **kwargs}
         self.trainer = SupervisedTrainer(DEVICE, epochs, self.loader, self.net, self.optimizer, **arguments)
 
     def run(self) -> FewLabels:
@@ -314,7 +314,7 @@ def test_the_trainers_output_is_of_the_labelled_images_and_the_trainer_is_left_a
         assert same([x["image"].cpu() for x in out], part["image"])
         assert same([x["label"].cpu() for x in out], part["label"])
     assert 0 <= few.trainer.state.metrics["dice"] <= 1
-    assert few.trainer.loss_function == few.semi.loss_of
+    assert few.trainer.loss_function == few.semi.loss
     few.semi.update()  # nobody else calls it now
     few.trainer.state.max_epochs = 2
     few.trainer.run()
@@ -374,7 +374,7 @@ def test_the_evaluator_sees_the_mean_teacher_and_saves_its_best(tmp_path):
 
 
 def test_wrong_uses_with_unlabelled_images_say_what_to_do():
-    with pytest.raises(ReSegError, match=r"give the trainer loss_function=semi.loss_of.*task_loss="):
+    with pytest.raises(ReSegError, match=r"give the trainer loss_function=semi.loss,.*task_loss="):
         FewLabels(loss_function=dice_ce).run()
     other = FewLabels()
     few = FewLabels()

@@ -216,8 +216,7 @@ def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes
 
 def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    found = re.findall(r"```python\n(.*?)```", section("nnU-Net v2"), re.DOTALL)
-    (code,) = [code for code in found if "nnUNetTrainerReSeg" in code]
+    (code,) = re.findall(r"```python\n(.*?)```", section("nnU-Net with the alignment"), re.DOTALL)
     (tmp_path / "my_trainers").mkdir()
     (tmp_path / "my_trainers" / "mine.py").write_text(code)
     paths = [str(tmp_path / "my_trainers"), str(printer.folder())]

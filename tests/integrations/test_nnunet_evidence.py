@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,13 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
 ]
+
+
+@pytest.fixture
+def nnunet(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script; nothing later finds the checkout by its path, so that the installed package stays the one tested."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
+    return importlib.import_module("benchmarks.nnunet")
 
 
 def write_native(path: Path) -> None:
@@ -49,9 +59,7 @@ def write_native(path: Path) -> None:
     np.savez(path, webp=np.concatenate(blobs), ends=ends, labels=labels, **everything)
 
 
-def test_the_rows_run_are_gone_on_with_and_reported(one_process, monkeypatch, tmp_path, capsys):
-    from benchmarks import nnunet
-
+def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeypatch, tmp_path, capsys):
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "")  # the script sets them
     write_native(tmp_path / "acdc_native.npz")
@@ -104,14 +112,10 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, monkeypatch, tm
 
 
 def _of_one_seed(row: Any) -> Any:
-    from dataclasses import replace
-
     return replace(row, seeds=row.seeds[:1])
 
 
-def test_rows_and_pairs_hold_together():
-    from benchmarks import nnunet
-
+def test_rows_and_pairs_hold_together(nnunet):
     names = [row.name for row in nnunet.ROWS]
     assert len({*names}) == len(names)
     assert {name for pair in nnunet.PAIRS for name in pair} == {*names}
@@ -122,13 +126,11 @@ def test_rows_and_pairs_hold_together():
             assert nnunet.named(other).task == row.task
 
 
-def test_volumes_come_back_as_nnunet_reads_them(tmp_path):
+def test_volumes_come_back_as_nnunet_reads_them(nnunet, tmp_path):
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 
-    from benchmarks.nnunet import write_nifti
-
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    write_nifti(tmp_path / "a.nii.gz", array, (10.0, 1.5, 1.25))
+    nnunet.write_nifti(tmp_path / "a.nii.gz", array, (10.0, 1.5, 1.25))
     image, about = NibabelIO().read_images([str(tmp_path / "a.nii.gz")])
     assert np.array_equal(image[0], array)
     assert about["spacing"] == [10.0, 1.5, 1.25]

@@ -72,16 +72,20 @@ import random
 import numpy, torch
 from reseg_loss.integrations.nnunet.semi import nnUNetTrainerSemi
 
+def seed(number):
+    for function in (random.seed, numpy.random.seed, torch.manual_seed):
+        function(number)
+
 class nnUNetTrainerSemiTiny(nnUNetTrainerSemi):
     threshold = 0.4
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):  # as nnU-Net reads them
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 4, 3, 1
         self.save_every = 1
+        seed(0)
     def on_epoch_start(self):
         super().on_epoch_start()
-        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-            seed(self.current_epoch)
+        seed(self.current_epoch)
 """
 SLOW = """
 class nnUNetTrainerSemiTiny(nnUNetTrainerSemiTiny):
@@ -95,7 +99,9 @@ WITHOUT_US = "import sys; sys.modules['reseg_loss'] = None; from nnunetv2.infere
 
 
 def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_library(folders, monkeypatch, tmp_path):
-    """As the page has them; the trainer has few steps and slower ones for the run that is killed."""
+    """As the page has them; the trainer has few steps, and endless ones for the run that is killed."""
+    for command in ("plan_and_preprocess -d", "train 27 2d 0 -tr nnUNetTrainerSemi", "predict -d", "nnunet prepare 27"):
+        assert command in section("nnU-Net with unlabelled images")
     programs = Path(sys.executable).parent
     shutil.copytree(folders / "raw", tmp_path / "raw")
     for name in ("raw", "preprocessed"):
@@ -107,13 +113,14 @@ def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_
     tiny.shrink_plans(tmp_path / "preprocessed")
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     ours = (sys.executable, "-m", "reseg_loss.integrations.nnunet")
-    assert "WARNING" not in run(*ours, "prepare", tiny.ID).stdout
+    # elsewhere, for -m would find the checkout's package where it is run
+    assert "WARNING" not in run(*ours, "prepare", tiny.ID, "-np", "2", cwd=tmp_path).stdout
     fast, slow = tmp_path / "fast", tmp_path / "slow"
     for folder, code in ((fast, TRAINERS), (slow, TRAINERS + SLOW)):
         folder.mkdir()
         (folder / "mine.py").write_text(code)
     monkeypatch.setenv("nnUNet_extTrainer", str(fast))
-    line = run(*ours).stdout.strip()
+    line = run(*ours, cwd=tmp_path).stdout.strip()
     paths = line.removeprefix("export nnUNet_extTrainer=")
     assert paths.split(os.pathsep) == [str(fast), str(command_line.folder())]
 
@@ -604,17 +611,16 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
 def test_compiled_networks_have_a_compiled_mean_teacher(folders, monkeypatch, tmp_path):
     """nnU-Net compiles on GPUs only; here it is told to on the CPU, with the backend that needs no compiler."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **_: compiler(module, backend="eager"))
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    compiler, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda what, **_: compiled.append(what) or compiler(what, backend="eager"))
     made = make("3d_fullres")
     made._do_i_compile = lambda: True  # noqa: SLF001 - nnU-Net's own switch, and it has no other
     kept: dict[str, Any] = {}
     tiny.note_at_the_end(made, kept)
     tiny.train(made)
     assert type(made.network).__name__ == "OptimizedModule"
-    assert len(compiled) == 1
+    # the network and both losses are modules, the mean teacher's forward is a function
+    assert sum(not isinstance(what, torch.nn.Module) for what in compiled) == 1
     final = file_of(made, "final")
     monkeypatch.undo()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "plain"))
@@ -638,8 +644,7 @@ def test_processes_feed_the_images_and_end(folders, monkeypatch, tmp_path):
 
 def test_the_pages_subclass_is_found(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    text = section("nnU-Net v2")
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if SEMI in code]
+    (code,) = re.findall(r"```python\n(.*?)```", section("nnU-Net with unlabelled images"), re.DOTALL)
     (tmp_path / "my_trainers").mkdir()
     (tmp_path / "my_trainers" / "mine.py").write_text(code)
     paths = [str(tmp_path / "my_trainers"), str(command_line.folder())]

@@ -67,10 +67,9 @@ def prepare(
         print(f"{splits_file}: folds of {len(groups)} patients with {len(labelled)} cases")
     for line in warnings_of(labelled, cases, splits_file, pattern):
         print(f"WARNING: {line}")
+    processes = processes or default_num_processes
     for configuration in chosen:
-        preprocess(
-            cases, folder_of(done, configuration), plans, configuration, about, processes or default_num_processes
-        )
+        preprocess(cases, folder_of(done, configuration), plans, configuration, about, processes)
 
 
 def _configurations(plans: Any, names: Sequence[str] | None, done: Path) -> list[Any]:
@@ -137,8 +136,7 @@ def preprocess(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     work = [(str(folder / case), files, plans, configuration, about) for case, files in cases.items()]
-    bar = tqdm(total=len(work), desc=f"{configuration.data_identifier}, unlabelled")
-    with bar:
+    with tqdm(total=len(work), desc=f"{configuration.data_identifier}, unlabelled") as bar:
         if processes == 1:
             for arguments in work:
                 preprocess_case(*arguments)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from ...recording.copying import unwrap
 from . import progress, step, unlabelled
 from .checkpoints import finish, trainer_to_predict_with
 
-LOGGED = ("unlabelled_loss", "sure_share")
+LOGGED: tuple[str, ...] = ("unlabelled_loss", "sure_share")
 STUDENT = "reseg_student"  # in checkpoints
 
 
@@ -40,14 +39,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         rampup: the share of all epochs over which it grows to that (`reseg_loss.mixing.ramp_up`).
         threshold: the probability from which on a pseudo-label is sure.
         ema_decay: of the mean teacher, per step.
-        perturb: changes the mixed images, (B, C, *spatial) to the same shape; None leaves them as they are.
     """
 
     unlabelled_weight: float = 1.0
     rampup: float = 0.4
     threshold: float = 0.95
     ema_decay: float = 0.99
-    perturb: Callable[[Tensor], Tensor] | None = staticmethod(random_intensities)
 
     mean_teacher: MeanTeacher | None = None
     student_of_checkpoint: dict[str, Tensor] | None = None
@@ -128,13 +125,17 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         logits = logits if isinstance(logits, Tensor) else logits[0]
         ignored = self._ignored()
         target = step.pseudo_target(logits, self.threshold, ignored, self.label_manager.has_regions)
-        mixed, target = step.mixed(images, target, self.perturb)
+        mixed, target = step.mixed(images, target)
         self.loss.expect(step.downsampled(target, self._get_deep_supervision_scales()), self.factor())
-        data = torch.cat([batch["data"].to(self.device, non_blocking=True), mixed])
+        data = torch.cat([batch["data"].to(self.device, non_blocking=True), self.perturb(mixed)])
         outputs = super().train_step({**batch, "data": data})
         self.mean_teacher.update()
         values = self.loss.unlabelled, step.counted(target, ignored)
         return {**outputs, **{name: value.item() for name, value in zip(LOGGED, values)}}
+
+    def perturb(self, images: Tensor) -> Tensor:
+        """Other intensities of mixed images, (B, C, *spatial); it must leave everything where it is."""
+        return random_intensities(images)
 
     def factor(self) -> float:
         """The factor of the unlabelled loss in this epoch."""

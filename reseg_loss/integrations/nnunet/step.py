@@ -3,7 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def pseudo_target(logits: Tensor, threshold: float, ignored: int, regions: bool)
     """
     if not regions:
         return pseudo_label(logits, threshold, ignored).unsqueeze(1).to(torch.int16)
-    each = pseudo_label(logits.flatten(0, 1).unsqueeze(1), threshold, NOT_SURE).view(logits.shape)
+    each = pseudo_label(logits, threshold, NOT_SURE, overlapping=True)
     return torch.cat([each == 1, (each == NOT_SURE).any(1, keepdim=True)], 1)
 
 
@@ -48,11 +48,10 @@ def counted(target: Tensor, ignored: int) -> Tensor:
     return 1 - left_out.float().mean()
 
 
-def mixed(images: Tensor, target: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Images and their target with boxes of others, the images' intensities changed."""
+def mixed(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and their target with boxes of others."""
     box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
-    images, target = mix(images, box), mix(target, box)
-    return (images if perturb is None else perturb(images)), target
+    return mix(images, box), mix(target, box)
 
 
 def downsampled(target: Tensor, scales: Sequence[Sequence[float]] | None) -> Tensor | list[Tensor]:

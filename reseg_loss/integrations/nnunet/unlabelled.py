@@ -17,8 +17,10 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from ...errors import ReSegError
 
-# what a configuration says beside how images are preprocessed
-OTHER = ("architecture", "batch_dice", "batch_size", "data_identifier", "median_image_size_in_voxels", "patch_size")
+OTHER = {  # what a configuration says beside how images are preprocessed
+    "architecture", "batch_dice", "batch_size", "data_identifier", "inherits_from", "median_image_size_in_voxels",
+    "next_stage", "patch_size", "previous_stage",
+}  # fmt: skip
 PREPARE = "python -m reseg_loss.integrations.nnunet prepare"
 
 

@@ -1,0 +1,99 @@
+"""The mean teacher by itself; what it does in a training, the tests of the losses that hold one say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import UNet, batch
+from torch import Tensor, nn
+
+from reseg_loss import ReSegError
+from reseg_loss.mean_teacher import MeanTeacher
+
+IMAGE = batch()[0]
+
+
+def test_it_averages_parameters_and_keeps_buffers():
+    model = UNet()
+    teacher = MeanTeacher(model, 0.75)
+    with torch.no_grad():
+        model.head.weight.add_(1)  # before the start: it becomes the model
+    teacher.update()
+    assert torch.equal(teacher.network.head.weight, model.head.weight)
+    average = model.head.weight.detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            model.head.weight.add_(1)
+            model.bottleneck[1].running_mean.add_(1)
+        teacher.update()
+        average = 0.75 * average + 0.25 * model.head.weight.detach()
+        torch.testing.assert_close(teacher.network.head.weight.detach(), average)
+    assert not torch.equal(teacher.network.bottleneck[1].running_mean, model.bottleneck[1].running_mean)
+    teacher.update(buffers=True)
+    assert torch.equal(teacher.network.bottleneck[1].running_mean, model.bottleneck[1].running_mean)
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+
+
+def test_it_predicts_in_the_models_modes_without_gradients():
+    torch.manual_seed(0)
+    model = UNet(dropout=0.5)
+    teacher = MeanTeacher(model, 0.9)
+    teacher.start()
+    model.bottleneck.eval()
+    byhand = copy.deepcopy(model)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found = teacher.predict(IMAGE)
+        torch.manual_seed(seed)
+        assert torch.equal(found, byhand(IMAGE))
+        assert not found.requires_grad
+    pairs = zip(teacher.network.buffers(), byhand.buffers(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs), "statistics of its own"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, ValueError, KeyError])
+def test_whatever_it_fails_by_is_said_of_the_images(error):
+    class Fussy(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[2] != 16:
+                raise error("my size is 16")
+            return super().forward(x)
+
+    teacher = MeanTeacher(Fussy(), 0.9)
+    teacher.predict(IMAGE)
+    with pytest.raises(ReSegError, match=rf"failed on unlabelled images of shape .*{error.__name__}: .*my size is 16"):
+        teacher.predict(IMAGE[..., :8, :8])
+
+
+@pytest.mark.parametrize("how", ["plain", "torch.compile", "model.compile"])
+def test_it_is_compiled_where_the_model_is(how):
+    model = run = UNet()
+    if how == "torch.compile":
+        run = torch.compile(model, backend="eager")
+    elif how == "model.compile":
+        model.compile(backend="eager")
+    network = MeanTeacher(run, 0.9).network  # pyright: ignore
+    assert (network._compiled_call_impl is not None) is (how != "plain")
+    assert type(network) is UNet
+    assert list(network.state_dict()) == list(model.state_dict())
+
+
+def test_a_model_that_has_changed_is_refused():
+    model = UNet()
+    teacher = MeanTeacher(model, 0.9)
+    teacher.start()
+    model.head = nn.Conv2d(4, 5, 1)
+    for use in (teacher.update, teacher.reset):
+        with pytest.raises(ReSegError, match="other parameters"):
+            use()
+    model.head = nn.Identity()
+    with pytest.raises(ReSegError, match="other modules"):
+        teacher.predict(IMAGE)
+    model = UNet()
+    teacher = MeanTeacher(model, 0.9)
+    teacher.start()
+    model.double()
+    with pytest.raises(ReSegError, match=r"to\(torch.float64\)"):
+        teacher.update()
