@@ -109,6 +109,7 @@ def test_the_controls_are_those_of_the_results():
 @pytest.mark.parametrize(
     ("start", "file", "precision", "compiled", "size"),
     [
+        ("| with unlabelled images |", "overhead_h200_semi.json", None, False, (6, 1)),
         ("| | U-Net, fp32 |", "overhead_h200.json", None, False, (8, 7)),
         ("| compiled student | U-Net |", "overhead_h200.json", CL, True, (8, 5)),
         ("| compiled student, H100 |", "overhead_h100_compiled.json", None, True, (8, 5)),
