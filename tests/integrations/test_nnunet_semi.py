@@ -108,7 +108,7 @@ def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     (tmp_path / "preprocessed").mkdir()
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    planning = ["-d", tiny.ID, "-c", "2d", "-npfp", "1", "-np", "1", "--verify_dataset_integrity"]
+    planning = ["-d", tiny.ID, "-c", "2d", "-npfp", "1", "-np", "1"]
     run(programs / "nnUNetv2_plan_and_preprocess", *planning)
     tiny.shrink_plans(tmp_path / "preprocessed")
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
