@@ -22,15 +22,15 @@ from .common.inputs import (
     value_of,
 )
 from .common.labels import plain_label, unwrapped
-from .common.outputs import activation_of, as_path, full_size, refuse_probabilities
+from .common.outputs import activation_of, as_path, ending_named, full_size, refuse_probabilities
 from .common.state import load_states
 from .errors import ReSegError, outline, warn
 from .mean_teacher import MeanTeacher
-from .mixing import boxes, mix, pixels_per_class, predicted, ramp_up, random_intensities, sure_label
+from .mixing import mix, pixels_per_class, predicted, ramp_up, random_boxes, random_intensities, sure_label
 from .recording.copying import compiler_of
 from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
-from .supervision import DeepSupervision, TaskLoss
+from .supervision import DeepSupervision, TaskLoss, refuse_other_heads
 
 INSTEAD = "another here: it need not be the same"  # where a task loss cannot leave a label value out
 FORGOTTEN_STEPS = 20  # changes of the parameters without `update`, after which we warn
@@ -157,7 +157,7 @@ class CutMixConsistency(Regularizer):
     @property
     def ending(self) -> str | None:
         """The path of the sigmoid or softmax module whose input the logits are; None where they are returned."""
-        return self.output.removeprefix("in:") if isinstance(self.output, str) else None
+        return ending_named(self.output)
 
     @property
     def ema_decay(self) -> float:
@@ -293,7 +293,7 @@ class CutMixConsistency(Regularizer):
         axes = images.ndim - 2
         if label.ndim <= axes or len(label) != len(images) or label.shape[-axes:] != images.shape[2:]:
             raise ReSegError(f"a pseudo-label is of the images {outline(images)}, got {outline(label)}")
-        box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+        box = random_boxes(images)
         return mix(images, box), mix(label, box)
 
     def select(self, output: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -447,9 +447,9 @@ class CutMixConsistency(Regularizer):
         Raises:
             ReSegError: it is no path, or that module is none, or no sigmoid or softmax.
         """
-        if not isinstance(output, str) or not output.startswith("in:"):
+        path = ending_named(output)
+        if path is None:
             return as_path(output), None
-        path = output.removeprefix("in:")
         endings = Ending(self._model, path), Ending(self.average, path, grad=False)
         if self._removed:
             for ending in endings:
@@ -495,13 +495,7 @@ class CutMixConsistency(Regularizer):
             return
         if not isinstance(deep, DeepSupervision):
             raise ReSegError(f"deep= is the model's DeepSupervision, got {type(deep).__name__}")
-        if deep.model is not self._model:
-            raise ReSegError("deep= is the deep supervision of another model; build it for this one")
-        if deep.ignore_index != self.ignore_index:
-            raise ReSegError(
-                f"deep supervision has ignore_index={deep.ignore_index}, this {self.ignore_index}, which marks pixels "
-                f"that must not count there either: build DeepSupervision(..., ignore_index={self.ignore_index})"
-            )
+        refuse_other_heads(deep, self._model, self.ignore_index)
         if self._endings is not None and deep.ending != self.ending:
             raise ReSegError(
                 f"the logits are what the module {self.ending!r} takes in, while the heads of deep supervision give "

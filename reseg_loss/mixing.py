@@ -37,6 +37,11 @@ def boxes(u: Tensor, spatial: Sequence[int]) -> Tensor:
     return inside
 
 
+def random_boxes(images: Tensor) -> Tensor:
+    """`boxes` of images (B, C, *spatial) with numbers from torch's default generator."""
+    return boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+
+
 def mix(x: Tensor, box: Tensor) -> Tensor:
     """`x` with the sample before it (of the first: the last one) inside each sample's box.
 

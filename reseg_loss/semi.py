@@ -16,6 +16,7 @@ from .common.outputs import (
     activation_of,
     as_path,
     coarser_outputs,
+    ending_named,
     full_size,
     in_training,
     loss_of_logits,
@@ -27,7 +28,7 @@ from .mixing import pixels_per_class, random_intensities
 from .recording.copying import compiler_of
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer
-from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss
+from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss, refuse_other_heads
 from .task_losses import BinaryCrossEntropyDiceLoss, CrossEntropyDiceLoss
 
 OURS = (CrossEntropyDiceLoss, BinaryCrossEntropyDiceLoss)  # which take logits, whatever a model ends in
@@ -149,7 +150,8 @@ class SemiSupervised(Regularizer):
         if example_input is not None:
             output, deep = self._look(example_input, output, deep, ignore_index)
         if isinstance(deep, DeepSupervision):
-            self._deep, self._supervised = _checked(deep, self._model, ignore_index), "heads"
+            refuse_other_heads(deep, self._model, ignore_index)
+            self._deep, self._supervised = deep, "heads"
         elif deep is None:
             self._supervised = self._supervised or "nothing"
         elif deep != "auto":
@@ -455,13 +457,14 @@ class SemiSupervised(Regularizer):
         self, example: Any, output: Any, deep: DeepSupervision | Literal["auto"] | None, ignore_index: int
     ) -> tuple[Any, DeepSupervision | Literal["auto"] | None]:
         """`output` and `deep` as the model wants them, by one forward in training."""
-        image, returned, made = in_training(self._model, example)
+        ran = in_training(self._model, example)
+        image, returned = ran.image, ran.output
         spatial = tuple(image.shape[2:])
-        named = output.removeprefix("in:") if isinstance(output, str) and output.startswith("in:") else None
+        named = ending_named(output)
         path = None if named is not None else as_path(output)
         logits = full_size(returned, len(image), spatial, path)
-        module = next((name for name, tensor in made.items() if tensor is logits), None)
-        if named is not None and made.get(named) is not logits:
+        module = ran.module_of(logits)
+        if named is not None and ran.made.get(named) is not logits:
             told = "of none" if module is None else f"of {module!r}"
             raise ReSegError(
                 f"output={output!r}: the model's output does not come out of a sigmoid or softmax module {named!r}, "
@@ -479,7 +482,7 @@ class SemiSupervised(Regularizer):
             )
         if deep != "auto":
             return output, deep
-        if not (isinstance(output, str) and output.startswith("in:")) and coarser_outputs(returned, logits):
+        if ending_named(output) is None and coarser_outputs(returned, logits):
             self._supervised = "outputs"
             return output, None
         try:
@@ -519,7 +522,7 @@ class SemiSupervised(Regularizer):
             deep.load_state_dict(state["deep"])
         try:
             if deep is not None:
-                _checked(deep, self._model, known)
+                refuse_other_heads(deep, self._model, known)
             self._consistency.load_state_dict(state["consistency"])
         except Exception:
             if deep is not None:
@@ -567,17 +570,6 @@ def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
     if len(set(values.values())) > 1:
         raise ReSegError(f"the two losses leave different label values out, {values}; give both the same ignore_index")
     return next(iter(values.values()), IGNORED)
-
-
-def _checked(deep: DeepSupervision, model: nn.Module, ignore_index: int) -> DeepSupervision:
-    if deep.model is not model:
-        raise ReSegError("deep= is the deep supervision of another model; build it for this one")
-    if deep.ignore_index != ignore_index:
-        raise ReSegError(
-            f"deep supervision has ignore_index={deep.ignore_index}, and pixels that are not sure have {ignore_index}, "
-            f"which must not count there either: build DeepSupervision(..., ignore_index={ignore_index})"
-        )
-    return deep
 
 
 def _counters(unsure: list[int] | None, labelled: list[bool] | None) -> tuple[Tensor | None, Tensor | None]:

@@ -392,6 +392,17 @@ def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[in
         )
 
 
+def refuse_other_heads(deep: DeepSupervision, model: nn.Module, ignore_index: int) -> None:
+    """Raise a ReSegError unless heads are of this model and leave out the pixels that are not sure."""
+    if deep.model is not model:
+        raise ReSegError("deep= is the deep supervision of another model; build it for this one")
+    if deep.ignore_index != ignore_index:
+        raise ReSegError(
+            f"deep supervision has ignore_index={deep.ignore_index}, and pixels that are not sure have {ignore_index}, "
+            f"which must not count there either: build DeepSupervision(..., ignore_index={ignore_index})"
+        )
+
+
 def coarse_loss(logits: Tensor, label: Tensor, task_loss: TaskLoss, ignore_index: int | None, where: str) -> Tensor:
     """The task loss of logits (B, classes, *size) on a label of the image's size, by nearest neighbour; a scalar.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reseg_loss import CutMixConsistency
-from reseg_loss.mixing import boxes
+from reseg_loss.mixing import random_boxes
 
 
 class CopyPaste(CutMixConsistency):
@@ -19,7 +19,7 @@ class CopyPaste(CutMixConsistency):
 
     def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """With what is labelled instead of among themselves."""
-        box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+        box = random_boxes(images)
         return pasted(images, label, self.labelled, box)
 
 

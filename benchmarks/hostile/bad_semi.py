@@ -102,20 +102,17 @@ def steps() -> Iterator[Attempt]:
         yield Attempt(target, title, lambda o=options: check_semi(*semi_supervised(**o)), true, NEVER)
     for name in (target, "SemiSupervised.mix", "SemiSupervised.loss_of"):
         by_halves = name != target
-        yield Attempt(
-            name,
-            "a weight",
-            lambda h=by_halves: check_semi(*semi_supervised(weight=0.25), factor=0.25, halves=h),
-            true,
-            NEVER,
-        )
-        yield Attempt(
-            name,
-            "a ramp",
-            lambda h=by_halves: check_semi(*semi_supervised(rampup_steps=10), factor=0.006737946999, halves=h),
-            true,
-            NEVER,
-        )
+        for title, options, factor in (
+            ("a weight", {"weight": 0.25}, 0.25),
+            ("a ramp", {"rampup_steps": 10}, 0.006737946999),
+        ):
+            yield Attempt(
+                name,
+                title,
+                lambda o=options, f=factor, h=by_halves: check_semi(*semi_supervised(**o), factor=f, halves=h),
+                true,
+                NEVER,
+            )
         yield Attempt(
             name, "weight 0", lambda h=by_halves: check_semi(*semi_supervised(weight=0), halves=h), true, NEVER
         )

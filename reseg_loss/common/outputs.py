@@ -144,6 +144,10 @@ class Ran(NamedTuple):
     output: Any
     made: dict[str, Any]
 
+    def module_of(self, tensor: Tensor) -> str | None:
+        """The path of the sigmoid or softmax module that gave a tensor; None if none did."""
+        return next((name for name, given in self.made.items() if given is tensor), None)
+
 
 def in_training(model: nn.Module, example_input: Any) -> Ran:
     """A forward of a model in training, with its history. An image alone is doubled, for the statistics of training.
@@ -177,13 +181,12 @@ def trained_ending(model: nn.Module, example_input: Any, evaluated: str | None) 
     """
     if evaluated is None:
         return None, None
-    image, output, made = in_training(model, example_input)
-    spatial = tuple(image.shape[2:])
-    activation = common_activation(output, spatial)
+    ran = in_training(model, example_input)
+    spatial = tuple(ran.image.shape[2:])
+    activation = common_activation(ran.output, spatial)
     if activation is None:
         return None, None
-    chosen = select_output(output, len(image), spatial)
-    return activation, next((name for name, tensor in made.items() if tensor is chosen), None)
+    return activation, ran.module_of(select_output(ran.output, len(ran.image), spatial))
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -234,6 +237,11 @@ def refuse_probabilities(activation: str | None, what: str, model: nn.Module) ->
         "nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, smp's DiceLoss with from_logits=True, MONAI's with softmax=True or "
         "sigmoid=True"
     )
+
+
+def ending_named(output: Any) -> str | None:
+    """The module's path in an `output` that names one, "in:" before it; None for a path into what is returned."""
+    return output.removeprefix("in:") if isinstance(output, str) and output.startswith("in:") else None
 
 
 def as_path(output: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:

@@ -11,7 +11,7 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from torch import Tensor, nn
 
 from ...errors import ReSegError
-from ...mixing import boxes, mix, pseudo_label
+from ...mixing import mix, pseudo_label, random_boxes
 
 NOT_SURE = 255  # of a region, before it becomes the channel of what is ignored
 
@@ -50,7 +50,7 @@ def counted(target: Tensor, ignored: int) -> Tensor:
 
 def mixed(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Images and their target with boxes of others."""
-    box = boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
+    box = random_boxes(images)
     return mix(images, box), mix(target, box)
 
 
