@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -11,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
 DATASET, ID = "Dataset901_Tiny", "901"
 LABELS = {"background": 0, "outer": 1, "inner": 2, "rim": 3}
 CPU = torch.device("cpu")
+MARKS = [  # of every test that runs nnU-Net
+    pytest.mark.nnunet,
+    pytest.mark.skipif(
+        importlib.util.find_spec("nnunetv2") is None,
+        reason="needs nnunetv2, in an environment of its own: pip install '.[nnunet]' pytest",
+    ),
+    pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
+]
 
 
 def write_dataset(

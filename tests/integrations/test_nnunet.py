@@ -5,7 +5,7 @@ Its requirements differ from ours, so it has an environment of its own: pip inst
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import sys
@@ -23,14 +23,7 @@ from nnunet_tiny import equal, predict
 from reseg_loss.integrations.nnunet import __main__ as printer
 from reseg_loss.integrations.nnunet.checkpoints import trainer_to_predict_with
 
-pytestmark = [
-    pytest.mark.nnunet,
-    pytest.mark.skipif(
-        importlib.util.find_spec("nnunetv2") is None,
-        reason="needs nnunetv2, in an environment of its own: pip install '.[nnunet]' pytest",
-    ),
-    pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
-]
+pytestmark = tiny.MARKS
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import json
 import re
@@ -16,14 +15,7 @@ import nnunet_tiny as tiny
 import numpy as np
 import pytest
 
-pytestmark = [
-    pytest.mark.nnunet,
-    pytest.mark.skipif(
-        importlib.util.find_spec("nnunetv2") is None,
-        reason="needs nnunetv2, in an environment of its own: pip install '.[nnunet]' pytest",
-    ),
-    pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
-]
+pytestmark = tiny.MARKS
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import json
 import os
 import pickle
@@ -30,14 +30,7 @@ from reseg_loss.integrations.nnunet import __main__ as command_line
 from reseg_loss.mean_teacher import MeanTeacher
 from reseg_loss.mixing import boxes, mix, perturb_intensities
 
-pytestmark = [
-    pytest.mark.nnunet,
-    pytest.mark.skipif(
-        importlib.util.find_spec("nnunetv2") is None,
-        reason="needs nnunetv2, in an environment of its own: pip install '.[nnunet]' pytest",
-    ),
-    pytest.mark.filterwarnings("default"),  # nnU-Net and its libraries warn a lot
-]
+pytestmark = tiny.MARKS
 
 SEMI = "nnUNetTrainerSemi"
 REGIONS = {
