@@ -94,6 +94,18 @@ def scores_of(names: Sequence[str]) -> list[Scores]:
     return [select(plan, lines, plan.decide_on) for plan in plans]
 
 
+def difference(plans: Sequence[Scores], variant: str, reference: str, pairs: int = 8) -> str | None:
+    """A variant's paired difference to the reference, of the first plan that has it; None where none has."""
+    for scores in plans:
+        for name in (variant, f"{variant}, for free"):
+            if name in scores.lines:
+                found = paired(scores.values(name, "mean_dsc"), scores.values(reference, "mean_dsc"))
+                assert found is not None
+                assert found.pairs == pairs, (scores.plan.name, name)
+                return str(found)
+    return None
+
+
 def check_accuracy(cells: list[list[str]], plans: Sequence[Sequence[str]]) -> None:
     """A table with a column for each group of plans: DSC of the bare run, and paired differences over 8 seeds."""
     columns = [scores_of(names) for names in plans]
@@ -103,12 +115,77 @@ def check_accuracy(cells: list[list[str]], plans: Sequence[Sequence[str]]) -> No
     for row, *values in rows:
         variant, reference = VARIANTS[row]
         for value, each in zip(values, columns, strict=True):
-            known = [(s, name) for s in each for name in (variant, f"{variant}, for free") if name in s.lines]
-            if value or known:
-                scores, name = known[0]
-                difference = paired(scores.values(name, "mean_dsc"), scores.values(reference, "mean_dsc"))
-                assert difference is not None
-                assert (value, difference.pairs) == (str(difference), 8), (row, scores.plan.name)
+            assert value == (difference(each, variant, reference) or ""), row
+
+
+def check_rows(cells: list[list[str]], files: Sequence[str]) -> None:
+    """A table of the eager U-Net's steps in bf16 with channels last: time and peak memory over the bare step's."""
+    known: dict[str, tuple[str, str]] = {}
+    for file in files:
+        for r in json.loads((BENCHMARKS / "results" / file).read_text())["results"]:
+            if (r["model"], r["precision"], r["compiled"]) == ("U-Net", CL, False):
+                known.setdefault(r["row"], (f"{r['ratio']:.2f}", f"{r['peak_ratio']:.2f}"))
+    _, _, *lines = cells
+    assert 2 < len(lines) <= 8
+    for row, *values in lines:
+        assert tuple(values) == known[row], row
+
+
+def heldout(name: str) -> Scores:
+    """What was measured of a plan outside this repository."""
+    plan = read_plan(BENCHMARKS / "plans" / f"{name}.json")
+    lines = finished(read_lines(BENCHMARKS / "results" / "heldout_2026-11-29.jsonl"))
+    return select(plan, list(lines.values()), plan.decide_on)
+
+
+FIRST = {  # a row of the README's table, by data, patients and network: its plans
+    ("ACDC", "5", "U-Net"): SETTINGS[2],
+    ("ACDC", "70", "U-Net"): SETTINGS[5],
+    ("ACDC", "5", "Swin-UNet"): NETWORKS[2],
+    ("Sunnybrook", "5", "U-Net"): SETTINGS[3],
+    ("ACDC, tested on Sunnybrook", "15", "U-Net"): NETWORKS[5],
+    ("hippocampus, 3D", "5", "DynUNet"): NETWORKS[4],
+    ("CHAOS, abdominal MR", "3", "U-Net"): "h_chaos3",
+    ("BTCV, abdominal CT", "18", "U-Net"): "h_btcv18",
+}
+HEADED = (  # its columns of differences: with equal level weights, and with the earlier ones
+    ("paper", "paper"),
+    ("ds equal", "ds x2"),
+    ("ds equal + deep cutmix: its mean teacher", AVERAGE),
+)
+PAIRS = {"h_chaos3": 4, "h_btcv18": 2}  # others 8
+
+
+def check_settings(cells: list[list[str]]) -> None:
+    """The README's table with a row for each data set: DSC of the bare run, and what the losses gain over it."""
+    _, _, *lines = cells
+    assert [tuple(row[:3]) for row in lines] == list(FIRST)
+    for row in lines:
+        names = FIRST[row[0], row[1], row[2]]
+        plans = [heldout(names)] if isinstance(names, str) else scores_of(names)
+        assert row[3] == f"{fmean(plans[0].values('bare', 'mean_dsc').values()):.1f}", row
+        for value, (equal, earlier) in zip(row[4:], HEADED, strict=True):
+            pairs = PAIRS.get(plans[0].plan.name, 8)
+            measured = difference(plans, equal, "bare", pairs)
+            if measured is None and (older := difference(plans, earlier, "bare", pairs)):
+                measured = f"{older} †"
+            assert value == (measured or ""), (row, equal)
+
+
+def check_heldout(cells: list[list[str]]) -> None:
+    """The table of data that nothing was chosen on: of the seeds that have all variants."""
+    columns = [heldout(name) for name in ("h_chaos3", "h_btcv5", "h_btcv18")]
+    rows = ("bare", "paper", "standardized", "ds equal", "ds equal + deep cutmix: its mean teacher")
+    _, _, *lines, pairs = cells
+    for (_, *values), variant in zip(lines, rows, strict=True):
+        for value, scores, n in zip(values, columns, pairs[1:], strict=True):
+            if variant not in scores.lines:
+                assert value == ""
+                continue
+            bare, own = scores.values("bare", "mean_dsc"), scores.values(variant, "mean_dsc")
+            whole = bare.keys() & scores.values("ds equal", "mean_dsc").keys()
+            assert len(whole) == int(n)
+            assert value == (f"{fmean(bare[s] for s in whole):.1f}" if variant == "bare" else str(paired(own, bare)))
 
 
 def check_controls(cells: list[list[str]]) -> None:

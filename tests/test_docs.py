@@ -12,7 +12,17 @@ import docs_pages
 import pytest
 import torch
 from docs_pages import PAGES, blocks
-from measured import CL, NETWORKS, SETTINGS, check_accuracy, check_controls, check_costs, check_memory, table
+from measured import (
+    CL,
+    NETWORKS,
+    SETTINGS,
+    check_accuracy,
+    check_controls,
+    check_costs,
+    check_heldout,
+    check_memory,
+    table,
+)
 from models import UNet, batch, ignoring, loader
 from torch import nn
 
@@ -100,6 +110,10 @@ def test_the_messages_of_troubleshooting_are_the_librarys():
 @pytest.mark.parametrize(("start", "plans"), [("| augmentation |", SETTINGS), ("| network |", NETWORKS)])
 def test_the_accuracy_tables_are_those_of_the_results(start, plans):
     check_accuracy(table((PAGES / "explanation" / "measured.md").read_text(), start), plans)
+
+
+def test_the_table_of_unseen_data_is_that_of_the_results():
+    check_heldout(table((PAGES / "explanation" / "measured.md").read_text(), "| never seen before |"))
 
 
 def test_the_controls_are_those_of_the_results():

@@ -60,7 +60,7 @@ def _level(trunk: Trunk, floor: Floor, kind: Literal["skip", "block"]) -> tuple[
     decoder = _decoder(trunk, floor, encoder)
     if decoder is None:
         return None, where + "no module returns a feature of the decoder there"
-    if skip is None and decoder.channels != encoder.channels:
+    if not floor.skips and decoder.channels != encoder.channels:
         channels = f"{encoder.channels} and {decoder.channels}"
         return None, where + f"no skip connection, and {encoder} and {decoder} differ in channels ({channels})"
     note = ""

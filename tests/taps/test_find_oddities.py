@@ -1327,3 +1327,24 @@ def test_a_model_that_pads_inside_is_told_which_example_shows_its_u() -> None:
     with pytest.raises(TapError, match=r"pads inside, show it an example whose sides are multiples of 32"):
         find_taps(Padding(), torch.randn(1, 3, 50, 45))
     assert names(found(Padding(), 2, 3, 64, 64)) == NAMES
+
+
+class Recursive(nn.Module):
+    """Each level holds the next. No hook sees the skip (its ReLU is a function), and channels of a level differ."""
+
+    def __init__(self, c_in: int = 1, c_out: int = 3, width: int = 4, levels: int = 3) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(c_in, width, 3, padding=1)
+        self.inner = Recursive(width, width, 2 * width, levels - 1) if levels else nn.Identity()
+        self.up = nn.Conv2d(2 * width, c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down(x).relu()
+        x = F.interpolate(self.inner(F.max_pool2d(skip, 2)), scale_factor=2)
+        return self.up(torch.cat([skip, x], 1))
+
+
+def test_a_skip_that_no_hook_sees_joins_features_of_unequal_channels():
+    plan = found(Recursive(), 2, 1, 32, 32)
+    assert names(plan) == [("inner." * n + "down", "inner." * (n - 1) + "inner") for n in (1, 2, 3)]
+    assert [(level.encoder.channels, level.decoder.channels) for level in plan.levels] == [(8, 4), (16, 8), (32, 16)]
