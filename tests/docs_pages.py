@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 PAGES = Path(__file__).parents[1] / "docs" / "pages"
-SHORTER = {"STEPS = 800": "STEPS = 5", "steps=10_000": "steps=3", "epochs=50": "epochs=1, progress=False"}
+SHORTER = {
+    "STEPS = 800": "STEPS = 5",
+    "steps=10_000": "steps=3",
+    "epochs=50": "epochs=1, progress=False",
+    "epochs=150": "epochs=1, progress=False",
+}
 
 
 def blocks(page: str) -> list[str]:
