@@ -1,4 +1,4 @@
-"""Step 6: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
+"""Step 6: one encoder and one decoder tap per level, the bottleneck, and the message if there is no U."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .trunk import Trunk
 
 
 def choose_taps(graph: Graph, shape: Shape | None, encoder: Literal["skip", "block"]) -> TapPlan:
-    """The plan for a shape, every level in it.
+    """The plan for a shape, with all its levels.
 
     Raises:
-        TapError: fewer than two levels, a second descent, or a bottleneck that no hook sees or of a single cell.
+        TapError: there are fewer than two levels, or the resolution goes down a second time, or no hook sees the
+            bottleneck, or the bottleneck has a single cell.
     """
     if shape is None or shape.score() < 1:
-        what = "no decoder was found that goes up in resolution and takes in skip features"
+        what = "no decoder was found that goes up in resolution and receives skip features"
         if any(side % 32 for side in graph.image):  # which is all that such a model's features have in common
             what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
         raise TapError(_explain(graph, what))
@@ -35,19 +36,19 @@ def choose_taps(graph: Graph, shape: Shape | None, encoder: Literal["skip", "blo
     _check_single_descent(trunk)
     bottleneck = _bottleneck(trunk)
     if bottleneck is None:
-        raise TapError(_explain(graph, f"no hook sees the bottleneck, of size {trunk.size}"))
+        raise TapError(_explain(graph, f"no hook can see the bottleneck, of size {trunk.size}"))
     if len(levels) < 2:
         pairs = "; ".join(f"{level.spatial}: {level.encoder} and {level.decoder}" for level in levels) or "none"
-        what = f"two levels with an encoder and a decoder feature are needed, found {len(levels)} ({pairs})"
+        what = f"two levels with an encoder and a decoder feature are needed, but {len(levels)} found ({pairs})"
         raise TapError(_explain(graph, what, notes))
     if _widest_vanished(graph) >= bottleneck.channels:
         what = f"the example input, of size {graph.image}, is too small: a feature map shrinks to a single cell"
-        raise TapError(_explain(graph, what + "; use the size of training"))
+        raise TapError(_explain(graph, what + "; use the image size of training"))
     return TapPlan(tuple(levels), bottleneck, tuple(notes))
 
 
 def _level(trunk: Trunk, floor: Floor, kind: Literal["skip", "block"]) -> tuple[Level | None, str]:
-    """A level, or why there is none; and what to know of it."""
+    """A level, or None; and a note on it, or on why it was left out."""
     graph = trunk.graph
     name = f"level {'x'.join(map(str, floor.size))}"
     where = f"{name} left out: "
@@ -65,7 +66,7 @@ def _level(trunk: Trunk, floor: Floor, kind: Literal["skip", "block"]) -> tuple[
         return None, where + f"no skip connection, and {encoder} and {decoder} differ in channels ({channels})"
     note = ""
     if encoder is skip_tap and skip is not None and is_one_of_several(trunk, floor, skip):
-        note = f"{name}: several features of the encoder make the skip, which no hook sees; {encoder} is one of them"
+        note = f"{name}: the skip combines several encoder features, and no hook can see it; {encoder} is one of them"
     return Level(encoder.stride, floor.size, encoder, decoder), note
 
 
@@ -187,7 +188,7 @@ def _check_single_descent(trunk: Trunk) -> None:
             above = graph.size(source)
             if above and above != size and not trunk.pure[source] and covers(above, size):
                 what = f"the resolution goes down again after going up ({above} to {size}, in {graph.where(node)})"
-                raise TapError(_explain(graph, what + ": U-Nets in a row, or several branches; pass the U-Net inside"))
+                raise TapError(_explain(graph, what + ": several U-Nets or branches; pass the inner U-Net alone"))
 
 
 def _widest_vanished(graph: Graph) -> int:
@@ -202,7 +203,7 @@ def _widest_vanished(graph: Graph) -> int:
 
 
 def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
-    """`what` is wrong, and how to name taps by hand, with the modules that return a feature map, by size."""
+    """The message: `what` is wrong, how to name taps by hand, and the modules that return a feature map, by size."""
     listed: list[tuple[Size, int, Tap]] = []
     for call in graph.calls[1:]:
         around = {graph.size(node) for _, node in graph.calls[call.parent].outputs[:1]} if call.parent else set()
@@ -227,6 +228,6 @@ def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
             "Name the taps by hand: taps={'encoder': [...], 'decoder': [...], 'bottleneck': '...'}, finest first, one "
             "encoder and one decoder tap per level, of the same size. Modules that return a feature map, by size:",
             *(rows or ["  none"]),
-            "Without any taps, CutMixConsistency trains every segmentation network, if deep= is left out.",
+            "CutMixConsistency needs no taps if deep= is left out, so it works with every segmentation network.",
         ]
     )

@@ -62,9 +62,9 @@ def token_grids(image: Sequence[int]) -> dict[int, tuple[int, ...]]:
 def readings(
     shape: tuple[int, ...], batch: int, image: tuple[int, ...], grids: dict[int, tuple[int, ...]] | None = None
 ) -> list[Grid]:
-    """Every way in which a tensor of `shape` lies over a batch of images of size `image`, the likeliest first.
+    """Every layout that fits a tensor of `shape` for a batch of images of size `image`, the likeliest first.
 
-    Several are as likely where channels and sizes are equal: (B, 64, 64, 64) of 256x256 images is NCHW or NHWC.
+    Several are equally likely if channels and sizes are equal: (B, 64, 64, 64) of 256x256 images is NCHW or NHWC.
     `grids` adds token counts to those of `token_grids(image)`, for models with uncommon strides.
     """
     dims = len(image)
@@ -98,8 +98,8 @@ def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> t
     mixed = {grid for grid in itertools.product(*choices) if math.prod(grid) == count}
     if len(mixed) != 1:
         raise ReSegError(
-            f"{count} tokens do not tell their grid at stride {tuple(stride)} over an image of size {tuple(image)}; "
-            "pad the images to a multiple of the stride"
+            f"the grid of {count} tokens at stride {tuple(stride)} cannot be determined for an image of size "
+            f"{tuple(image)}; pad the images to a multiple of the stride"
         )
     return mixed.pop()
 
@@ -108,11 +108,11 @@ def to_channels_first(x: Tensor, layout: str, image: Sequence[int], stride: Sequ
     """`x` as (B, C, *spatial), a view where possible; `image` is the current input's spatial size.
 
     Raises:
-        ReSegError: unknown layout, a rank that contradicts it, or tokens whose grid cannot be told.
+        ReSegError: the layout is unknown, the rank contradicts it, or the grid of tokens cannot be determined.
     """
     dims = len(image)
     if layout not in LAYOUTS:
-        raise ReSegError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+        raise ReSegError(f"unknown layout {layout!r}; the layouts are {', '.join(LAYOUTS)}")
     rank = 3 if layout in TOKEN_LAYOUTS else dims + 1 if layout in NO_CHANNELS.values() else dims + 2
     if x.ndim != rank:
         raise ReSegError(f"a tensor of shape {tuple(x.shape)} is not {layout} over {dims} spatial axes")
