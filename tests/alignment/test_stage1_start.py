@@ -156,7 +156,7 @@ def test_a_function_turns_any_batch_into_image_and_label():
         fit([(image, label)], batch=lambda b: b[0])
     with pytest.raises(ReSegError, match=r"a label is a tensor.* got a str"):
         fit([(image, label)], batch=lambda b: (b[0], "label"))
-    with pytest.raises(ReSegError, match="batch= is a function"):
+    with pytest.raises(ReSegError, match="batch= must be a function"):
         fit([(image, label)], batch=4)
 
 

@@ -375,7 +375,7 @@ def test_a_function_takes_a_labelled_batch_of_another_form():
     others = [{"scan": image, "mask": label} for image, label in labelled]
     found = [*batches(others, unlabelled, steps=2, batch=lambda b: (b["scan"], b["mask"]))]
     assert all(torch.equal(part[0], image) for part, (image, _) in zip(found, labelled, strict=True))
-    with pytest.raises(ReSegError, match=r"give batches\(batch=...\) a function to \(image, label\): batch=lambda b"):
+    with pytest.raises(ReSegError, match=r"pass batches\(batch=...\) a function that .*: batch=lambda b"):
         next(iter(batches(others, unlabelled, steps=2)))
     with pytest.raises(ReSegError, match=r"from a batch to \(image, label\); it returned Tensor"):
         next(iter(batches(others, unlabelled, steps=2, batch=lambda b: b["scan"])))
@@ -399,7 +399,7 @@ def test_what_cannot_be_gone_round_is_refused():
         batches(3, unlabelled, steps=1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ReSegError, match="unlabelled is a loader that yields batches, got NoneType"):
         batches(labelled, None, steps=1)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ReSegError, match="batch= is a function"):
+    with pytest.raises(ReSegError, match="batch= must be a function"):
         batches(labelled, unlabelled, steps=1, batch="image")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ReSegError, match="the same loader; make two"):
         batches(unlabelled, unlabelled, steps=1)
@@ -430,13 +430,13 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     run(data, 3)
     state = data.state_dict()
     refused = {
-        "no state that state_dict": {"step": 3},
+        "not the state_dict": {"step": 3},
         "of a CutMixConsistency": {**state, "kind": "CutMixConsistency"},
         "format 2, not 1": {**state, "format": 2},
         "has no 'step'": {key: value for key, value in state.items() if key != "step"},
         "'step' of this state of a batches is '3'": {**state, "step": "3"},
         "used=-1": {**state, "labelled": {**state["labelled"], "used": -1}},
-        "unlabelled loader ends after 4 batches, of which the state had used 9": {
+        "unlabelled loader ends after 4 batches, but the state had used 9": {
             **state, "unlabelled": {**state["unlabelled"], "used": 9},
         },
     }  # fmt: skip
@@ -451,7 +451,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         assert_same_rng(before)
         assert other.step == 0
     assert [numbers(part[0]) for part in other] == expected
-    with pytest.raises(ReSegError, match=r"labelled loader has 0 torch.Generator of its own, that of the state had 1"):
+    with pytest.raises(
+        ReSegError, match=r"labelled loader has 0 torch.Generator of its own, but the state's loader had 1"
+    ):
         fresh(own=False).load_state_dict(state)
-    with pytest.raises(ReSegError, match="labelled loader ends after 1 batches, of which the state had used 3"):
+    with pytest.raises(ReSegError, match="labelled loader ends after 1 batches, but the state had used 3"):
         fresh(n=2).load_state_dict(state)

@@ -87,7 +87,7 @@ def test_a_model_whose_weights_are_not_finite_is_named(make):
     step = make(model)
     with torch.no_grad():
         next(model.encoder.parameters())[0] = float("nan")
-    with pytest.raises(ReSegError, match="the model gives NaN or infinite values for images that are finite"):
+    with pytest.raises(ReSegError, match="the model returns NaN or infinite values for finite images"):
         step(*batch())
 
 
@@ -116,7 +116,7 @@ def test_a_label_that_is_all_ignored_is_named_where_the_loss_is_nan_there():
     image, label = batch()
     step = heads(UNet(), ignoring)  # without ignore_index of its own
     step(image, label)
-    with pytest.raises(ReSegError, match=r"NaN or infinite for the head decoder_1.*ignore_index= of DeepSupervision"):
+    with pytest.raises(ReSegError, match=r"NaN or infinite for the head decoder_1.*ignore_index= to DeepSupervision"):
         step(image, torch.full_like(label, IGNORED))
     assert heads(UNet(), ignoring, ignore_index=IGNORED)(image, torch.full_like(label, IGNORED)) == 0
 
@@ -128,9 +128,9 @@ def test_a_model_that_is_moved_to_another_dtype_is_named_and_what_is_beside_it_c
     mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
     model.double()
     model(image)
-    with pytest.raises(ReSegError, match=r"features are torch.float64, the heads .* by ds.to\(torch.float64\)"):
+    with pytest.raises(ReSegError, match=r"features are torch.float64, the heads .*: ds.to\(torch.float64\)"):
         ds.loss(label, task_loss)
-    with pytest.raises(ReSegError, match=r"mean teacher's torch.float32.* by this loss's to\(torch.float64\)"):
+    with pytest.raises(ReSegError, match=r"mean teacher's are torch.float32.*: call to\(torch.float64\) of this loss"):
         mixed.loss(image, ignoring)
     for each in (ds, mixed):
         each.to(torch.float64)
@@ -139,7 +139,7 @@ def test_a_model_that_is_moved_to_another_dtype_is_named_and_what_is_beside_it_c
     assert mixed.loss(image, ignoring) >= 0
     model.bfloat16()
     mixed.to(torch.bfloat16)
-    with pytest.raises(ReSegError, match=r"bfloat16 parameters, in which the small steps"):
+    with pytest.raises(ReSegError, match=r"bfloat16 parameters, and the small steps"):
         mixed.update()
 
 
@@ -268,7 +268,7 @@ WRONG_KINDS: list[tuple[str, Callable[[UNet], Any]]] = [
     ("deep= is the model's DeepSupervision, got UNet", lambda m: unlabelled_with(m, deep=m)),
     ("num_classes='3'; it is a whole number >= 1", lambda m: DeepSupervision(m, num_classes="3")),  # pyright: ignore
     ("ignore_index=inf; it is a whole number", lambda m: DeepSupervision(m, ignore_index=float("inf"))),  # pyright: ignore
-    ("level_weights=0.5; give one for each", lambda m: DeepSupervision(m, level_weights=0.5)),  # pyright: ignore
+    ("level_weights=0.5; pass one weight for each", lambda m: DeepSupervision(m, level_weights=0.5)),  # pyright: ignore
     ("'decoder_0' is no head", lambda m: DeepSupervision(m, batch()[0]).weight_of("decoder_0")),
     ("epochs=1.5; it is a whole number >= 1", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1.5)),  # pyright: ignore
     ("steps=nan; it is a whole number", lambda m: ReSegWrapper(m).fit_recon([batch()], steps=NAN)),  # pyright: ignore
@@ -297,7 +297,7 @@ def test_a_weight_tensor_with_axes_is_refused():
 
 def test_nothing_is_built_in_inference_mode():
     for make in (alignment, heads, unlabelled):
-        with torch.inference_mode(), pytest.raises(ReSegError, match="build this outside it"):
+        with torch.inference_mode(), pytest.raises(ReSegError, match="build this outside inference mode"):
             make(UNet())
 
 

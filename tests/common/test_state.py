@@ -133,7 +133,7 @@ def test_states_of_each_other_are_told_apart(make, other):
     if make is other:
         holder.load_state_dict(state)
         return
-    assert refused(holder, state) == f"this state is of a {names[other]}, and a {names[make]} is to load it"
+    assert refused(holder, state) == f"this state is of a {names[other]}, but it is loaded into a {names[make]}"
 
 
 @of_all

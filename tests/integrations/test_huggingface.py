@@ -219,7 +219,7 @@ def test_a_call_of_update_while_it_trains_and_other_wrong_uses_are_refused(tmp_p
 
     trainer = made(tmp_path)
     trainer.__class__ = Twice
-    with pytest.raises(ReSegError, match=r"Twice calls update\(\) after each step of the optimizer"):
+    with pytest.raises(ReSegError, match=r"Twice calls update\(\) after each optimizer step"):
         trainer.train()
     trainer.semi.update()
 

@@ -374,7 +374,7 @@ def test_the_evaluator_sees_the_mean_teacher_and_saves_its_best(tmp_path):
 
 
 def test_wrong_uses_with_unlabelled_images_say_what_to_do():
-    with pytest.raises(ReSegError, match=r"give the trainer loss_function=semi.loss,.*task_loss="):
+    with pytest.raises(ReSegError, match=r"pass loss_function=semi.loss.*task_loss="):
         FewLabels(loss_function=dice_ce).run()
     other = FewLabels()
     few = FewLabels()
@@ -385,7 +385,7 @@ def test_wrong_uses_with_unlabelled_images_say_what_to_do():
         SemiSupervisedHandler(few.net, unlabelled_images())  # pyright: ignore[reportArgumentType]
     engine = Engine(lambda engine, x: None)
     few.handler.attach(engine)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ReSegError, match=r"use semi.loss in your own update function"):
+    with pytest.raises(ReSegError, match=r"call semi.loss in your own update function"):
         engine.run([0])
     with pytest.raises(ReSegError, match="state is of a SemiSupervised, and a SemiSupervisedHandler is to load"):
         few.handler.load_state_dict(few.semi.state_dict())

@@ -92,7 +92,7 @@ def test_copies_are_inert_and_hooks_go():
     model, ending = hooked()
     other = copy.deepcopy(model)
     out = other(IMAGE)
-    refused(ending, out, "a copy of a model has no hooks")
+    refused(ending, out, "A copy of a model has no hooks")
     ending.remove()
     ending.remove()
     refused(ending, model(IMAGE), "did not run")

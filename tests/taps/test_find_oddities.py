@@ -287,7 +287,7 @@ def test_opaque_kernels_are_bridged() -> None:
     assert str(plan.bottleneck) == "down.3"
     assert len(plan.notes) == 1
     assert plan.notes[0].startswith(
-        "told by shape, as a kernel before hides what it does: down.0 (NCHW), fuse.0 (NCHW)"
+        "layout inferred from the shape, because a kernel before it hides what it does: down.0 (NCHW), fuse.0 (NCHW)"
     )
 
 
@@ -299,8 +299,8 @@ def test_a_layout_that_is_given_is_not_told_by_shape() -> None:
     }
     plan = find_taps(Small(act=Opaque), torch.randn(2, 3, 32, 32), taps=named)
     assert plan.notes == (
-        "told by shape, as a kernel before hides what it does: fuse.1 (NCHW). "
-        "If a layout is not right, give it: Tap(..., layout=...)",
+        "layout inferred from the shape, because a kernel before it hides what it does: fuse.1 (NCHW). "
+        "If a layout is wrong, pass the right one: Tap(..., layout=...)",
     )
 
 
@@ -1081,7 +1081,7 @@ def test_the_list_in_an_error_shows_elements_of_tuples_and_the_error_what_still_
     message = str(raised.value)
     assert "16x16: blocks.0[0]\n" in message
     assert "8x8: blocks.1[0]\n" in message
-    assert "CutMixConsistency trains every segmentation network, if deep= is left out" in message
+    assert "CutMixConsistency needs no taps if deep= is left out" in message
 
 
 def test_one_level_is_not_enough_and_the_error_shows_it() -> None:
@@ -1133,7 +1133,7 @@ def test_keys_from_the_end_and_calls() -> None:
         ({"encoder": ["down"]}, "never calls 'down' itself, only modules inside it"),
         ({"encoder": ["pool@3"]}, r"'pool' is called 3 time\(s\)"),
         ({"encoder": ["down.0[1]"]}, r"'down.0' returns  \(2, 4, 32, 32\); choose"),
-        ({"encoder": ["down.0", "down.0.0"]}, "are both of size"),
+        ({"encoder": ["down.0", "down.0.0"]}, "both have size"),
         ({"encoder": ["down.3"]}, r"of size \(4, 4\), at which no decoder feature was found"),
         ({"encoder": ["down.0", "down.1"], "decoder": ["fuse.0"]}, "2 encoder taps and 1 decoder taps"),
         (
@@ -1142,7 +1142,7 @@ def test_keys_from_the_end_and_calls() -> None:
         ),
         ({"encodr": ["down.0"]}, "encodr"),
         ({"bottleneck": "in down"}, "no module 'in down'"),
-        *(({"bottleneck": bad}, "is no tap: write") for bad in ("down.3]", 3, None, [None])),
+        *(({"bottleneck": bad}, "is not a tap: write") for bad in ("down.3]", 3, None, [None])),
     ],
 )
 def test_wrong_names(taps: dict[str, Any], message: str) -> None:
@@ -1216,9 +1216,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["test_find_oddities:Smal"], "has no 'Smal'. Did you mean 'Small'"),
         (["test_find_oddities:conv"], "cannot be called so: missing a required argument: 'cin'. It takes (cin: "),
         (["test_find_oddities:Small", "wide=3"], "unexpected keyword argument 'wide'. It takes (width: "),
-        (["test_find_oddities:Small", "3"], "'3' is no argument of the model: write NAME=VALUE"),
-        (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: these are whole numbers"),
-        (["test_find_oddities:Small", "--shape=1,-3,32,32"], "--shape 1,-3,32,32: these are whole numbers from 1 on"),
+        (["test_find_oddities:Small", "3"], "'3' is not an argument of the model: write NAME=VALUE"),
+        (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: expected whole numbers"),
+        (["test_find_oddities:Small", "--shape=1,-3,32,32"], "--shape 1,-3,32,32: expected whole numbers >= 1"),
         (["test_find_oddities:NAMES"], "is list, not a class or a function"),
         (["test_find_oddities:Output", "features=1"], "returned Output, not a torch.nn.Module"),
     ],
