@@ -280,7 +280,7 @@ class CutMixConsistency(Regularizer):
         shares = self._per_class(label, classes) / taken
         mixed, label = self.exchange(images, label)
         mixed = self._perturbed(mixed)
-        refuse_not_finite(mixed, {}, "perturb= gave NaN or infinite values for images that are finite", first=first)
+        refuse_not_finite(mixed, {}, "perturb= returned NaN or infinite values for finite images", first=first)
         return Mixed(mixed, label, shares)
 
     def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,7 +405,7 @@ class CutMixConsistency(Regularizer):
         return super().stats() | {f"sure/{c}": share for c, share in enumerate(shares)}
 
     def _state(self) -> dict[str, Any]:
-        # but for `perturb`. Random numbers are torch's: save its states beside, as for dropout
+        # everything except `perturb`. Random numbers are torch's: save its random states, too, as for dropout
         return {
             "rampup_steps": self.rampup_steps,
             "ignore_index": self.ignore_index,

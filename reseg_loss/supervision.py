@@ -105,7 +105,7 @@ class DeepSupervision(Regularizer):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(model, weight)
-        parse_taps(taps)  # refuses what is no tap now, not later
+        parse_taps(taps)  # raises for invalid taps now, not later
         self._num_classes = (
             None if num_classes is None else check_number("num_classes", num_classes, least=1, whole=True)
         )
@@ -268,7 +268,7 @@ class DeepSupervision(Regularizer):
     def _state(self) -> dict[str, Any]:
         return {
             "num_classes": self.num_classes,
-            # also where they are the default, so that a state goes on as it was when that changes
+            # also if they are the default, so that a state stays the same when the default changes
             "level_weights": [self.weight_of(name) for name in self.heads],
             "ignore_index": self.ignore_index,
             "ending": self._ending,

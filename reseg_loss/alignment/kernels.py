@@ -345,7 +345,7 @@ def gradients(
     Args:
         pairs: as in `values`.
         upstream: (terms,) on the device.
-        kept: what `values` gave.
+        kept: what `values` returned.
         wanted: places in `pairs`.
     """
     terms, upstream = tuple(wanted), upstream.contiguous()

@@ -29,7 +29,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Set what `rng_state` gave."""
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(value, device)

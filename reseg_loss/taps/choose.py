@@ -71,13 +71,13 @@ def _level(trunk: Trunk, floor: Floor, kind: Literal["skip", "block"]) -> tuple[
 
 
 def _heavy(calls: list[tuple[Call, int]]) -> list[tuple[Call, int]]:
-    """Those with parameters, and not much fewer of them than the largest: blocks, not norms and activations."""
+    """The calls with at least 20 % of the parameters of the largest one: blocks, not norms and activations."""
     most = max((call.parameters for call, _ in calls), default=0)
     return [(call, node) for call, node in calls if call.parameters >= 0.2 * most and call.parameters > 0]
 
 
 def _block(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
-    """The last block of the encoder at a level, with the norm or activation that completes it."""
+    """The encoder's last block at a level, including the norm or activation that completes it."""
     graph = trunk.graph
     made = [
         (call, node)
@@ -95,7 +95,7 @@ def _block(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
 
 
 def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
-    """The decoder's last feature of a level after the merge and before the head, as wide as the encoder's if any is."""
+    """The decoder's last feature of a level after the merge and before the head; as wide as the encoder's if possible."""
     graph, merged, head = trunk.graph, floor.merged(), _head_start(trunk)
     body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
     made = [(node, tap) for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
@@ -110,9 +110,9 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
 
 
 def _head_start(trunk: Trunk) -> int:
-    """The first node of the head: the last module with parameters on the way to the output.
+    """The first node of the head, which is the last module with parameters on the way to the output.
 
-    Without it the head would be a decoder's feature in smp's FPN with vgg11_bn and in U-KAN.
+    Without this, the head would count as a decoder feature in smp's FPN with vgg11_bn and in U-KAN.
     """
     for node in trunk.path[:-1]:
         owner = trunk.folded.owner(node)
@@ -122,9 +122,9 @@ def _head_start(trunk: Trunk) -> int:
 
 
 def _inner(trunk: Trunk, floor: Floor, seen: list[int]) -> Tap | None:
-    """The last block at this level within the module that leaves it, where that module does most of the level's work.
+    """The last block at this level inside the module that leaves the level, if that module does most of its work.
 
-    Such a module upsamples at its end, as the stages of Swin-UNet do. `seen` are the level's nodes that modules return.
+    Such a module upsamples at its end, like the stages of Swin-UNet. `seen` are the level's nodes that modules return.
     """
     graph = trunk.graph
     above = trunk.path.index(floor.trunk[0]) - 1
@@ -149,7 +149,7 @@ def _inner(trunk: Trunk, floor: Floor, seen: list[int]) -> Tap | None:
 
 
 def _bottleneck(trunk: Trunk) -> Tap | None:
-    """The deepest feature: the end of the trunk, or where that is a concatenation or unseen, an operand of it."""
+    """The deepest feature: the end of the trunk, or one of its operands if it is a concatenation or no hook sees it."""
     graph, end = trunk.graph, trunk.graph.before_going_up(trunk.bottleneck)
     joined = graph.nodes[end].operator == "aten::cat"
     tap = tap_at(graph, end, inputs=not joined)
@@ -178,7 +178,7 @@ def _bottleneck(trunk: Trunk) -> Tap | None:
 
 
 def _check_single_descent(trunk: Trunk) -> None:
-    """Raises TapError if the resolution goes down again after it has gone up."""
+    """Raise a TapError if the resolution goes down again after it has gone up."""
     graph, leading = trunk.graph, trunk.graph.ancestors(trunk.graph.outputs)
     for node, pure in trunk.pure.items():
         size = graph.size(node)
@@ -192,7 +192,7 @@ def _check_single_descent(trunk: Trunk) -> None:
 
 
 def _widest_vanished(graph: Graph) -> int:
-    """The most channels of a map that a convolution or a max pooling shrank from a few cells to one."""
+    """The largest number of channels of any map that a convolution or max pooling shrank from a few cells to one."""
     rank, widest = len(graph.image) + 2, 0
     for node in graph.nodes:
         shrinks = node.operator.startswith(("aten::convolution", "aten::max_pool"))

@@ -1,4 +1,4 @@
-"""Any feature layout to channels-first, at the size of the current input.
+"""Convert any feature layout to channels-first, for the size of the current input.
 
 Layout names: NCHW and NCDHW (channels first), NHWC and NDHWC (channels last), NLC (tokens), CLS+NLC (tokens after
 one class token), NCL (tokens last), NHW and NDHW (a map without a channel axis).
@@ -24,7 +24,7 @@ MAX_STRIDE = 256
 
 
 class Grid(NamedTuple):
-    """How a tensor of a given shape lies over the image."""
+    """The layout of a tensor over the image."""
 
     spatial: tuple[int, ...]
     channels: int
@@ -33,10 +33,10 @@ class Grid(NamedTuple):
 
 
 def strides(spatial: Sequence[int], image: Sequence[int]) -> tuple[int, ...] | None:
-    """Integer strides per axis by which `spatial` is a feature map of `image`, or None.
+    """The integer stride per axis that makes `spatial` a feature map of `image`, or None.
 
-    A stride fits when the size is the image's divided by it, rounded either way. The same stride on every axis and
-    powers of two are preferred; different strides are accepted when each is a power of two.
+    A stride fits if the size is the image's divided by it, rounded up or down. The same stride on every axis and powers
+    of two are preferred. Different strides are accepted if each is a power of two.
     """
     sizes = list(zip(spatial, image))
     if len(spatial) != len(image) or max(spatial) < 2 or not all(1 <= size <= full for size, full in sizes):
@@ -50,7 +50,7 @@ def strides(spatial: Sequence[int], image: Sequence[int]) -> tuple[int, ...] | N
 
 
 def token_grids(image: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """{number of tokens: grid} for the power-of-two strides of `image`, the finest first where counts agree."""
+    """{number of tokens: grid} for the power-of-two strides of `image`; if counts agree, the finest grid."""
     grids: dict[int, tuple[int, ...]] = {}
     for stride in (1, 2, 4, 8, 16, 32, 64):
         for grid in (tuple(s // stride for s in image), tuple(-(-s // stride) for s in image)):
@@ -89,7 +89,7 @@ def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> t
     """The grid of `count` tokens at `stride` over an image of the current size.
 
     Raises:
-        ReSegError: no grid, or more than one, has that many cells.
+        ReSegError: no grid has that many cells, or several do.
     """
     choices = [(full // s, -(-full // s)) for full, s in zip(image, stride)]
     for grid in zip(*choices):  # all rounded down, or all up

@@ -231,7 +231,7 @@ def test_losses_without_gradients_are_refused(context):
 def test_a_perturbation_that_is_not_finite_is_named_and_a_weight_that_is_no_number():
     image, _ = batch()
     mixed = CutMixConsistency(UNet(), rampup_steps=None, ignore_index=IGNORED, perturb=lambda x: x / 0)
-    with pytest.raises(ReSegError, match="perturb= gave NaN or infinite values"):
+    with pytest.raises(ReSegError, match="perturb= returned NaN or infinite values"):
         mixed.loss(image, ignoring)
     for weight in (float("nan"), -1.0, "1"):
         with pytest.raises(ReSegError, match="it is a finite number"):

@@ -1157,7 +1157,7 @@ def test_key_of_a_list_is_needed() -> None:
 
 def test_not_a_feature_map() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
-    with pytest.raises(TapError, match=r"shape \(2, 5\) is no feature map"):
+    with pytest.raises(TapError, match=r"shape \(2, 5\) is not a feature map"):
         find_taps(model, torch.randn(IMAGE), taps={"bottleneck": "1"})
 
 
