@@ -3,7 +3,8 @@
 An axis holds pieces, outermost first. A token axis holds the rows and the columns of the image. The first axis of a
 batch of windows holds the batch, the rows of windows and the columns of windows. Views regroup pieces, permutations
 move them, convolutions and matrix products make new ones. So a tensor's layout follows from its operator and its
-sources. Shapes are used only after an operator that hides what it does (a custom kernel, an indexing); `follow` says where.
+sources. Shapes are used only after an operator that hides what it does (a custom kernel, an indexing); `follow` says
+where.
 """
 
 from __future__ import annotations

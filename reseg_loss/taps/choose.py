@@ -95,7 +95,7 @@ def _block(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
 
 
 def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
-    """The decoder's last feature of a level after the merge and before the head; as wide as the encoder's if possible."""
+    """A level's last decoder feature after the merge and before the head; as wide as the encoder's if possible."""
     graph, merged, head = trunk.graph, floor.merged(), _head_start(trunk)
     body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
     made = [(node, tap) for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
