@@ -704,7 +704,7 @@ def test_images_that_do_not_fit_are_refused(images, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"ignore_index": None}, "ignore_index=None; it is a whole number"),
+        ({"ignore_index": None}, "ignore_index=None; it must be a whole number"),
         ({"rampup_steps": 0}, "rampup_steps=0"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
@@ -739,7 +739,7 @@ def test_what_cannot_work_is_refused():
         mixed.loss(image, task_loss)
     _, mixed = made(model)
     model.more = nn.Conv2d(1, 1, 1)
-    with pytest.raises(ReSegError, match="other parameters"):
+    with pytest.raises(ReSegError, match="parameters have changed"):
         mixed.update()
     _, mixed = made(model)
     with pytest.raises(ReSegError, match="evaluation"):
@@ -788,7 +788,7 @@ def test_pseudo_labels_of_a_model_that_ends_in_a_module_are_those_of_its_logits(
 
 def test_heads_that_give_logits_to_a_loss_of_probabilities_are_refused():
     model = Ends(beside=True)
-    with pytest.raises(ReSegError, match=r"heads of deep supervision give task_loss logits.*pass output="):
+    with pytest.raises(ReSegError, match=r"heads of deep supervision pass task_loss logits.*pass output="):
         made(model, deep=supervised(model), output="in:end")
     made(model, deep=supervised(model), output=1)[1].loss(batch()[0], task_loss)
     assert not hooks(Ends())
@@ -820,7 +820,7 @@ def test_the_halves_say_what_does_not_fit():
     for wrong in (prediction[:1], prediction[..., :8], None, prediction[:, :2]):
         with pytest.raises(ReSegError, match=r"prediction must fit the mixed images|returned 2 channels"):
             mixed.value(wrong, y, task_loss)  # pyright: ignore
-    with pytest.raises(ReSegError, match=r"what mix\(\) gave"):
+    with pytest.raises(ReSegError, match=r"what mix\(\) returned"):
         mixed.value(prediction, tuple(y), task_loss)  # pyright: ignore
     with pytest.raises(ReSegError, match="has no gradient"):
         mixed.select(prediction.detach(), y.images)

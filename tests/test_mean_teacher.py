@@ -95,7 +95,7 @@ def test_a_model_that_has_changed_is_refused():
     teacher.start()
     model.head = nn.Conv2d(4, 5, 1)
     for use in (teacher.update, teacher.reset):
-        with pytest.raises(ReSegError, match="other parameters"):
+        with pytest.raises(ReSegError, match="parameters have changed"):
             use()
     model.head = nn.Identity()
     with pytest.raises(ReSegError, match="modules have changed"):

@@ -441,7 +441,7 @@ def test_deep_may_be_none_or_yours():
     assert torch.equal(ours.loss(image, label, None), expected)
     ds.weight = 0
     assert torch.equal(ours.loss(image, label, None), ignoring(model(image), label))
-    with pytest.raises(ReSegError, match="of another model"):
+    with pytest.raises(ReSegError, match="belongs to another model"):
         made(UNet(), deep=ds)
     with pytest.raises(ReSegError, match=r"ignore_index=None.*build DeepSupervision\(..., ignore_index=255\)"):
         made(model, deep=DeepSupervision(model, batch()[0]))
@@ -625,7 +625,7 @@ def test_probabilities_beside_logits_serve_the_heads_as_well(output):
 
 def test_a_wrong_module_named_by_hand_is_refused():
     for wrong, message in (
-        ("in:nothing", "sigmoid or softmax module 'nothing', but of 'end'"),
+        ("in:nothing", "sigmoid or softmax module 'nothing', but from 'end'"),
         ("in:head", "sigmoid or softmax module 'head'"),
         (3.5, "output=3.5"),
     ):
@@ -1042,13 +1042,13 @@ def refused(run: Callable[[], Any], message: str) -> None:
         (lambda i, y, u: (i, y[:1], u), "does not fit the images"),
         (lambda i, y, u: (i, y[:, :8], u), "does not fit the images"),
         (lambda i, y, u: (i, torch.tensor(3), u), "does not fit the images"),
-        (lambda i, y, u: (i, None, u), "a label is a tensor"),
+        (lambda i, y, u: (i, None, u), "a label must be a dense tensor"),
         (lambda i, y, u: (i, y[:, None, None], u), "fit"),
         (lambda i, y, u: (i, y + 5, u), "label has values"),
         (lambda i, y, u: (i, y, u[:1]), "one unlabelled image has no other"),
         (lambda i, y, u: (i, y, u[0]), "unlabelled images must be a dense float tensor"),
         (lambda i, y, u: (i, y, u * math.inf), "unlabelled images of this step hold NaN"),
-        (lambda i, y, u: (i, y, None), "unlabelled images are"),
+        (lambda i, y, u: (i, y, None), "unlabelled images must be"),
         (lambda i, y, u: (i, y, u.double()), "joint=False"),
         (lambda i, y, u: (i, y, u[..., :8]), "joint=False"),
     ],
@@ -1087,7 +1087,7 @@ def test_steps_that_are_none_are_refused():
     model(x)
     refused(lambda: ours.loss_of(model(x), y), "several training forwards")
     for wrong in (None, step()[1], (x, None, None), y.mixed):
-        refused(lambda wrong=wrong: ours.loss_of(model(x), wrong), r"what mix\(\) gave")
+        refused(lambda wrong=wrong: ours.loss_of(model(x), wrong), r"second value that mix\(\) returned")
     refused(lambda: ours.loss_of(model(x[:2]), y), "no float tensor")
     refused(lambda: ours.loss_of(model(x).detach(), y), "no gradient")
     refused(lambda: ours.loss_of(None, y), "no float tensor")
@@ -1126,7 +1126,7 @@ def test_of_several_forwards_a_module_at_the_end_knows_its_own():
         ({"example": torch.tensor(1.0)}, "no float image"),
         ({"example": "image"}, "no float image"),
         ({"example": torch.zeros(2, 4, 16, 16)}, "the model fails on the example"),
-        ({"model": "net"}, "built around an nn.Module, got str"),
+        ({"model": "net"}, "needs an nn.Module as its model, got str"),
         ({"model": UNet().bfloat16(), "example": torch.zeros(2, 1, 16, 16).bfloat16()}, "bfloat16 parameters"),
     ],
 )

@@ -332,7 +332,7 @@ def test_what_is_no_batch_is_named(loss):
             loss(wrong, label)
     with pytest.raises(ReSegError, match="the batch is empty"):
         loss(logits[:0], label[:0])
-    with pytest.raises(ReSegError, match="a label is a tensor"):
+    with pytest.raises(ReSegError, match="a label must be a dense tensor"):
         loss(logits, None)
 
 

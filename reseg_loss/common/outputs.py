@@ -239,7 +239,7 @@ def refuse_probabilities(activation: str | None, what: str, model: nn.Module) ->
             f"it and leaves the state_dict keys as they are: then apply the {activation} where you predict. {recipe}"
         )
     raise ReSegError(
-        f"the model ends in a {activation}, but {what}. {recipe}. Train with a task loss that takes logits: "
+        f"the model ends in a {activation}, and {what}. {recipe}. Train with a task loss that takes logits: "
         "nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, smp's DiceLoss with from_logits=True, MONAI's with softmax=True or "
         "sigmoid=True"
     )

@@ -143,7 +143,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, bound, workers):
 @untrained
 def test_a_run_does_not_continue_with_a_schedule_that_it_had_not_or_without_the_one_it_had(tmp_path):
     given = [None, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)]
-    for first, then, message in ((*given, "go on with scheduler="), (*given[::-1], "go on without scheduler=")):
+    for first, then, message in ((*given, "resumed with scheduler="), (*given[::-1], "resumed without scheduler=")):
         path = tmp_path / message
         wrapper().fit_recon(loader(), epochs=1, checkpoint=path, progress=False, scheduler=first)
         with pytest.raises(ReSegError, match=message):
@@ -233,7 +233,7 @@ def test_refusals():
     image, label = batch()
     with pytest.raises(ReSegError, match="exactly one of epochs= and steps="):
         wrapper().fit_recon([(image, label)])
-    with pytest.raises(ReSegError, match="epochs=0; it is a whole number >= 1"):
+    with pytest.raises(ReSegError, match="epochs=0; it must be a whole number >= 1"):
         wrapper().fit_recon([(image, label)], epochs=0)
     with pytest.raises(ReSegError, match=r"values \[7\.0\]"):
         wrapper().fit_recon([(image, label.clamp_min(7))], epochs=1, progress=False)
@@ -245,7 +245,7 @@ def test_refusals():
         wrapper(UNet(in_channels=2), example_input=image.expand(-1, 2, -1, -1)).fit_recon(
             [(image, label)], epochs=1, progress=False
         )
-    with pytest.raises(ReSegError, match=r"an image is a tensor.* got a ndarray"):
+    with pytest.raises(ReSegError, match=r"an image must be a dense tensor.* got a ndarray"):
         wrapper().fit_recon([(image.numpy(), label)], epochs=1, progress=False)
     frozen = wrapper(example_input=image)
     frozen.freeze_teacher()

@@ -367,7 +367,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_first_batch(tmp_path,
         (tmp_path / "file" / "stage1.pt", "cannot be written"),
         (tmp_path / ("n" * 250), "cannot be written"),
         (tmp_path / ("n" * 300), "cannot be written"),
-        (io.BytesIO(), "is the path of a file, got BytesIO"),
+        (io.BytesIO(), "must be the path of a file, got BytesIO"),
         ("/dev/null", "is a device"),
     ):
         with pytest.raises(ReSegError, match=words):

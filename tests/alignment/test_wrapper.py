@@ -337,7 +337,7 @@ def test_what_the_copy_keeps_is_named_once(caplog):
     with caplog.at_level(logging.INFO, logger="reseg_loss"):
         ReSegWrapper(Positioned(), example_input=batch()[0])
     assert [r.getMessage() for r in caplog.records if "keeps" in r.getMessage()] == [
-        "the teacher keeps the model's values of position: no reset_parameters draws them"
+        "the teacher keeps the model's values of position: no reset_parameters covers them"
     ]
 
 
@@ -519,7 +519,7 @@ def test_what_cannot_work_is_refused_at_once():
         ({"example_input": ({"image": image},)}, "not just an image"),
         ({"example_input": (image, 1.0)}, "not just an image"),
         ({"example_input": image, "output": "mask"}, "'mask'"),
-        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; it is a finite number"),
+        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; it must be a finite number"),
     ):
         with pytest.raises(ReSegError, match=message):
             ReSegWrapper(model, **kwargs)

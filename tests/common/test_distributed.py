@@ -150,7 +150,7 @@ def test_what_is_reduced_beside_the_model_is_refused_under_join_on_every_process
     says = {
         "deep": "the heads of deep supervision are reduced separately",
         "held by another module": "the heads of deep supervision are reduced separately",
-        "unlabelled": "two forwards a step",
+        "unlabelled": "this loss runs the model twice a step",
     }
     for messages in both(found, worker.join_refused):
         assert messages.keys() == says.keys()

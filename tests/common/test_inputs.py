@@ -128,7 +128,7 @@ def test_a_model_that_is_moved_to_another_dtype_is_named_and_what_is_beside_it_c
     mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
     model.double()
     model(image)
-    with pytest.raises(ReSegError, match=r"features are torch.float64, the heads .*: ds.to\(torch.float64\)"):
+    with pytest.raises(ReSegError, match=r"features are torch.float64, but the heads .*: ds.to\(torch.float64\)"):
         ds.loss(label, task_loss)
     with pytest.raises(ReSegError, match=r"mean teacher's are torch.float32.*: call to\(torch.float64\) of this loss"):
         mixed.loss(image, ignoring)
@@ -201,9 +201,9 @@ def test_a_label_that_the_task_loss_fails_on_is_shown_with_the_logits(label):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (None, "task_loss is a function of logits and label, got NoneType"),
-        (lambda x, y: None, "task_loss gave NoneType, and a scalar is needed"),
-        (lambda x, y: F.cross_entropy(x, y, ignore_index=IGNORED, reduction="none"), "gave a tensor of shape"),
+        (None, "task_loss must be a function of logits and label, got NoneType"),
+        (lambda x, y: None, "task_loss returned NoneType; it must return a scalar"),
+        (lambda x, y: F.cross_entropy(x, y, ignore_index=IGNORED, reduction="none"), "returned a tensor of shape"),
     ],
 )
 def test_what_is_no_task_loss_is_named_by_both_at_any_call(loss, message):
@@ -234,7 +234,7 @@ def test_a_perturbation_that_is_not_finite_is_named_and_a_weight_that_is_no_numb
     with pytest.raises(ReSegError, match="perturb= returned NaN or infinite values"):
         mixed.loss(image, ignoring)
     for weight in (float("nan"), -1.0, "1"):
-        with pytest.raises(ReSegError, match="it is a finite number"):
+        with pytest.raises(ReSegError, match="it must be a finite number"):
             mixed.loss(image, ignoring, weight=weight)  # pyright: ignore[reportArgumentType]
 
 
@@ -243,7 +243,7 @@ def test_a_loss_that_cannot_leave_a_value_out_is_told_that_another_may_be_given(
         return 1 - (logits.softmax(1) * F.one_hot(label.clamp_max(2), 3).movedim(-1, 1)).mean()
 
     mixed = CutMixConsistency(UNet(), rampup_steps=None, ignore_index=IGNORED)
-    with pytest.raises(ReSegError, match="give another here: it need not be the same"):
+    with pytest.raises(ReSegError, match="pass another loss here: it need not be the same"):
         mixed.loss(batch()[0], dice)
 
 
@@ -261,20 +261,20 @@ def test_a_model_with_images_that_are_not_finite_is_still_copied_and_tapped():
 
 NAN = float("nan")
 WRONG_KINDS: list[tuple[str, Callable[[UNet], Any]]] = [
-    ("rampup_steps=nan; it is a whole number >= 1", lambda m: unlabelled_with(m, rampup_steps=NAN)),
-    ("threshold='0.9'; it is a finite number >= 0 and <= 1", lambda m: unlabelled_with(m, threshold="0.9")),
-    ("ema_decay=None; it is a finite number >= 0 and < 1", lambda m: unlabelled_with(m, ema_decay=None)),
-    ("ignore_index=1.5; it is a whole number", lambda m: unlabelled_with(m, ignore_index=1.5)),
-    ("deep= is the model's DeepSupervision, got UNet", lambda m: unlabelled_with(m, deep=m)),
-    ("num_classes='3'; it is a whole number >= 1", lambda m: DeepSupervision(m, num_classes="3")),  # pyright: ignore
-    ("ignore_index=inf; it is a whole number", lambda m: DeepSupervision(m, ignore_index=float("inf"))),  # pyright: ignore
+    ("rampup_steps=nan; it must be a whole number >= 1", lambda m: unlabelled_with(m, rampup_steps=NAN)),
+    ("threshold='0.9'; it must be a finite number >= 0 and <= 1", lambda m: unlabelled_with(m, threshold="0.9")),
+    ("ema_decay=None; it must be a finite number >= 0 and < 1", lambda m: unlabelled_with(m, ema_decay=None)),
+    ("ignore_index=1.5; it must be a whole number", lambda m: unlabelled_with(m, ignore_index=1.5)),
+    ("deep= must be the model's DeepSupervision, got UNet", lambda m: unlabelled_with(m, deep=m)),
+    ("num_classes='3'; it must be a whole number >= 1", lambda m: DeepSupervision(m, num_classes="3")),  # pyright: ignore
+    ("ignore_index=inf; it must be a whole number", lambda m: DeepSupervision(m, ignore_index=float("inf"))),  # pyright: ignore
     ("level_weights=0.5; pass one weight for each", lambda m: DeepSupervision(m, level_weights=0.5)),  # pyright: ignore
-    ("'decoder_0' is no head", lambda m: DeepSupervision(m, batch()[0]).weight_of("decoder_0")),
-    ("epochs=1.5; it is a whole number >= 1", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1.5)),  # pyright: ignore
-    ("steps=nan; it is a whole number", lambda m: ReSegWrapper(m).fit_recon([batch()], steps=NAN)),  # pyright: ignore
+    ("there is no head 'decoder_0'", lambda m: DeepSupervision(m, batch()[0]).weight_of("decoder_0")),
+    ("epochs=1.5; it must be a whole number >= 1", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1.5)),  # pyright: ignore
+    ("steps=nan; it must be a whole number", lambda m: ReSegWrapper(m).fit_recon([batch()], steps=NAN)),  # pyright: ignore
     ("a loader that yields batches, got int", lambda m: ReSegWrapper(m).fit_recon(3, epochs=1)),  # pyright: ignore
     ("got 'adam'", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer="adam")),  # pyright: ignore
-    ("it made None", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer=lambda p: None)),  # pyright: ignore
+    ("it returned None", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer=lambda p: None)),  # pyright: ignore
     ("zero byte", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, checkpoint="a\0b")),
     ("got int", lambda m: ReSegWrapper(3)),  # pyright: ignore
 ]
@@ -304,7 +304,7 @@ def test_nothing_is_built_in_inference_mode():
 def test_a_label_that_is_none_leaves_no_forward_behind():
     model, (image, label) = UNet(), batch()
     step = alignment(model)
-    with pytest.raises(ReSegError, match="a label is a tensor"):
+    with pytest.raises(ReSegError, match="a label must be a dense tensor"):
         step(image, None)  # pyright: ignore[reportArgumentType]
     assert step(image, label) > 0
 

@@ -183,5 +183,5 @@ def test_a_task_loss_is_asked_again_under_the_ignore_index_of_a_state():
     mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
     mixed.loss(batch()[0], leaves_255_out)
     mixed.load_state_dict(saved(CutMixConsistency(UNet(), rampup_steps=None, ignore_index=-1)))
-    with pytest.raises(ReSegError, match="it must leave the label value -1 out"):
+    with pytest.raises(ReSegError, match="it must ignore the label value -1"):
         mixed.loss(batch()[0], leaves_255_out)

@@ -483,7 +483,7 @@ def test_uses_that_would_save_or_validate_something_else_are_refused(tmp_path):
     trainer_of(tmp_path, only, ReSegCallback(validate_average=False), max_epochs=1).fit(few_labels(), two_loaders())
     module = few_labels()
     module.other = CutMixConsistency(module.net, rampup_steps=None, ignore_index=IGNORED)
-    with pytest.raises(ReSegError, match="two mean teachers average one model"):
+    with pytest.raises(ReSegError, match="two mean teachers average the same model"):
         trainer_of(tmp_path, ReSegCallback()).fit(module, two_loaders())
 
     class Others(FewLabels):

@@ -183,7 +183,7 @@ def test_images_are_preprocessed_as_nnunet_does_it(folders, monkeypatch, tmp_pat
     os.rename(raw / "imagesUn" / "case_003_0000.nii.gz", raw / "imagesUn" / "other_0001.nii.gz")
     refused(f"other in {raw / 'imagesUn'}: these do not have the 1 channels of dataset.json")
     shutil.rmtree(raw / "imagesUn")
-    refused("imagesUn has no images; they are named as those of imagesTr, NAME_0000.nii.gz and so on")
+    refused("imagesUn has no images; name them as in imagesTr: NAME_0000.nii.gz and so on")
     refused("the plans have no configuration 4d; they have 2d, 3d_fullres", "-c", "4d")
     refused("OtherPlans.json does not exist; run nnUNetv2_plan_and_preprocess first", "-p", "OtherPlans")
     shutil.rmtree(done / "nnUNetPlans_2d")
@@ -212,7 +212,7 @@ def test_folds_of_patients_and_warnings_where_they_are_not(tmp_path):
     cases = [f"p{who}_{frame}" for who in range(7) for frame in "ab"]
     file, pattern = tmp_path / "splits_final.json", r".*?\d+"
     (told,) = warnings_of(cases, ["other1_a"], file, pattern)
-    assert told.startswith("several cases seem to be of one patient: p0, p1, p2, p3, p4 and 2 more. nnU-Net draws its")
+    assert told.startswith("several cases seem to be of one patient: p0, p1, p2, p3, p4 and 2 more. nnU-Net splits")
     write_splits(patients(cases), file)
     folds = json.loads(file.read_text())
     assert len(folds) == 5
@@ -264,7 +264,7 @@ def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch,
     plans = json.loads(file.read_text())
     plans["configurations"]["2d"]["normalization_schemes"] = ["CTNormalization"]
     file.write_text(json.dumps(plans))
-    with pytest.raises(ReSegError, match="were preprocessed by other plans than these: run `python -m reseg_loss"):
+    with pytest.raises(ReSegError, match="were preprocessed with other plans: run `python -m reseg_loss"):
         make().on_train_start()
 
 

@@ -336,7 +336,7 @@ def test_of_two_encoders_whose_sum_no_hook_sees_one_is_tapped_and_the_plan_says_
     plan = found(TwoEncoders(modules=False))
     assert names(plan) == NAMES
     assert str(plan.bottleneck) == "in:up.2"
-    said = "level 16x16: several features of the encoder make the skip, which no hook sees; down.1 is one of them"
+    said = "level 16x16: the skip combines several encoder features, and no hook can see it; down.1 is one of them"
     assert said in plan.notes
 
 
@@ -1131,10 +1131,10 @@ def test_keys_from_the_end_and_calls() -> None:
     [
         ({"encoder": ["down.7"]}, r"no module 'down.7'.* Did you mean .*'down"),
         ({"encoder": ["down"]}, "never calls 'down' itself, only modules inside it"),
-        ({"encoder": ["pool@3"]}, r"'pool' is called 3 time\(s\)"),
+        ({"encoder": ["pool@3"]}, r"a forward calls 'pool' 3 time\(s\)"),
         ({"encoder": ["down.0[1]"]}, r"'down.0' returns  \(2, 4, 32, 32\); choose"),
         ({"encoder": ["down.0", "down.0.0"]}, "both have size"),
-        ({"encoder": ["down.3"]}, r"of size \(4, 4\), at which no decoder feature was found"),
+        ({"encoder": ["down.3"]}, r"has size \(4, 4\), but no decoder feature of that size was found"),
         ({"encoder": ["down.0", "down.1"], "decoder": ["fuse.0"]}, "2 encoder taps and 1 decoder taps"),
         (
             {"encoder": ["down.0"], "decoder": ["fuse.1"]},
@@ -1214,7 +1214,10 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["no_such_module:Small"], "there is no module 'no_such_module'"),
         (["test_find_oddities"], "not of the form MODULE:FACTORY"),
         (["test_find_oddities:Smal"], "has no 'Smal'. Did you mean 'Small'"),
-        (["test_find_oddities:conv"], "cannot be called so: missing a required argument: 'cin'. It takes (cin: "),
+        (
+            ["test_find_oddities:conv"],
+            "cannot be called with these arguments: missing a required argument: 'cin'. It takes (cin: ",
+        ),
         (["test_find_oddities:Small", "wide=3"], "unexpected keyword argument 'wide'. It takes (width: "),
         (["test_find_oddities:Small", "3"], "'3' is not an argument of the model: write NAME=VALUE"),
         (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: expected whole numbers"),
@@ -1315,7 +1318,7 @@ def test_a_layout_and_a_mark_of_the_users_stay() -> None:
     assert plan.levels[0].encoder.mutated
     assert torch.equal(features.decoder[0], kept[-1].movedim(-1, 1))
     named["bottleneck"] = Tap("stages.2", layout="NLC")
-    with pytest.raises(TapError, match="no feature map in layout NLC"):
+    with pytest.raises(TapError, match="not a feature map in layout NLC"):
         features_of(model, named, image)
 
 
