@@ -1,9 +1,9 @@
-"""The ablations of the paper's figure 4 on given data: which of the three terms are on, and the weight lambda.
+"""The ablations of the paper's figure 4 on your data: which of the three terms are on, and the weight lambda.
 
     python examples/ablation.py --small                                   # one seed, a few minutes on 2 cores
     python examples/ablation.py --data ACDC --amp bf16 --seeds 0 1 2      # on a GPU
 
-Every seed has one teacher, which all its runs share. What is finished is not repeated when the script starts again.
+Every seed has one teacher, which all its runs share. Finished runs are not repeated when the script starts again.
 """
 
 from __future__ import annotations

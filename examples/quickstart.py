@@ -1,12 +1,12 @@
-"""Train one U-Net four ways with few labelled slices, and show what each makes of a slice that none has seen.
+"""Train one U-Net in four ways with few labelled slices, and compare their predictions on a slice that none has seen.
 
     pip install '.[examples]'
     python examples/quickstart.py                                  # the MNI152 brain template, 3 minutes on 2 cores
     python examples/quickstart.py --data my_slices.npz --patients 3   # your own data, split by patient
 
-The four: the network alone; with the alignment of ReSeg-UNet; with deep supervision; and with deep supervision and the
-unlabelled images, too (`SemiSupervised`). They have the same initial weights and labelled batches. The lines that
-matter are in `trained` and, inside the loop, in `common/training.py`.
+The four ways: the network alone; with the alignment of ReSeg-UNet; with deep supervision; and with deep supervision and
+unlabelled images (`SemiSupervised`). They have the same initial weights and labelled batches. The important lines are
+in `trained` and, inside the loop, in `common/training.py`.
 """
 
 from __future__ import annotations

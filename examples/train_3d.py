@@ -5,8 +5,8 @@
     python examples/train_3d.py --data hippocampus.npz --amp bf16 # on a GPU; D x H x W volumes, see common/volumes.py
     torchrun --nproc_per_node 2 examples/train_3d.py ...          # several GPUs share each batch
 
-Tested with sliding windows; DSC and HD95 in mm, in 3D. Runs, resume and the loop are those of the 2D train scripts
-(`common/experiment.py`, `common/training.py`): the same command again goes on where it was stopped.
+The networks are tested with sliding windows; DSC and HD95 (in mm) are computed in 3D. Runs, resuming and the loop are
+those of the 2D train scripts (`common/experiment.py`, `common/training.py`): the same command resumes a stopped run.
 """
 
 from __future__ import annotations

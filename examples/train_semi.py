@@ -1,11 +1,11 @@
-"""Few labels and many images without: one network that learns from both, with `SemiSupervised`.
+"""Few labels and many images without labels: one network learns from both, with `SemiSupervised`.
 
     python examples/train_semi.py --small                            # the packaged template, a few minutes on 2 cores
     python examples/train_semi.py --data acdc.npz --patients 3 --amp bf16     # the other patients without their labels
     python examples/train_semi.py --images imagesTr --labels labelsTr --unlabelled imagesTs --patch 32 96 96
 
-The last one is for folders of NIfTI files: 2D slices, or 3D patches with `--patch D H W`. The predictions of the
-unlabelled images are in `--out` then, each with the header of its image. Killed? The same command goes on where it was.
+The last command is for folders of NIfTI files: 2D slices, or 3D patches with `--patch D H W`. It writes the predictions
+of the unlabelled images to `--out`, each with the header of its image. Killed? The same command resumes the run.
 """
 
 from __future__ import annotations

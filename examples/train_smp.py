@@ -3,7 +3,7 @@
     python examples/train_smp.py --small                     # the packaged template, a few minutes on 2 cores
     python examples/train_smp.py --data ACDC --amp bf16      # on a GPU
 
-It is none of the paper's networks: `--paper` trains it as the paper trains its U-Net.
+This is not one of the paper's networks; `--paper` trains it as the paper trains its U-Net.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/train_swin_unet.py --small                                       # a few minutes on 2 cores
     python examples/train_swin_unet.py --data Synapse --paper --weights swin_tiny_patch4_window7_224.pth
 
-`--help` says what else there is.
+`--help` lists all options.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/train_transunet.py --small                                       # a few minutes on 2 cores
     python examples/train_transunet.py --data Synapse --paper --weights R50+ViT-B_16.npz    # as published
 
-`--help` says what else there is.
+`--help` lists all options.
 """
 
 from __future__ import annotations

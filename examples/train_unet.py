@@ -4,7 +4,7 @@
     python examples/train_unet.py --data ACDC --amp bf16       # published size on a GPU
     torchrun --nproc_per_node 2 examples/train_unet.py ...     # several GPUs share each batch
 
-The loop is in `common/training.py`, what surrounds it in `common/experiment.py`.
+The loop is in `common/training.py`, and the code around it in `common/experiment.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/train_vm_unet.py --small                                       # a few minutes on 2 cores
     python examples/train_vm_unet.py --data Synapse --paper --weights vmamba_small_e238_ema.pth
 
-On a GPU it wants mamba-ssm's selective scan, which is several times faster than the one in torch: see the README.
+On a GPU, install mamba-ssm's selective scan, which is several times faster than the one in torch: see the README.
 """
 
 from __future__ import annotations

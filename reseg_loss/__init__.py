@@ -1,4 +1,4 @@
-"""A training-time regularizer for U-shaped segmentation networks (ReSeg-UNet, Li et al., MICCAI 2025)."""
+"""Training-time losses for U-shaped segmentation networks, among them ReSeg-UNet (Li et al., MICCAI 2025)."""
 
 from .alignment.losses import CrossAlignmentLoss, ReconLoss
 from .alignment.settings import PRESETS, Settings

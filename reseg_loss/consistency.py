@@ -1,4 +1,4 @@
-"""Learning from images without labels: a mean teacher labels them, the model learns that on mixed images."""
+"""Learning from images without labels: a mean teacher labels them, the model learns the labels on mixed images."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss, refuse_other_heads
 
-INSTEAD = "another here: it need not be the same"  # where a task loss cannot leave a label value out
+INSTEAD = "another loss here: it need not be the same one"  # if a task loss cannot ignore a label value
 FORGOTTEN_STEPS = 20  # changes of the parameters without `update`, after which we warn
 # before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
 BROADCASTS_TWICE = torch.__version__ >= "2.13"
 
 
 class Mixed(NamedTuple):
-    """Images that the model is to learn on, and as what.
+    """Mixed images that the model has to learn from, and their pseudo-labels.
 
     Attributes:
         images: (B, C, *spatial).
         label: the pseudo-label, in the form of `mixing.predicted`.
-        sure: of the pixels that the mean teacher takes for a class the share that is sure, (classes,); NaN where it
-            takes none.
+        sure: for each class, the share of sure pixels among those that the mean teacher predicts as this class,
+            (classes,); NaN if it predicts none.
     """
 
     images: Tensor
@@ -54,42 +54,42 @@ class Mixed(NamedTuple):
 
 
 class CutMixConsistency(Regularizer):
-    """A loss on unlabelled images: a mean teacher's sure predictions, as labels of mixed and perturbed images.
+    """A loss on unlabelled images: the mean teacher's confident predictions are labels for mixed, perturbed images.
 
-    The mean teacher (an average of the model over its training) predicts the images. A box of each is exchanged with
-    another's, in image and prediction alike, the intensities are changed, and the model is trained with your own task
-    loss on the predicted class where the mean teacher is sure of it. With `deep`, the heads of deep supervision learn
-    it too. Mean teachers: Tarvainen and Valpola, NeurIPS 2017; with CutMix: French et al., BMVC 2020; with a
-    threshold: Sohn et al., FixMatch, NeurIPS 2020.
+    The mean teacher (an average of the model over its training) predicts the images. In each image and its prediction,
+    a box is replaced by the same box of another image. The intensities are changed. The model is then trained with your
+    own task loss on the predicted classes, where the mean teacher is sure of them. With `deep`, the heads of deep
+    supervision learn them, too. Mean teachers: Tarvainen and Valpola, NeurIPS 2017; with CutMix: French et al., BMVC
+    2020; with a threshold: Sohn et al., FixMatch, NeurIPS 2020.
 
-    The mean teacher becomes no part of a module that this is an attribute of: the model's parameters and state_dict
-    keys stay as they are, and it gets no hooks.
+    This object can be an attribute of a module: the mean teacher does not become part of that module. The model's
+    parameters and state_dict keys stay as they are, and it gets no hooks.
 
-    Random numbers come from torch's default generators, as those of dropout do: `torch.manual_seed` fixes them, a run
-    that restores their states resumes exactly, and a CUDA graph can capture them.
+    Random numbers come from torch's default generators, as for dropout. So `torch.manual_seed` fixes them, a run that
+    restores their states resumes exactly, and a CUDA graph can capture them.
 
     Args:
-        model: any nn.Module in 2D or 3D that gives logits of classes that exclude each other, or of one channel
-            (sigmoid); or its DistributedDataParallel (before torch 2.13 with broadcast_buffers=False if it has
-            buffers) or torch.compile wrapper, which is then what runs.
+        model: any nn.Module in 2D or 3D that returns logits, of mutually exclusive classes or of one channel (sigmoid).
+            Or its DistributedDataParallel or torch.compile wrapper; then the wrapper is run. Before torch 2.13,
+            DistributedDataParallel needs broadcast_buffers=False if the model has buffers.
         deep: the model's `DeepSupervision`, with the same `ignore_index`.
-        rampup_steps: number of calls over which the loss grows to its weight (`ramp_up`), 40 % of the run for instance;
-            None gives it all its weight at once.
-        ignore_index: the label value that your task loss leaves out: that of pixels of which the mean teacher is not
+        rampup_steps: number of calls over which the loss grows to its full weight (`ramp_up`), for instance 40 % of the
+            run. None uses the full weight from the start.
+        ignore_index: the label value that your task loss ignores. It marks the pixels where the mean teacher is not
             sure.
         weight: a factor of the loss; it may change between steps. At 0 nothing runs.
-        threshold: the probability from which on a prediction is sure.
-        ema_decay: of the average, per `update`.
-        perturb: changes the mixed images, (B, C, *spatial) to the same shape, and must leave everything where it is;
-            None leaves them as they are. The default is `perturb_intensities`.
-        average_buffers: the mean teacher predicts in evaluation, with an average of the model's buffers, instead of in
-            training with batch statistics of its own; for steps in which the model's batch normalisation sees mixed
-            images together with others.
-        overlapping: each channel is a class of its own (sigmoid), sure by itself; labels are (B, C, *spatial).
-        output: path to the logits in what the model returns, as an index, a key or a tuple of them; None takes the
-            first tensor of the image's size, or the only one that is coarser, interpolated. Of a model that ends in a
-            sigmoid or softmax module "in:" and that module's path: its input is the logits, and `task_loss` gets what
-            it gives.
+        threshold: a prediction is sure if its probability is at least this.
+        ema_decay: decay of the average, per `update`.
+        perturb: a function that changes the mixed images, from (B, C, *spatial) to the same shape. It must not move
+            anything in them. None leaves them unchanged. The default is `perturb_intensities` with random numbers.
+        average_buffers: True lets the mean teacher predict in evaluation mode, with an average of the model's buffers.
+            False lets it predict in training mode, with its own batch statistics. Use True if the model's batch
+            normalisation sees mixed images together with others.
+        overlapping: each channel is a class of its own (sigmoid), with its own threshold; labels are (B, C, *spatial).
+        output: path to the logits in what the model returns: an index, a key, or a tuple of them. None takes the first
+            tensor of the image's size, or the only coarser one, interpolated. If the model ends in a sigmoid or softmax
+            module, pass "in:" and that module's path: then the module's input is used as logits, and `task_loss` gets
+            the module's output.
 
     Raises:
         ReSegError: a setting is out of range or does not fit `deep`; the model cannot be copied, is sharded
@@ -146,26 +146,26 @@ class CutMixConsistency(Regularizer):
 
     @property
     def average(self) -> nn.Module:
-        """The mean teacher, a copy of the model, which segments as well: `mixed.average.eval()(image)`.
+        """The mean teacher, a copy of the model, for segmentation as well: `mixed.average.eval()(image)`.
 
-        Its parameters average the model's. Buffers are its own, so its batch normalisation knows the unlabelled images,
-        and at weight 0 the model's; with `average_buffers` they average the model's. `loss` sets its modes: to the
-        model's, dropout included, or with `average_buffers` to evaluation.
+        Its parameters average the model's. It has its own buffers, so its batch normalisation knows the unlabelled
+        images. At weight 0 it takes the model's buffers, and with `average_buffers` it averages them. `loss` sets the
+        modes of its modules: to the model's, dropout included, or with `average_buffers` to evaluation.
         """
         return self._mean_teacher.network
 
     @property
     def ending(self) -> str | None:
-        """The path of the sigmoid or softmax module whose input the logits are; None where they are returned."""
+        """The path of the sigmoid or softmax module whose input is the logits; None if the model returns logits."""
         return ending_named(self.output)
 
     @property
     def ema_decay(self) -> float:
-        """Of the average, per `update`."""
+        """Decay of the average, per `update`."""
         return self._mean_teacher.decay
 
     def factor(self) -> float:
-        """The factor of the next call: `weight`, and its ramp."""
+        """The factor of the next call: `weight` times the ramp."""
         return self._weight * ramp_up(self._calls, self.rampup_steps)
 
     def loss(
@@ -178,29 +178,29 @@ class CutMixConsistency(Regularizer):
     ) -> Tensor:
         """The weighted loss of a batch of unlabelled images. It runs the mean teacher and the model.
 
-        Both run in the autocast that this is called in, and nothing waits for the device but the first call, which
-        asks `task_loss` for a gradient to see that it leaves `ignore_index` out. With `deep`, call `deep.loss` of the
-        labelled images before.
+        Both run under the caller's autocast. Only the first call waits for the device: it asks `task_loss` for a
+        gradient, to check that it ignores `ignore_index`. With `deep`, call `deep.loss` for the labelled images first.
 
         Args:
-            images: (B, C, *spatial), float, on the model's device, at least 2. Of a list, element 0.
+            images: (B, C, *spatial), float, on the model's device, B at least 2. If it is a list, element 0 is used.
             task_loss: your loss of logits (B, classes, *spatial) and a label (B, *spatial), int64, with
-                `ignore_index`; of a model with one channel (B, 1, *spatial), 0 or 1. Where no pixel is sure it gets a
-                label of zeros, and its value does not count. It need not be the loss of the labelled images: where
-                that one cannot leave a label value out (many Dice losses), nn.CrossEntropyLoss(ignore_index=...) does.
-            weight: instead of `factor()`. In a step that is captured as a CUDA graph, a tensor, since Python's ramp
-                would stand still.
-            forward: runs the model on the images instead of the `model` that this was made with: a wrapper of it that
-                was made later, for instance.
+                `ignore_index`. For a model with one channel the label is (B, 1, *spatial), 0 or 1. If no pixel is sure,
+                it gets a label of zeros, and its value does not count. It need not be the loss of the labelled images:
+                if that one cannot ignore a label value (many Dice losses), use nn.CrossEntropyLoss(ignore_index=...).
+            weight: replaces `factor()`. In a step that is captured as a CUDA graph it must be a tensor, because the
+                ramp is computed in Python and would be frozen.
+            forward: called to run the model on the images, in place of the `model` that this was built with. For
+                instance a wrapper of the model that was made later.
 
         Returns:
-            A scalar to add to your loss. At weight 0 a zero on which backward works.
+            A scalar to add to your loss. At weight 0, a zero that supports backward.
 
         Raises:
             ReSegError: the images are not such a batch, are not finite, or fail in the model; gradients are off, or the
-                model is in evaluation; its output has no logits; `task_loss` fails, or does not leave `ignore_index`
-                out; `deep` has another one, or a labelled forward that waits for its loss; DistributedDataParallel
-                copies buffers where torch cannot do it twice a step, or is in a join() context.
+                model is in evaluation; its output has no logits; `task_loss` fails, or does not ignore `ignore_index`;
+                `deep` has another `ignore_index`, or a labelled forward that still waits for its loss;
+                DistributedDataParallel copies buffers and torch cannot do that twice a step, or it is in a join()
+                context.
             TapError: a tap of `deep` did not fire.
         """
         images = plain_images(images)
@@ -213,8 +213,8 @@ class CutMixConsistency(Regularizer):
         self._check_deep()
         if self.deep is not None and self.deep.extractor.waiting:
             raise ReSegError(
-                "a labelled forward still waits for its deep supervision, which the forward of the unlabelled images "
-                "would replace: call deep.loss(label, task_loss) before this loss"
+                "a labelled forward still waits for its deep supervision loss, and the forward of the unlabelled "
+                "images would replace it: call deep.loss(label, task_loss) before this loss"
             )
         refuse_two_forwards(forward, self._model)
         compiler = compiler_of(forward)
@@ -231,19 +231,19 @@ class CutMixConsistency(Regularizer):
         return factor * value
 
     def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
-        """Compile the mean teacher for `loss`, by torch.compile or a function like it; only once.
+        """Compile the mean teacher for `loss`, by torch.compile or a function like it. Further calls do nothing.
 
-        Where what runs the model is compiled (the `model` that was given, or `forward` of `loss`) that is done anyway.
+        This happens automatically if the `model` that was given, or `forward` of `loss`, is compiled.
         """
         self._mean_teacher.compile(compiler)
 
     # --- the parts of `loss`, for loops in which something else runs the model
 
     def factor_of(self, weight: float | Tensor | None) -> float | Tensor:
-        """What the loss is multiplied with: `weight`, of `loss`, or `factor()`. Raises a ReSegError if it is none."""
+        """The factor of the loss: `weight` as given to `loss`, or `factor()`. Raises a ReSegError if it is invalid."""
         if isinstance(weight, Tensor):
             if weight.ndim:
-                raise ReSegError(f"weight= has shape {tuple(weight.shape)}; it is a number or a scalar tensor")
+                raise ReSegError(f"weight= has shape {tuple(weight.shape)}; it must be a number or a scalar tensor")
             refuse_not_finite(weight, {}, "weight= is NaN or infinite")
         elif weight is not None:
             check_weight("weight", weight)
@@ -253,7 +253,7 @@ class CutMixConsistency(Regularizer):
         """Let the mean teacher label images, exchange boxes between them, and change their intensities.
 
         Raises:
-            ReSegError: as `loss`, of the images, the mean teacher's output and `perturb`.
+            ReSegError: as in `loss`, for the images, the mean teacher's output and `perturb`.
         """
         images = plain_images(images)
         self._refuse_misuse()
@@ -267,7 +267,7 @@ class CutMixConsistency(Regularizer):
         if 0 <= self.ignore_index < (2 if self.overlapping else max(classes, 2)):
             raise ReSegError(
                 f"ignore_index={self.ignore_index} is one of the model's {max(classes, 2)} classes; it marks the "
-                "pixels that do not count, by a value that is no class, 255 for instance"
+                "pixels that do not count, so choose a value that is not a class, for instance 255"
             )
         if self.deep is not None and self.deep.num_classes != classes:
             raise ReSegError(
@@ -280,40 +280,40 @@ class CutMixConsistency(Regularizer):
         shares = self._per_class(label, classes) / taken
         mixed, label = self.exchange(images, label)
         mixed = self._perturbed(mixed)
-        refuse_not_finite(mixed, {}, "perturb= gave NaN or infinite values for images that are finite", first=first)
+        refuse_not_finite(mixed, {}, "perturb= returned NaN or infinite values for finite images", first=first)
         return Mixed(mixed, label, shares)
 
     def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, *spatial) and their pseudo-label with boxes of others; a subclass may mix them otherwise.
+        """Images (B, C, *spatial) and their pseudo-label, with boxes from other images. Override it to mix differently.
 
         Raises:
-            ReSegError: the label is not of these images.
+            ReSegError: the label does not belong to these images.
         """
         images, label = plain_images(images), plain_label(label)
         axes = images.ndim - 2
         if label.ndim <= axes or len(label) != len(images) or label.shape[-axes:] != images.shape[2:]:
-            raise ReSegError(f"a pseudo-label is of the images {outline(images)}, got {outline(label)}")
+            raise ReSegError(f"the pseudo-label must fit the images, {outline(images)}, got {outline(label)}")
         box = random_boxes(images)
         return mix(images, box), mix(label, box)
 
     def select(self, output: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensor (B, C, *spatial) in what the model returned for images that is its prediction, and its logits.
+        """The model's prediction (B, C, *spatial) among what it returned for images, and its logits.
 
-        They are one, but where the model ends in a sigmoid or softmax module.
+        They are the same tensor, unless the model ends in a sigmoid or softmax module.
 
         Raises:
-            ReSegError: there is none, it has no gradient, is not finite, or ends in a sigmoid or softmax that is no
-                module.
+            ReSegError: there is no such tensor, it has no gradient, is not finite, or comes from a sigmoid or softmax
+                that is not a module.
         """
         prediction, logits = self._select(output, images, 0)
         if not prediction.requires_grad and any(p.requires_grad for p in self._model.parameters()):
-            raise ReSegError("the model's output has no gradient: it ran without, or the output was detached")
+            raise ReSegError("the model's output has no gradient: the model ran under no_grad, or it was detached")
         refuse_not_finite(logits, {}, OF_MODEL, first=not self._looked)
         if not self._looked:
             self._looked = True
             what = (
-                "pseudo-labels are taken from logits (output= names others that it returns, or is 'in:' and the path "
-                "of the module that makes probabilities of them)"
+                "pseudo-labels are made from logits (if the model returns logits as well, name them by output=; if a "
+                "module turns logits into probabilities, pass output='in:' and its path)"
             )
             refuse_probabilities(activation_of(logits), what, self._model)
         return prediction, logits
@@ -327,29 +327,31 @@ class CutMixConsistency(Regularizer):
         name: str = "task_loss",
         instead: str = INSTEAD,
     ) -> Tensor:
-        """The task loss of the mixed images on what is sure, neither weighted nor ramped; counts the call.
+        """The task loss of the mixed images on the sure pixels, without weight and ramp. It counts as a call.
 
         Args:
-            prediction: of the mixed images, (B, channels, *spatial): what `select` gave first.
-            y: what `mix` gave.
+            prediction: of the mixed images, (B, channels, *spatial): the first value that `select` returned.
+            y: what `mix` returned.
             task_loss: as in `loss`.
-            name: of the argument that `task_loss` came by, for messages.
-            instead: what to give where `task_loss` cannot leave a label value out, for messages.
+            name: of the argument that `task_loss` was passed as, for messages.
+            instead: what to pass if `task_loss` cannot ignore a label value, for messages.
 
         Raises:
-            ReSegError: the prediction is not of the mixed images, or `task_loss` fails, or does not leave
-                `ignore_index` out.
+            ReSegError: the prediction does not belong to the mixed images, or `task_loss` fails, or does not ignore
+                `ignore_index`.
         """
         if not isinstance(y, Mixed):
-            raise ReSegError(f"y= is what mix() gave, got {outline(y)}")
+            raise ReSegError(f"y= must be what mix() returned, got {outline(y)}")
         if not isinstance(prediction, Tensor) or (len(prediction), *prediction.shape[2:]) != (
             len(y.images),
             *y.images.shape[2:],
         ):
-            raise ReSegError(f"a prediction is of the mixed images {outline(y.images)}, got {outline(prediction)}")
+            raise ReSegError(
+                f"the prediction must fit the mixed images, {outline(y.images)}, got {outline(prediction)}"
+            )
         if prediction.shape[1] != len(y.sure) and not (prediction.shape[1] == 1 and len(y.sure) == 2):
             raise ReSegError(
-                f"the model gave {prediction.shape[1]} channels for the mixed images, its mean teacher "
+                f"the model returned {prediction.shape[1]} channels for the mixed images, its mean teacher "
                 f"{len(y.sure)} classes; pass output= with the path to the logits"
             )
         self._ask(task_loss, prediction, y.label, name, instead)
@@ -358,7 +360,7 @@ class CutMixConsistency(Regularizer):
         # most losses are NaN where everything is ignored
         target = torch.where(counts, y.label, torch.zeros_like(y.label))
         value = counts * value_of(task_loss, prediction, target, "unlabelled images", name)
-        refuse_not_finite(value, {}, f"{name} is NaN or infinite for unlabelled images, whose logits are finite")
+        refuse_not_finite(value, {}, f"{name} is NaN or infinite for unlabelled images, although the logits are finite")
         self._shares = y.sure
         self._last = {"sure": sure.float().mean()}
         self._calls += 1
@@ -366,44 +368,44 @@ class CutMixConsistency(Regularizer):
         return value
 
     def update(self) -> None:
-        """Let the mean teacher follow the model; call it once after each step of the optimizer.
+        """Move the mean teacher towards the model; call it once after each optimizer step.
 
         Raises:
-            ReSegError: the model's parameters are others than when this was made.
+            ReSegError: the model's parameters are not those it had when this was built.
         """
         # at weight 0 no forward of its own brings its buffers up to date
         self._mean_teacher.update(buffers=self._weight == 0)
         self._forgotten.updated()
 
     def reset(self) -> None:
-        """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0.
+        """Start over: the mean teacher becomes the model as it is now, in place, and the ramp restarts at 0.
 
-        The first `loss` or `update` does it, so that a model may get other weights before.
+        The first `loss` or `update` does this by itself, so the model may still get other weights before then.
 
         Raises:
-            ReSegError: the model's parameters or buffers are others than when this was made.
+            ReSegError: the model's parameters or buffers are not those it had when this was built.
         """
         self._mean_teacher.reset()
         self._calls = 0
         self._forgotten.updated()
 
     def remove(self) -> None:
-        """Take all hooks off; the loss raises from now on, and the mean teacher stays. May be called twice."""
+        """Remove all hooks; the loss raises from now on, and the mean teacher stays. May be called twice."""
         super().remove()
         for ending in self._endings or ():
             ending.remove()
 
     def stats(self) -> dict[str, float]:
-        """The last call's values for a log: "loss" (unweighted), "weight", and "sure", the share of pixels that count.
+        """The last call's values, for a log: "loss" (unweighted), "weight", and "sure", the share of pixels that count.
 
-        "weight" is what that call's loss was multiplied with, ramp and all. "sure/1" is that share of the pixels which
-        the mean teacher takes for class 1; NaN where it takes none. Reading them waits for the device.
+        "weight" is the factor of that call's loss, ramp included. "sure/1" is the share of sure pixels among those that
+        the mean teacher predicts as class 1; it is NaN if there are none. Reading them waits for the device.
         """
         shares = [] if self._shares is None or not self._last else self._shares.tolist()
         return super().stats() | {f"sure/{c}": share for c, share in enumerate(shares)}
 
     def _state(self) -> dict[str, Any]:
-        # but for `perturb`. Random numbers are torch's: save its states beside, as for dropout
+        # everything except `perturb`. Random numbers are torch's: save its random states, too, as for dropout
         return {
             "rampup_steps": self.rampup_steps,
             "ignore_index": self.ignore_index,
@@ -442,10 +444,10 @@ class CutMixConsistency(Regularizer):
         return [self.average]
 
     def _hooked(self, output: Any) -> tuple[Any, tuple[Ending, Ending] | None]:
-        """`output` as it is kept, and where it is the input of a module what keeps that of the model and its average.
+        """`output` as it is stored and, if it is the input of a module, the recorders of that input in both networks.
 
         Raises:
-            ReSegError: it is no path, or that module is none, or no sigmoid or softmax.
+            ReSegError: it is not a path, or there is no such module, or it is not a sigmoid or softmax.
         """
         path = ending_named(output)
         if path is None:
@@ -475,7 +477,7 @@ class CutMixConsistency(Regularizer):
         name: str = "task_loss",
         instead: str = INSTEAD,
     ) -> None:
-        """See at the first call that a task loss leaves `ignore_index` out."""
+        """Check at the first call that a task loss ignores `ignore_index`."""
         if not self._asked:
             _check_ignoring(task_loss, prediction.detach(), label, self.ignore_index, name, instead)
             self._asked = True
@@ -486,7 +488,7 @@ class CutMixConsistency(Regularizer):
         shape, images = images.shape, self.perturb(images)
         if not isinstance(images, Tensor) or images.shape != shape:
             found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
-            raise ReSegError(f"perturb= gave {found}, not images of the same shape {tuple(shape)}")
+            raise ReSegError(f"perturb= returned {found}, not images of the same shape {tuple(shape)}")
         return images
 
     def _check_deep(self) -> None:
@@ -494,18 +496,18 @@ class CutMixConsistency(Regularizer):
         if deep is None:
             return
         if not isinstance(deep, DeepSupervision):
-            raise ReSegError(f"deep= is the model's DeepSupervision, got {type(deep).__name__}")
+            raise ReSegError(f"deep= must be the model's DeepSupervision, got {type(deep).__name__}")
         refuse_other_heads(deep, self._model, self.ignore_index)
         if self._endings is not None and deep.ending != self.ending:
             raise ReSegError(
-                f"the logits are what the module {self.ending!r} takes in, while the heads of deep supervision give "
-                f"task_loss {'logits' if deep.ending is None else f'what {deep.ending!r} makes of theirs'}; a model "
-                "that returns logits beside probabilities is trained on these: pass output= with the path to them"
+                f"the logits are the input of the module {self.ending!r}, but the heads of deep supervision pass "
+                f"task_loss {'logits' if deep.ending is None else f'the output of {deep.ending!r}'}; a model that "
+                "returns both logits and probabilities is trained on the logits: pass output= with the path to them"
             )
 
 
 class _Forgotten:
-    """Warns once if the parameters change 20 times without an `update`, of which every loop needs one for each."""
+    """Warns once if the parameters change 20 times without an `update`; a loop needs one `update` per change."""
 
     def __init__(self) -> None:
         self._calls, self._told = 0, False
@@ -514,7 +516,7 @@ class _Forgotten:
         self._calls = 0
 
     def check(self, model: nn.Module) -> None:
-        """Count a call, and the changes on the device, which is asked after 20 calls without an update alone."""
+        """Count a call, and the changes on the device; the device is only read after 20 calls without an update."""
         last = next((p.detach() for p in reversed([*model.parameters()]) if p.requires_grad), None)
         if last is None or self._told or not readable(last.device, first=True):
             return
@@ -528,7 +530,7 @@ class _Forgotten:
             self._told = True
             warn(
                 f"{FORGOTTEN_STEPS} changes of the parameters without update(): the mean teacher does not learn; call "
-                "update() after each step of the optimizer"
+                "update() after each optimizer step"
             )
 
 
@@ -544,17 +546,17 @@ def _checked(rampup_steps: Any, threshold: Any, ema_decay: Any) -> tuple[int | N
 def _check_ignoring(
     task_loss: TaskLoss, logits: Tensor, like: Tensor, ignore_index: int, name: str, instead: str
 ) -> None:
-    """Raise a ReSegError unless the loss leaves `ignore_index` out: asked before any prediction is sure, not after.
+    """Raise a ReSegError unless the loss ignores `ignore_index`. This is checked before any prediction is sure.
 
-    Without it, one that fails on the value would do so in the middle of a training, on CUDA without a message.
+    Without this check, a loss that fails on the value would fail in the middle of training, on CUDA without a message.
     """
     if logits.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     label = torch.full_like(like, ignore_index)
     label.flatten(1)[:, : label[0].numel() // 2] = 0
     must = (
-        f"it must leave the label value {ignore_index} out, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does. "
-        f"If the loss of the labelled images cannot, give {instead}"
+        f"it must ignore the label value {ignore_index}, as nn.CrossEntropyLoss(ignore_index={ignore_index}) does. "
+        f"If the loss of the labelled images cannot, pass {instead}"
     )
     try:
         with torch.enable_grad():
@@ -571,7 +573,7 @@ def _check_ignoring(
         raise ReSegError(f"{name} failed on a label of shape {tuple(label.shape)}, int64, with pixels that do not "
                          f"count; {must} ({type(error).__name__}: {error})") from error  # fmt: skip
     if not leaves_out:
-        raise ReSegError(f"{name} has a gradient at pixels that do not count, or none that is finite; {must}")
+        raise ReSegError(f"{name} has a gradient at pixels that do not count, or its gradient is not finite; {must}")
 
 
 def _plain(forward: Any) -> Any:
@@ -584,13 +586,13 @@ def refuse_two_forwards(forward: Any, model: nn.Module) -> None:
     """Raise a ReSegError for a DistributedDataParallel that cannot run the model twice a step."""
     forward = _plain(forward)
     if forward is not model:  # which alone is not reduced at each forward
-        refuse_join(model, "two forwards a step are one too many")
+        refuse_join(model, "this loss runs the model twice a step")
     if BROADCASTS_TWICE or not isinstance(forward, DistributedDataParallel):
         return
     if forward.will_sync_module_buffers():
         raise ReSegError(
-            "before torch 2.13 DistributedDataParallel cannot copy rank 0's buffers at two forwards a step, since the "
-            "backward of the first then fails: build it with broadcast_buffers=False"
+            "before torch 2.13, DistributedDataParallel cannot copy rank 0's buffers in two forwards a step, because "
+            "the backward of the first one then fails: build it with broadcast_buffers=False"
         )
 
 
@@ -599,7 +601,7 @@ def plain_images(images: Any) -> Tensor:
     images = unwrapped(images)
     if not is_dense(images) or images.ndim not in (4, 5) or not images.is_floating_point():
         raise ReSegError(
-            f"unlabelled images are a dense float tensor (B, C, H, W) or (B, C, D, H, W), got {outline(images)}"
+            f"unlabelled images must be a dense float tensor (B, C, H, W) or (B, C, D, H, W), got {outline(images)}"
         )
     if len(images) < 2:
         what = "one unlabelled image has no other" if len(images) else "an empty batch has no unlabelled images"

@@ -1,4 +1,4 @@
-"""What the library raises. One root, a ValueError, so that users can catch everything of ours at once."""
+"""What the library raises. One root class, a ValueError, so that users can catch all our errors at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class ReSegError(ValueError):
-    """Something was used in a way that cannot work; the message says what, and what to do."""
+    """Something was used in a way that cannot work; the message says what is wrong and what to do."""
 
     __module__ = "reseg_loss"
 
@@ -26,7 +26,7 @@ class TapError(ReSegError):
 
 
 def outline(value: Any) -> str:
-    """What a value is, for a message: dtype, shape and device of a tensor, the keys or the types in a container."""
+    """A value in short, for messages: shape, dtype and device of a tensor, keys or types in a container."""
     if isinstance(value, Tensor):
         dense = "" if value.layout == torch.strided else f"{value.layout}, "
         return f"a tensor of shape {tuple(value.shape)}, {dense}{value.dtype}, on {value.device}"
@@ -44,7 +44,7 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 4) -> str:
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the line of the caller's code that came into this package, however deep in it this is."""
+    """A UserWarning that points at the line of the caller's code that called into this package."""
     package, depth, frame = Path(__file__).parent, 1, inspect.currentframe()
     while frame is not None and package in Path(frame.f_code.co_filename).parents:
         depth, frame = depth + 1, frame.f_back

@@ -1,6 +1,6 @@
 """The equations, as pure functions that never broadcast.
 
-Every one computes in at least fp32 (fp64 stays fp64); only `project` can do with bf16.
+All of them compute in at least fp32 (fp64 stays fp64), except that `project` may compute in bf16.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def recon_loss(
         valid: (B, 1, *spatial) weights in [0, 1]; each mean becomes sum(valid * error) / (C * sum(valid)).
 
     Returns:
-        A scalar in at least fp32; 0 (with a graph) where nothing is valid.
+        A scalar in at least fp32; 0 (with a graph) if nothing is valid.
 
     Raises:
-        ReSegError: shapes differ, or one is no dense floating point tensor.
+        ReSegError: shapes differ, or an argument is not a dense floating point tensor.
     """
     with _full_precision(prediction=prediction, image=image) as (prediction, image):
         difference = _counting(prediction - image, valid)
@@ -48,16 +48,16 @@ def alignment_term(
         student: (B, C, *spatial), any float dtype.
         teacher: the same shape; no gradient is expected to flow into it.
         valid: (B, 1, *spatial) valid area fraction w, at the features' size: sum(w d^2) / (C sum w).
-        normalize: "batch" standardizes both sides first (`standardize`, with the same weights); None compares raw.
+        normalize: "batch" standardizes both sides first (`standardize`, with the same weights); None compares them raw.
 
     Returns:
-        A scalar in at least fp32; 0 (with a graph) where nothing is valid.
+        A scalar in at least fp32; 0 (with a graph) if nothing is valid.
 
     Raises:
-        ReSegError: shapes differ, one is no dense floating point tensor, or `normalize` is something else.
+        ReSegError: shapes differ, an argument is not a dense floating point tensor, or `normalize` has another value.
     """
     if normalize not in (None, "batch"):
-        raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
+        raise ReSegError(f"normalize={normalize!r}; it must be None or 'batch'")
     with _full_precision(student=student, teacher=teacher) as (student, teacher):
         student, teacher = _counting(student, valid), _counting(teacher, valid)
         if normalize == "batch":
@@ -77,7 +77,7 @@ def standardize(x: Tensor, valid: Tensor | None = None, eps: float = EPS) -> Ten
         The same shape, in at least fp32.
 
     Raises:
-        ReSegError: `x` or `valid` is no such tensor, or `eps` no finite number > 0.
+        ReSegError: `x` or `valid` is not such a tensor, or `eps` is not a finite number > 0.
     """
     check_number("eps", eps, above=0)
     with _full_precision(x=x) as (x,):
@@ -93,21 +93,22 @@ def standardize(x: Tensor, valid: Tensor | None = None, eps: float = EPS) -> Ten
 
 
 def valid_fraction(valid: Tensor, spatial: Sequence[int]) -> Tensor:
-    """The valid area fraction of every cell of a coarser grid: the mean of `valid` over the pixels it touches.
+    """The valid area fraction of every cell of a coarser grid: the mean of `valid` over the pixels that it touches.
 
     Args:
         valid: (B, 1, *image) weights in [0, 1].
-        spatial: the coarser grid's size. A cell that covers pixels in part counts them whole.
+        spatial: the coarser grid's size. Pixels that a cell covers in part count in full.
 
     Returns:
         (B, 1, *spatial).
 
     Raises:
-        ReSegError: `valid` is no dense floating point tensor, or `spatial` no size of as many axes.
+        ReSegError: `valid` is not a dense floating point tensor, or `spatial` is not a size with the same number of
+            axes.
     """
     check_feature("valid", valid)
     if not isinstance(spatial, Sequence) or len(spatial) != valid.ndim - 2:
-        raise ReSegError(f"spatial={spatial!r}; it is a size of {valid.ndim - 2} axes, as those of valid")
+        raise ReSegError(f"spatial={spatial!r}; it must be a size with {valid.ndim - 2} axes, like valid")
     for n in spatial:
         check_number("a size in spatial", n, least=1, whole=True)
     return valid if tuple(valid.shape[2:]) == tuple(spatial) else F.interpolate(valid, list(spatial), mode="area")
@@ -116,10 +117,10 @@ def valid_fraction(valid: Tensor, spatial: Sequence[int]) -> Tensor:
 def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tensor:
     """A fixed (out_channels, in_channels) matrix with orthonormal rows or columns, whichever are fewer; fp64, CPU.
 
-    The same seed and shape give the same matrix; it is unique, for the signs of the decomposition are fixed.
+    The same seed and shape give the same matrix. It is unique, because the signs of the decomposition are fixed.
 
     Raises:
-        ReSegError: a number of channels is no whole number >= 1, or the seed none from 0 to 2**63 - 1.
+        ReSegError: a number of channels is not a whole number >= 1, or the seed is not one from 0 to 2**63 - 1.
     """
     check_number("out_channels", out_channels, least=1, whole=True)
     check_number("in_channels", in_channels, least=1, whole=True)
@@ -137,20 +138,21 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
 
     Args:
         x: any float dtype.
-        matrix: (D, C). If both are in bf16 it is torch's bf16 matmul, which tensor cores do and which reads and
-            writes half as much; otherwise all are cast to at least fp32 (fp16 could overflow).
+        matrix: (D, C). If both are in bf16, torch's bf16 matmul is used, which runs on tensor cores and reads and
+            writes half as much. Otherwise both are cast to at least fp32 (fp16 could overflow).
 
     Returns:
         The projected feature, bf16 or at least fp32, in the memory order of `x`.
 
     Raises:
-        ReSegError: one is no dense floating point tensor, or the matrix is not (D, C).
+        ReSegError: an argument is not a dense floating point tensor, or the matrix is not (D, C).
     """
     check_feature("x", x)
     check_feature("matrix", matrix)
     if matrix.ndim != 2 or matrix.shape[1] != x.shape[1]:
         raise ReSegError(
-            f"matrix has shape {tuple(matrix.shape)}; for a feature of {x.shape[1]} channels it is (D, {x.shape[1]})"
+            f"matrix has shape {tuple(matrix.shape)}; for a feature with {x.shape[1]} channels it must be "
+            f"(D, {x.shape[1]})"
         )
     with _full_precision(torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32, x=x) as (x,):
         matrix = matrix.to(x.dtype)
@@ -163,7 +165,7 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
 
 @contextmanager
 def _full_precision(least: torch.dtype = torch.float32, **named: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in one dtype of at least fp32 (or `least`), with autocast off; refuses what would broadcast."""
+    """The tensors in one dtype of at least fp32 (or `least`), with autocast off; raises if they would broadcast."""
     tensors = tuple(named.values())
     first = tensors[0]
     for name, tensor in named.items():
@@ -190,7 +192,7 @@ def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _counting(x: Tensor, valid: Tensor | None) -> Tensor:
-    """0 where nothing counts, so that a NaN there is no NaN in a sum or a gradient."""
+    """`x` with 0 where nothing counts, so that a NaN there does not reach a sum or a gradient."""
     return x if valid is None else torch.where(_weights(valid, x) > 0, x, 0.0)
 
 
@@ -205,17 +207,19 @@ def _weights(valid: Tensor, x: Tensor) -> Tensor:
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter], losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The norm of each loss's gradient at a model's parameters, to see how much each pulls: a backward pass for each.
+    """The norm of each loss's gradient at a model's parameters, to see how strongly each loss pulls.
+
+    It takes a backward pass for each loss.
 
     Args:
-        parameters: those that do not require a gradient are left out.
+        parameters: those that do not require a gradient are skipped.
         losses: {name: scalar}; their graphs are kept, so that a backward of their sum may follow.
 
     Returns:
         {name: scalar}, in fp32; 0 for a loss that depends on none of the parameters.
 
     Raises:
-        ReSegError: a loss is no scalar.
+        ReSegError: a loss is not a scalar.
     """
     wanted = [p for p in parameters if p.requires_grad]
 

@@ -1,4 +1,4 @@
-"""The mean teacher: a copy of a model, whose weights average those that the model has had in its training."""
+"""The mean teacher: a copy of a model whose weights are an average of the model's weights over its training."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from .recording.copying import compiler_of, copy_model, is_sharded, unwrap
 class MeanTeacher:
     """An average of a model over its training, which labels images.
 
-    Its parameters average the model's. It starts as the model at the first `start`, so that a model may get other
-    weights before. (Tarvainen and Valpola, NeurIPS 2017.)
+    Its parameters average the model's. It becomes equal to the model at the first `start`, so the model may still get
+    other weights before that. (Tarvainen and Valpola, NeurIPS 2017.)
 
     Args:
-        model: the model, or its wrappers. Where it is compiled, the copy is, too.
-        decay: of the average, per `update`.
-        average_buffers: False predicts in the modes of the model's modules: in training batch normalisation takes the
-            statistics of the predicted images and has running ones of its own, and dropout is on. True predicts in
-            evaluation, with an average of the model's buffers: for a model whose batches hold other images, too.
+        model: the model, or its wrapper. If it is compiled, the copy is, too.
+        decay: decay of the average, per `update`.
+        average_buffers: False predicts with each module in the same mode as the model's. In training mode, batch
+            normalisation then uses the statistics of the predicted images and keeps its own running statistics, and
+            dropout is on. True predicts in evaluation mode, with an average of the model's buffers. Use True for a
+            model whose batches contain other images as well.
 
     Raises:
-        ReSegError: the model cannot be copied, is sharded (`fully_shard`), lazy, or has parameters in less than 32
-            bits.
+        ReSegError: the model cannot be copied, is sharded (`fully_shard`), has lazy parameters, or has parameters in
+            less than 32 bits.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, average_buffers: bool = False) -> None:
@@ -45,15 +46,15 @@ class MeanTeacher:
         self._given = model
 
     def compile(self, compiler: Callable[[Any], Any] = torch.compile) -> None:
-        """Let `predict` run compiled, by torch.compile or what stands for it; does nothing if it was done."""
+        """Compile `predict`, by torch.compile or a function like it; does nothing if it is compiled already."""
         if not callable(compiler):
-            raise ReSegError(f"compiler= is torch.compile or a function like it, got {outline(compiler)}")
+            raise ReSegError(f"compiler= must be torch.compile or a function like it, got {outline(compiler)}")
         if self._run is not None:
             return
         network = self.network
 
-        # a function of its own, for torch keeps what it knows of sizes by code, of which a model and its copy have the
-        # same: the model's batches would become dynamic, and slow, by the sizes of the mean teacher's
+        # a separate function, because torch remembers sizes per code object, and a model and its copy share theirs: the
+        # mean teacher's batch sizes would make the model's batches dynamic, and slow
         def run(images: Tensor) -> Any:
             return network(images)
 
@@ -63,7 +64,7 @@ class MeanTeacher:
         return {**self.__dict__, "_run": None}  # a copy's would run the original's network
 
     def start(self) -> None:
-        """Become the model as it is, unless that was done."""
+        """Become equal to the model, at the first call only."""
         if self.started:
             self._to_model()
         else:
@@ -71,7 +72,7 @@ class MeanTeacher:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Become the model as it is now, in place. Raises a ReSegError if its parameters or buffers are others."""
+        """Become equal to the model as it is now, in place; a ReSegError if its parameters or buffers have changed."""
         _refuse_sharded(self._model)
         self._to_model()
         for what in ("parameters", "buffers"):
@@ -81,10 +82,10 @@ class MeanTeacher:
 
     @torch.no_grad()
     def update(self, *, buffers: bool = False) -> None:
-        """Follow the model by one step; with `buffers`, take those over, where no forward of its own keeps them.
+        """Follow the model by one step. With `buffers`, copy the model's buffers, for steps in which this did not run.
 
         Raises:
-            ReSegError: the model's parameters are others than when this was made.
+            ReSegError: the model's parameters are not those it had when this was built.
         """
         _refuse_sharded(self._model)
         self.start()
@@ -105,16 +106,18 @@ class MeanTeacher:
     def predict(self, images: Tensor) -> Any:
         """What the network returns for images, without gradients.
 
-        Each of its modules is in the mode of the model's, so that parts which the user has frozen in evaluation are so
-        here, too; with `average_buffers` all are in evaluation.
+        Each module is in the same mode as the model's, so parts that the user keeps in evaluation mode are in
+        evaluation mode here, too. With `average_buffers` all modules are in evaluation mode.
 
         Raises:
-            ReSegError: the model has other modules than when this was made, or the network fails on the images.
+            ReSegError: the model's modules are not those it had when this was built, or the network fails on the
+                images.
         """
         pairs = [*zip_longest(_uncompiled(self.network), _uncompiled(self._model))]
         if any(type(mine) is not type(theirs) for mine, theirs in pairs):
             raise ReSegError(
-                "the model has other modules than when its mean teacher was made; build this after the model is changed"
+                "the model's modules have changed since its mean teacher was made; change the model first, then build "
+                "this loss"
             )
         for mine, theirs in pairs:
             training = theirs.training and not self.average_buffers
@@ -132,18 +135,18 @@ class MeanTeacher:
         except Exception as error:
             raise ReSegError(
                 f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
-                f"{images.device}; they must be as the model takes the labelled ones ({type(error).__name__}: {error})"
+                f"{images.device}; they must have the form of the labelled images ({type(error).__name__}: {error})"
             ) from error
 
     def _take_over(self, what: str) -> None:
-        """Give the network the model's "parameters" or "buffers"."""
+        """Copy the model's "parameters" or "buffers" to the network."""
         mine, theirs = (list(getattr(m, what)()) for m in (self.network, self._model))
         _same(what, mine, theirs)
         for a, p in zip(mine, theirs):
             a.copy_(p)
 
     def _to_model(self) -> None:
-        """To the model's device, which may have moved since; a ReSegError if its dtype has."""
+        """Move to the model's device, which may have changed; a ReSegError if its dtype has changed."""
         mine, theirs = (next(m.parameters(), None) for m in (self.network, self._model))
         if mine is None or theirs is None:
             return
@@ -153,8 +156,8 @@ class MeanTeacher:
             _refuse_low(self._model)
         if mine.dtype != theirs.dtype:
             raise ReSegError(
-                f"the model's parameters are {theirs.dtype}, its mean teacher's {mine.dtype}: the model was moved to "
-                f"another dtype, so move the mean teacher, too, by this loss's to({theirs.dtype})"
+                f"the model's parameters are {theirs.dtype}, its mean teacher's are {mine.dtype}: the model was moved "
+                f"to another dtype, so move the mean teacher, too: call to({theirs.dtype}) of this loss"
             )
 
 
@@ -163,25 +166,26 @@ def _refuse_low(model: nn.Module) -> None:
     low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
     if low:
         raise ReSegError(
-            f"the model has {', '.join(map(str, low))} parameters, in which the small steps of an average are rounded "
-            "away; keep them in float32 and use torch.autocast"
+            f"the model has {', '.join(map(str, low))} parameters, and the small steps of an average are rounded to "
+            "nothing in that precision; keep the parameters in float32 and use torch.autocast"
         )
 
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Raise a ReSegError if the model is sharded, now or since its mean teacher was made."""
     if is_sharded(model):
-        raise ReSegError("the model is sharded (fully_shard), and its mean teacher needs whole parameters; use DDP")
+        raise ReSegError("the model is sharded (fully_shard), but its mean teacher needs whole parameters; use DDP")
 
 
 def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     """Raise a ReSegError unless the mean teacher's tensors fit the model's."""
     if [t.shape for t in mine] != [t.shape for t in theirs]:
         raise ReSegError(
-            f"the model has other {what} than when its mean teacher was made; build this after the model is changed"
+            f"the model's {what} have changed since its mean teacher was made; change the model first, then build this "
+            "loss"
         )
 
 
 def _uncompiled(model: nn.Module) -> Iterator[Any]:
-    """Every module but those that torch.compile put around another."""
+    """Every module except the wrappers of torch.compile."""
     return (module for module in model.modules() if "_orig_mod" not in module._modules)

@@ -1,4 +1,4 @@
-"""What is done to unlabelled images: boxes of others, other intensities, pseudo-labels, and a ramp; all pure."""
+"""Pure functions on unlabelled images: boxes from other images, changed intensities, pseudo-labels, and the ramp."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NOISE = 0.1  # standard deviation
 
 
 def boxes(u: Tensor, spatial: Sequence[int]) -> Tensor:
-    """One box per sample, with the same share of the image's side in every axis: a quarter to a half.
+    """One box per sample. Its side is a quarter to a half of the image's side, the same fraction in every axis.
 
     Args:
         u: (B, 1 + axes) numbers from 0 to 1: how large the box is, and where it lies in each axis.
         spatial: the image's size, (H, W) or (D, H, W).
 
     Returns:
-        (B, *spatial) bool, True in the box. A pixel belongs to it if its centre does.
+        (B, *spatial) bool, True inside the box. A pixel is inside if its centre is.
     """
     low, high = BOX
     side = low + (high - low) * u[:, :1]
@@ -38,12 +38,12 @@ def boxes(u: Tensor, spatial: Sequence[int]) -> Tensor:
 
 
 def random_boxes(images: Tensor) -> Tensor:
-    """`boxes` of images (B, C, *spatial) with numbers from torch's default generator."""
+    """`boxes` for images (B, C, *spatial), with random numbers from torch's default generator."""
     return boxes(torch.rand(len(images), images.ndim - 1, device=images.device), images.shape[2:])
 
 
 def mix(x: Tensor, box: Tensor) -> Tensor:
-    """`x` with the sample before it (of the first: the last one) inside each sample's box.
+    """`x` with the content of each box taken from the previous sample of the batch (for the first: the last sample).
 
     Args:
         x: (B, C, *spatial) images or (B, *spatial) labels.
@@ -53,14 +53,15 @@ def mix(x: Tensor, box: Tensor) -> Tensor:
 
 
 def perturb_intensities(image: Tensor, u: Tensor, noise: Tensor) -> Tensor:
-    """Other gamma, gain and offset for every sample, and noise, on intensities scaled to 0..1 and back.
+    """Change gamma, gain and offset of every sample and add noise, on intensities scaled to 0..1 and back.
 
-    Every channel of every sample is scaled by its own least and largest value; where they are equal it stays.
+    Every channel of every sample is scaled by its own minimum and maximum. If they are equal, the channel stays as it
+    is.
 
     Args:
         image: (B, C, *spatial), any range.
         u: (B, 3) numbers from 0 to 1: gamma (0.7 to 1.4, log-uniform), gain (0.8 to 1.2), offset (-0.1 to 0.1).
-        noise: as the image, with standard deviation 1; it is added times 0.1.
+        noise: of the image's shape, with standard deviation 1; it is multiplied by 0.1 and added.
     """
     axes = tuple(range(2, image.ndim))
     x = image.float() if image.dtype.itemsize < 4 else image
@@ -75,21 +76,21 @@ def perturb_intensities(image: Tensor, u: Tensor, noise: Tensor) -> Tensor:
 
 
 def random_intensities(image: Tensor) -> Tensor:
-    """`perturb_intensities` with numbers from torch's default generator."""
+    """`perturb_intensities` with random numbers from torch's default generator."""
     return perturb_intensities(image, torch.rand(len(image), 3, device=image.device), torch.randn_like(image))
 
 
 @torch.no_grad()
 def predicted(logits: Tensor, *, overlapping: bool = False) -> tuple[Tensor, Tensor]:
-    """The class that is predicted, int64, and its probability.
+    """The predicted class, int64, and its probability.
 
     Args:
-        logits: (B, C, *spatial), classes that exclude each other; with one channel a binary model's (sigmoid).
+        logits: (B, C, *spatial), of mutually exclusive classes; one channel means a binary model (sigmoid).
         overlapping: each channel is a class of its own (sigmoid), 0 or 1.
 
     Returns:
-        Both (B, *spatial); of a binary model (B, 1, *spatial), of overlapping classes (B, C, *spatial), as their losses
-        want the label in the form of the logits.
+        Both of shape (B, *spatial); (B, 1, *spatial) for a binary model, (B, C, *spatial) for overlapping classes,
+        because their losses want the label in the shape of the logits.
     """
     logits = logits.float()
     if overlapping or logits.shape[1] == 1:
@@ -106,7 +107,7 @@ def pseudo_label(logits: Tensor, threshold: float, ignore_index: int, *, overlap
     Args:
         logits: as in `predicted`.
         threshold: a probability.
-        ignore_index: no class.
+        ignore_index: a value that is not a class.
         overlapping: as in `predicted`.
     """
     return sure_label(*predicted(logits, overlapping=overlapping), threshold, ignore_index)
@@ -118,7 +119,7 @@ def sure_label(label: Tensor, confidence: Tensor, threshold: float, ignore_index
 
 
 def pixels_per_class(label: Tensor, classes: int, *, overlapping: bool = False) -> Tensor:
-    """How many pixels a label has of each class, (classes,) int64; of overlapping classes the ones in each channel."""
+    """The number of pixels of each class in a label, (classes,) int64; for overlapping classes, the 1s per channel."""
     if overlapping:
         return (label == 1).transpose(0, 1).flatten(1).sum(1)
     numbers = torch.arange(classes, device=label.device)

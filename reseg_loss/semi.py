@@ -1,4 +1,4 @@
-"""Few labels in one object: deep supervision, and a mean teacher that labels the images which have none."""
+"""Few labels in one object: deep supervision, and a mean teacher that labels the unlabelled images."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ BETWEEN_LOOKS = 100  # steps after which the device is asked
 
 
 class Targets(NamedTuple):
-    """What `SemiSupervised.mix` gives beside the images: what the model is to learn on them."""
+    """What `SemiSupervised.mix` returns along with the images: what the model has to learn from them."""
 
     images: Tensor
     label: Tensor
     mixed: Mixed | None
-    """The last of the images; None at weight 0."""
+    """The unlabelled part, which comes last in `images`; None at weight 0."""
 
 
 class SemiSupervised(Regularizer):
-    """The whole loss of a step with labelled and unlabelled images, and the mean teacher that it trains.
+    """The whole loss of a step with labelled and unlabelled images, and the mean teacher that goes with it.
 
-    The mean teacher (an average of the model over its training) predicts the unlabelled images. A box of each is
-    exchanged with another's, and the intensities are changed (`CutMixConsistency`). The model runs on labelled and on
-    mixed images. Its loss is `labelled + weight * ramp * unlabelled`: each of the two is the task loss of
-    the model's output, and of its coarser levels (`DeepSupervision`). Of the pixels without labels those count of
-    which the mean teacher is sure. Keep the mean teacher (`average`): it segments better than the model.
+    The mean teacher (an average of the model over its training) predicts the unlabelled images. In each image, a box
+    is replaced by the same box of another image, and the intensities are changed (`CutMixConsistency`). The model runs
+    on the labelled images and on these mixed ones. The loss is `labelled + weight * ramp * unlabelled`. Each of the two
+    parts is the task loss of the model's output plus that of its coarser levels (`DeepSupervision`). Unlabelled pixels
+    only count where the mean teacher is sure. Keep the mean teacher (`average`): it segments better than the model.
 
     ```python
     from reseg_loss import SemiSupervised, batches
@@ -71,42 +71,43 @@ class SemiSupervised(Regularizer):
     torch.save(semi.average.state_dict(), "model.pt")  # the bare model's keys
     ```
 
-    - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. One
-      with it runs twice, on each kind by itself; `joint` says it otherwise. For together the noise on the mixed images
-      is in the statistics of the labelled ones, too: on 3 patients of ACDC that cost the model 1.7 points
-      (benchmarks/results/ssl4mis.md, joint statistics).
-    - **The mean teacher** runs on the unlabelled images by themselves, as they are before they are mixed. Its modules
-      are in the modes of the model's: batch normalisation takes the statistics of these images and has running ones of
-      its own, and dropout is on. Only of a model with batch normalisation that runs once it is in evaluation, with an
-      average of the model's buffers. (With statistics of its own it lost 6.7 points there.)
-    - **Memory.** Where one forward of both does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
+    - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. A
+      model with batch normalisation runs twice, once on each kind. Set `joint` to override this. In one joint forward,
+      the noise on the mixed images also enters the statistics of the labelled ones. On 3 patients of ACDC that cost
+      the model 1.7 points (benchmarks/results/ssl4mis.md, joint statistics).
+    - **The mean teacher** runs on the unlabelled images alone, before they are mixed. Its modules are in the same
+      modes as the model's. So its batch normalisation uses the statistics of these images and keeps its own running
+      statistics, and dropout is on. The exception is a model with batch normalisation that runs once: its mean teacher
+      is in evaluation mode, with an average of the model's buffers. (With its own statistics it lost 6.7 points there.)
+    - **Memory.** If one forward on both kinds does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
       backward after each part.
 
     Args:
-        model: as in `CutMixConsistency`. Where torch.compile is among its wrappers, the mean teacher is compiled, too.
-        example_input: an image batch as the model takes it; it may only be left out before `load_state_dict`.
-        rampup_steps: number of steps over which the unlabelled loss grows to its weight, 40 % of the run for instance;
-            None gives it all its weight at once.
-        task_loss: a function of the model's output (B, classes, *spatial) and a label; of a model that ends in a
-            sigmoid or softmax module it gets what that gives. Default: `task_losses.CrossEntropyDiceLoss`, of one
-            channel or of overlapping classes `BinaryCrossEntropyDiceLoss`: these two get logits in any case. Pixels
-            that do not count have its `ignore_index`, or 255 if it has none.
-        unlabelled_loss: of the pseudo-labels, where `task_loss` cannot leave a label value out; by default `task_loss`.
-        deep: "auto" takes the coarser outputs that the model returns in training (deep supervision of its own), else
-            heads on its decoder (`DeepSupervision`), else none, of which it warns. None: none. Or a `DeepSupervision`
-            of this model, with the same `ignore_index`.
-        joint: one forward of all images, or one of each kind; None is one, but two where the model has batch
-            normalisation.
+        model: as in `CutMixConsistency`. If torch.compile is among its wrappers, the mean teacher is compiled, too.
+        example_input: an image batch as the model takes it. It may only be left out before `load_state_dict`.
+        rampup_steps: number of steps over which the unlabelled loss grows to its full weight, for instance 40 % of the
+            run. None uses the full weight from the start.
+        task_loss: a function of the model's output (B, classes, *spatial) and a label. If the model ends in a sigmoid
+            or softmax module, the function gets the probabilities. Default: `task_losses.CrossEntropyDiceLoss`, or
+            `BinaryCrossEntropyDiceLoss` for one channel or overlapping classes. These two always get logits. Pixels
+            that do not count are labelled with its `ignore_index`, or 255 if it has none.
+        unlabelled_loss: the loss on the pseudo-labels, if `task_loss` cannot ignore a label value; default `task_loss`.
+        deep: "auto" uses the coarser outputs that the model itself returns in training (its own deep supervision). If
+            there are none, it puts heads on the decoder (`DeepSupervision`). If that is impossible, it warns and
+            trains without. None switches deep supervision off. Or pass a `DeepSupervision` of this model, with the
+            same `ignore_index`.
+        joint: True for one forward of all images, False for one forward of each kind. None means one forward, or two
+            if the model has batch normalisation.
         overlapping: classes may overlap: labels are (B, classes, *spatial), and each channel is a sigmoid.
-        weight: a factor of the unlabelled loss; it may change between steps. At 0 the mean teacher follows, buffers
-            and all, and the unlabelled images are not used.
-        threshold: the probability from which on a prediction is sure.
-        ema_decay: of the average, per `update`.
+        weight: a factor of the unlabelled loss; it may change between steps. At 0 the mean teacher still follows the
+            model, buffers included, and the unlabelled images are not used.
+        threshold: a prediction is sure if its probability is at least this.
+        ema_decay: decay of the average, per `update`.
         perturb: as in `CutMixConsistency`.
-        output: as in `CutMixConsistency`; a sigmoid or softmax module at the model's end is found.
+        output: as in `CutMixConsistency`. A sigmoid or softmax module at the model's end is found automatically.
 
     Raises:
-        ReSegError: as `DeepSupervision` and `CutMixConsistency`.
+        ReSegError: as in `DeepSupervision` and `CutMixConsistency`.
     """
 
     ENTRIES: ClassVar[Mapping[str, Any]] = {
@@ -169,8 +170,8 @@ class SemiSupervised(Regularizer):
             overlapping=overlapping,
             output=output,
         )
-        self._unsure: Tensor | None = None  # of each class the steps after the ramp since it had a sure pixel
-        self._labelled: Tensor | None = None  # whether a label had it
+        self._unsure: Tensor | None = None  # for each class, the steps after the ramp since it last had a sure pixel
+        self._labelled: Tensor | None = None  # for each class, whether a label had it
         self._told_of: set[int] = set()
         self._looked = self._judged = False  # at the images and at the loss of a first call
 
@@ -191,11 +192,14 @@ class SemiSupervised(Regularizer):
 
     @property
     def consistency(self) -> CutMixConsistency:
-        """What mixes the unlabelled images and holds the mean teacher, and settings that may change; not its weight."""
+        """The part that mixes the unlabelled images and holds the mean teacher.
+
+        Its settings may be changed, except its weight.
+        """
         return self._consistency
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The heads' parameters, for your optimizer; none where the model has deep supervision of its own."""
+        """The heads' parameters, for your optimizer; none if the model has its own deep supervision."""
         return iter(()) if self._deep is None else self._deep.parameters()
 
     def loss(
@@ -207,24 +211,25 @@ class SemiSupervised(Regularizer):
         weight: float | Tensor | None = None,
         forward: Callable[[Tensor], Any] | None = None,
     ) -> Tensor:
-        """The whole loss of a step. It runs the mean teacher and the model, in the autocast that this is called in.
+        """The whole loss of a step. It runs the mean teacher and the model, under the caller's autocast.
 
         Args:
-            image: (B, C, *spatial), float; as the other two it is moved to the model's device. Of a list, element 0.
-            label: as `task_loss` takes it: (B, *spatial), of one channel (B, 1, *spatial) as well, of overlapping
-                classes (B, classes, *spatial).
+            image: (B, C, *spatial), float. If it is a list, element 0 is used. `image`, `label` and `unlabelled` are
+                moved to the model's device.
+            label: as `task_loss` takes it: (B, *spatial); also (B, 1, *spatial) for one channel; (B, classes, *spatial)
+                for overlapping classes.
             unlabelled: other images, (N, C, *spatial), N at least 2.
-            weight: instead of `weight` times the ramp, unless `weight` is 0. In a step that is captured as a CUDA
-                graph, a tensor, since Python's ramp would stand still.
-            forward: runs the model instead of the `model` that this was made with: a wrapper of it that was made
-                later, for instance.
+            weight: replaces `weight` times the ramp, unless `weight` is 0. In a step that is captured as a CUDA graph
+                it must be a tensor, because the ramp is computed in Python and would be frozen.
+            forward: called to run the model, in place of the `model` that this was built with. For instance a wrapper
+                of the model that was made later.
 
         Returns:
             A scalar.
 
         Raises:
             ReSegError: images or label do not fit each other or the model, or are not finite; gradients are off, or
-                the model is in evaluation; a task loss fails, or does not leave the ignored value out.
+                the model is in evaluation; a task loss fails, or does not ignore the ignored value.
             TapError: a tap of the heads did not fire.
         """
         forward = self._forward if forward is None else forward
@@ -247,27 +252,27 @@ class SemiSupervised(Regularizer):
         return self._sum(parts, label, mixed, weight)
 
     def mix(self, image: Any, label: Any, unlabelled: Any) -> tuple[Tensor, Targets]:
-        """The images that the model is to run on in this step, and what it is to learn: for `loss_of`.
+        """The images that the model has to run on in this step, and the targets for `loss_of`.
 
-        For loops in which something else runs the model, and once (`joint`): `x, y = semi.mix(image, label,
-        unlabelled)`, then `semi.loss_of(model(x), y)`. Labelled images come first, as they are.
+        For loops in which something else runs the model, and runs it once (`joint`): `x, y = semi.mix(image, label,
+        unlabelled)`, then `semi.loss_of(model(x), y)`. The labelled images come first, unchanged.
 
         Args:
             image: as in `loss`.
             label: as in `loss`.
-            unlabelled: as in `loss`, of the labelled images' size.
+            unlabelled: as in `loss`, of the same size as the labelled images.
 
         Returns:
-            (B + N, C, *spatial), and what belongs to it.
+            The images, (B + N, C, *spatial), and their targets.
 
         Raises:
-            ReSegError: as `loss`, or `joint` is False.
+            ReSegError: as in `loss`, or `joint` is False.
         """
         if not self.joint:
             raise ReSegError(
-                "the model runs twice a step here (it has batch normalisation, or joint=False), which loss() does: "
-                "mix() is for one forward. Call loss(image, label, unlabelled), with forward= where it is not the "
-                "model itself that is to run"
+                "the model runs twice a step here (it has batch normalisation, or joint=False), and mix() is for one "
+                "forward only. Call loss(image, label, unlabelled), which runs both; pass forward= if something other "
+                "than the model itself must be called"
             )
         image, label = self._labelled_part(image, label)
         if self.weight == 0:
@@ -275,26 +280,26 @@ class SemiSupervised(Regularizer):
         unlabelled = self._moved(plain_images(unlabelled))
         if (unlabelled.shape[1:], unlabelled.dtype) != (image.shape[1:], image.dtype):
             raise ReSegError(
-                f"labelled images are {outline(image)}, the others {outline(unlabelled)}; for one forward they must be "
-                "of one size and dtype: crop them alike, or build SemiSupervised(..., joint=False)"
+                f"labelled images are {outline(image)}, the others {outline(unlabelled)}; for one forward they must "
+                "have the same size and dtype: crop them alike, or build SemiSupervised(..., joint=False)"
             )
         mixed = self._consistency.mix(unlabelled)
         x = torch.cat([image, mixed.images])
         return x, Targets(x, label, mixed)
 
     def loss_of(self, output: Any, y: Targets, *, weight: float | Tensor | None = None) -> Tensor:
-        """The whole loss of what the model returned for the images that `mix` gave.
+        """The whole loss, from what the model returned for the images from `mix`.
 
         Args:
-            output: what the model returned, with its gradients.
-            y: what `mix` gave with the images.
+            output: what the model returned, with its graph.
+            y: what `mix` returned with the images.
             weight: as in `loss`.
 
-        Returns, Raises: as `loss`.
+        Returns, Raises: as in `loss`.
         """
         try:
             if not isinstance(y, Targets) or not (isinstance(y.images, Tensor) and isinstance(y.label, Tensor)):
-                raise ReSegError(f"y= is what mix() gave beside the images, got {outline(y)}")
+                raise ReSegError(f"y= must be the second value that mix() returned, got {outline(y)}")
             images, label, mixed = y
             sizes = [len(images)] if mixed is None else [len(images) - len(mixed.images), len(mixed.images)]
             return self._sum(self._parts(output, images, sizes), label, mixed, weight)
@@ -305,33 +310,33 @@ class SemiSupervised(Regularizer):
             raise
 
     def update(self) -> None:
-        """Let the mean teacher follow the model; call it once after each step of the optimizer.
+        """Move the mean teacher towards the model; call it once after each optimizer step.
 
         Raises:
-            ReSegError: the model's parameters are others than when this was made.
+            ReSegError: the model's parameters are not those it had when this was built.
         """
         self._consistency.update()
 
     def reset(self) -> None:
-        """Begin anew: the mean teacher becomes the model as it is now, in place, and the ramp begins at 0."""
+        """Start over: the mean teacher becomes the model as it is now, in place, and the ramp restarts at 0."""
         self._consistency.reset()
         self._calls, self._unsure, self._labelled = 0, None, None
         self._told_of.clear()
 
     def remove(self) -> None:
-        """Take all hooks off: the model is as it was, and the loss raises from now on. May be called twice."""
+        """Remove all hooks: the model is as it was, and the loss raises from now on. May be called twice."""
         super().remove()
         self._consistency.remove()
         if self._deep is not None:
             self._deep.remove()
 
     def stats(self) -> dict[str, float]:
-        """The last call's values for a log. Reading them waits for the device.
+        """The last call's values, for a log. Reading them waits for the device.
 
-        "labelled" and "unlabelled" are the task losses of the model's output, "labelled/deep" and "unlabelled/deep"
-        those of its coarser levels together. "weight" is what the unlabelled ones were multiplied with, ramp and all.
-        "sure" is the share of the unlabelled pixels that count, "sure/1" that of those which the mean teacher takes for
-        class 1, NaN where it takes none.
+        "labelled" and "unlabelled" are the task losses of the model's output. "labelled/deep" and "unlabelled/deep" are
+        the sums over its coarser levels. "weight" is the factor of the unlabelled losses, ramp included. "sure" is the
+        share of unlabelled pixels that count. "sure/1" is that share among the pixels that the mean teacher predicts as
+        class 1; it is NaN if there are none.
         """
         found = super().stats()
         sure = {name: value for name, value in self._consistency.stats().items() if name.startswith("sure")}
@@ -345,12 +350,12 @@ class SemiSupervised(Regularizer):
         image = unwrapped(image)
         if not is_dense(image) or image.ndim not in (4, 5) or not image.is_floating_point() or not len(image):
             raise ReSegError(
-                f"images are a dense float tensor (B, C, H, W) or (B, C, D, H, W), not empty, got {outline(image)}"
+                f"images must be a dense, non-empty float tensor (B, C, H, W) or (B, C, D, H, W), got {outline(image)}"
             )
         image, label = self._moved(image), self._moved(plain_label(label))
         forms = (image.ndim - 1, image.ndim)
         if label.ndim not in forms or len(label) != len(image) or label.shape[2 - image.ndim :] != image.shape[2:]:
-            raise ReSegError(f"the label, {outline(label)}, does not fit images, {outline(image)}")
+            raise ReSegError(f"the label, {outline(label)}, does not fit the images, {outline(image)}")
         refuse_not_finite(image, {}, OF_IMAGES, first=not self._looked)
         self._looked = True
         return image, label
@@ -366,7 +371,7 @@ class SemiSupervised(Regularizer):
         return tensor.to(parameter.device, non_blocking=True)
 
     def _parts(self, output: Any, images: Tensor, sizes: list[int]) -> list[_Part]:
-        """An output for images, split along the batch, and what the coarser levels have for each part."""
+        """The model's output for images, split along the batch, and the outputs of the coarser levels for each part."""
         self._refuse_misuse()
         prediction, logits = self._consistency.select(output, images)
         deep: Sequence[HeadOutputs | list[Tensor] | None] = [None] * len(sizes)
@@ -374,8 +379,8 @@ class SemiSupervised(Regularizer):
             levels = coarser_outputs(output, prediction)
             if not levels:
                 raise ReSegError(
-                    "the model returned coarser outputs (deep supervision of its own) when this was built, and none "
-                    "now: switch it on again, or build this anew"
+                    "the model returned coarser outputs (its own deep supervision) when this was built, and none "
+                    "now: switch its deep supervision on again, or build a new SemiSupervised"
                 )
             deep = [list(part) for part in zip(*(level.split(sizes) for level in levels))]
         elif self._deep is not None and self._deep.weight:
@@ -390,8 +395,8 @@ class SemiSupervised(Regularizer):
         task_loss = self._ours[one] if self.task_loss is None else self.task_loss
         main = value_of(task_loss, labelled.for_loss(task_loss), label, "labelled images")
         said = (
-            "task_loss is NaN or infinite for labelled images, whose logits are finite: look at the label (most losses "
-            "are where every pixel is one that they ignore)"
+            "task_loss is NaN or infinite for the labelled images, although their logits are finite: check the label "
+            "(most losses are NaN if every pixel is ignored)"
         )
         refuse_not_finite(main, {}, said, first=not self._judged)
         self._judged = True
@@ -425,7 +430,7 @@ class SemiSupervised(Regularizer):
         return torch.stack(values).sum() if values else torch.zeros((), device=label.device)
 
     def _look_at_classes(self, label: Tensor, mixed: Mixed) -> None:
-        """Count for how long each class has had no sure pixel since the ramp, and warn of one that labels have."""
+        """Count how long each class has had no sure pixel since the ramp; warn if the labels contain such a class."""
         classes, device = len(mixed.sure), mixed.sure.device
         if self._unsure is None or self._labelled is None or len(self._unsure) != classes:
             self._unsure = torch.zeros(classes, dtype=torch.int64, device=device)
@@ -447,7 +452,7 @@ class SemiSupervised(Regularizer):
             self._told_of.add(c)
             warn(
                 f"the labels have class {c}, but the mean teacher was not sure of any pixel of it for {UNSURE_STEPS} "
-                "steps after the ramp: the model learns it from the labels alone, and may lose it. A longer "
+                "steps after the ramp: the model learns this class from the labels alone, and may lose it. A longer "
                 "rampup_steps or a lower threshold may help"
             )
 
@@ -456,7 +461,7 @@ class SemiSupervised(Regularizer):
     def _look(
         self, example: Any, output: Any, deep: DeepSupervision | Literal["auto"] | None, ignore_index: int
     ) -> tuple[Any, DeepSupervision | Literal["auto"] | None]:
-        """`output` and `deep` as the model wants them, by one forward in training."""
+        """`output` and `deep` as they suit the model, found by one forward in training mode."""
         ran = in_training(self._model, example)
         image, returned = ran.image, ran.output
         spatial = tuple(image.shape[2:])
@@ -465,20 +470,20 @@ class SemiSupervised(Regularizer):
         logits = full_size(returned, len(image), spatial, path)
         module = ran.module_of(logits)
         if named is not None and ran.made.get(named) is not logits:
-            told = "of none" if module is None else f"of {module!r}"
+            told = "from no such module" if module is None else f"from {module!r}"
             raise ReSegError(
-                f"output={output!r}: the model's output does not come out of a sigmoid or softmax module {named!r}, "
+                f"output={output!r}: the model's output does not come from a sigmoid or softmax module {named!r}, "
                 f"but {told}"
             )
         if named is None and (activation := activation_of(logits)) is not None:
             if module is None or (path is not None and full_size(returned, len(image), spatial) is not logits):
-                what = "pseudo-labels are taken from logits (output= names others that it returns)"
+                what = "pseudo-labels are made from logits (if the model returns logits as well, name them by output=)"
                 refuse_probabilities(activation, what, self._model)
             output = f"in:{module}"
         if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
             raise ReSegError(
                 f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "
-                f"have {deep.num_classes}; pass output= with the path to the logits, or build the heads anew"
+                f"have {deep.num_classes}; pass output= with the path to the logits, or build new heads"
             )
         if deep != "auto":
             return output, deep
@@ -488,7 +493,7 @@ class SemiSupervised(Regularizer):
         try:
             return output, DeepSupervision(self._model, example, num_classes=logits.shape[1], ignore_index=ignore_index)
         except TapError as error:
-            warn(f"no heads of deep supervision on this model, it trains without: {error}")
+            warn(f"no heads of deep supervision on this model; it trains without them: {error}")
             return output, None
 
     # --- of the base
@@ -507,12 +512,14 @@ class SemiSupervised(Regularizer):
     def _load(self, state: Mapping[str, Any]) -> None:
         supervised, deep = state["supervised"], self._deep
         if supervised not in ("heads", "outputs", "nothing") or (supervised == "heads") != (state["deep"] is not None):
-            raise ReSegError(f"this state of a SemiSupervised is not whole: it has {supervised!r} for coarser levels")
+            raise ReSegError(f"this state of SemiSupervised is inconsistent: it has {supervised!r} for coarser levels")
         if self._supervised not in ("", supervised):
-            raise ReSegError(f"this state has {supervised} for coarser levels, this SemiSupervised {self._supervised}")
+            raise ReSegError(
+                f"this state has {supervised} for coarser levels, this SemiSupervised has {self._supervised}"
+            )
         ignored, known = state["consistency"].get("ignore_index"), self._consistency.ignore_index
         if ignored != known:
-            raise ReSegError(f"this state leaves the label value {ignored} out, the task losses here {known}")
+            raise ReSegError(f"this state ignores the label value {ignored}, the task losses here ignore {known}")
         unsure, labelled = _counters(state["unsure"], state["labelled"])
         before = None if deep is None else copy.deepcopy(deep.state_dict())
         if supervised == "heads":
@@ -547,35 +554,35 @@ class SemiSupervised(Regularizer):
 
 
 class _Part(NamedTuple):
-    """Of labelled or of mixed images: the model's output, its logits, and what its coarser levels have."""
+    """For labelled or for mixed images: the model's output, its logits, and the outputs of its coarser levels."""
 
     prediction: Tensor
     logits: Tensor
     deep: HeadOutputs | list[Tensor] | None
 
     def for_loss(self, task_loss: TaskLoss) -> Tensor:
-        """What a task loss of the full size takes."""
+        """The full-size tensor that this task loss takes."""
         return self.logits if isinstance(task_loss, OURS) else self.prediction
 
 
 def _ignored_value(task_loss: Any, unlabelled_loss: Any) -> int:
-    """The label value that does not count: the task loss's own, or 255. Raises a ReSegError if there are two."""
+    """The label value that does not count: the task loss's own, or 255. Raises a ReSegError if the losses disagree."""
     values = {"task_loss": IGNORED} if task_loss is None else {}
     for name, loss in (("task_loss", task_loss), ("unlabelled_loss", unlabelled_loss)):
         if loss is not None and not callable(loss):
-            raise ReSegError(f"{name} is a function of the model's output and a label, got {type(loss).__name__}")
+            raise ReSegError(f"{name} must be a function of the model's output and a label, got {type(loss).__name__}")
         value = getattr(loss, "ignore_index", None)
         if isinstance(value, Integral) and not isinstance(value, bool):
             values[name] = int(value)
     if len(set(values.values())) > 1:
-        raise ReSegError(f"the two losses leave different label values out, {values}; give both the same ignore_index")
+        raise ReSegError(f"the two losses ignore different label values, {values}; give both the same ignore_index")
     return next(iter(values.values()), IGNORED)
 
 
 def _counters(unsure: list[int] | None, labelled: list[bool] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of each class the steps without a sure pixel, and whether a label had it; a ReSegError if they are none."""
+    """For each class, the steps without a sure pixel and whether a label had it; a ReSegError if they are not valid."""
     if unsure is None or labelled is None:
         return None, None
     if len(unsure) != len(labelled) or not all(0 <= n < 2**63 for n in unsure):
-        raise ReSegError(f"this state counts for {len(unsure)} and {len(labelled)} classes; it is not whole")
+        raise ReSegError(f"this state is inconsistent: it has counters for {len(unsure)} and {len(labelled)} classes")
     return torch.tensor(unsure, dtype=torch.int64), torch.tensor(labelled, dtype=torch.bool)

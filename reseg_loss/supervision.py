@@ -1,4 +1,4 @@
-"""Deep supervision for any U-shaped model: 1x1 heads on its decoder, trained beside it and dropped afterwards."""
+"""Deep supervision for any U-shaped model: 1x1 heads on its decoder, trained with it and dropped afterwards."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """What the heads make of one forward, for its whole batch or a part.
+    """The heads' outputs for one forward, for its whole batch or a part of it.
 
     Attributes:
         logits: of each head by name, (B, classes, *spatial), the finest first.
-        features: what each was made of, (B, C, *spatial).
-        image: of that forward, (B, C, *spatial).
+        features: the decoder feature that each head ran on, (B, C, *spatial).
+        image: the images of that forward, (B, C, *spatial).
     """
 
     logits: dict[str, Tensor]
@@ -51,34 +51,36 @@ class HeadOutputs:
 class DeepSupervision(Regularizer):
     """1x1 heads on a model's decoder features, each trained with the task loss on the label at its level.
 
-    The model's parameters and state_dict keys stay as they are. Train `parameters()` beside the model's, add
-    `loss(label, task_loss)` to your loss, and drop it all with `remove()`. It works beside `ReSegWrapper` on the same
-    model, and records by the same rules (`FeatureExtractor`).
+    The model's parameters and state_dict keys stay as they are. Train `parameters()` together with the model's, add
+    `loss(label, task_loss)` to your loss, and drop the heads with `remove()` at the end. It can be used together with
+    `ReSegWrapper` on the same model. Both record the model's features by the same rules (`FeatureExtractor`).
 
-    It adds about as much as the task loss for every level, so that with three the loss is some four times as large:
+    Each level adds about as much as the task loss, so with three levels the loss is some four times as large:
 
-    - The model's gradients grow with it. Adam and its kin divide that out; SGD takes larger steps, so that a learning
-      rate tuned without may be too large. `weight` makes it less.
-    - If you clip gradients, clip the heads' with the model's: `clip_grad_norm_([*model.parameters(),
-      *ds.parameters()], ...)`. The norm is a larger one than before, so the same limit clips more.
-    - The total can't be compared with that of runs without. Log the task loss by itself, and `stats()` beside it.
+    - The model's gradients grow, too. Adam and similar optimizers divide that out. SGD takes larger steps, so a
+      learning rate that was tuned without deep supervision may be too large. A smaller `weight` reduces this.
+    - If you clip gradients, clip the heads' together with the model's: `clip_grad_norm_([*model.parameters(),
+      *ds.parameters()], ...)`. The norm is larger than before, so the same limit clips more.
+    - The total loss cannot be compared with that of runs without deep supervision. Log the task loss separately, along
+      with `stats()`.
 
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
-        example_input: an image batch as the model takes it, to find taps and make the heads. It may only be left out
-            before `load_state_dict`.
+        example_input: an image batch as the model takes it, to find the taps and make the heads. It may only be left
+            out before `load_state_dict`.
         num_classes: output channels of each head; 1 for a binary model. None takes the channels of the model's output.
-        taps: as in `ReSegWrapper`; None finds them.
+        taps: as in `ReSegWrapper`; None finds them automatically.
         levels: strides of the levels to supervise; None is the default choice of `TapPlan.select`, as for the
             alignment.
-        level_weights: of the levels, finest first, next to the main loss's 1; None is 1 for each.
-        weight: a factor of everything; it may change between steps.
-        ignore_index: the label value that your task loss ignores. A level whose label has no other is left out (most
-            losses are NaN there).
+        level_weights: one weight per level, finest first, relative to a weight of 1 for the main loss. None uses 1 for
+            each level.
+        weight: a factor of the whole loss; it may change between steps.
+        ignore_index: the label value that your task loss ignores. A level whose label has no other value is left out
+            (most losses would be NaN there).
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
-        ReSegError: weights do not fit the levels, or the model ends in a sigmoid or softmax that is no module.
+        ReSegError: the weights do not fit the levels, or the model ends in a sigmoid or softmax that is not a module.
     """
 
     ENTRIES: ClassVar[Mapping[str, Any]] = {
@@ -103,7 +105,7 @@ class DeepSupervision(Regularizer):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(model, weight)
-        parse_taps(taps)  # refuses what is no tap now, not later
+        parse_taps(taps)  # raises for invalid taps now, not later
         self._num_classes = (
             None if num_classes is None else check_number("num_classes", num_classes, least=1, whole=True)
         )
@@ -114,13 +116,14 @@ class DeepSupervision(Regularizer):
         self._ending: str | None = None
         self._checked = False
         self._unmoved = UnmovedWarning(
-            "the deep supervision heads", "give your optimizer ds.parameters(), of SemiSupervised semi.parameters()"
+            "the deep supervision heads",
+            "pass ds.parameters() to your optimizer (semi.parameters() for SemiSupervised)",
         )
         if example_input is not None:
             plan, trace = look(self._model, example_input, taps=taps, levels=levels)
             activation, self._ending = trained_ending(self._model, example_input, trace.common_activation())
             if self._ending is None:
-                what = "your task loss takes probabilities, while the heads give logits"
+                what = "your task loss takes probabilities, but the heads return logits"
                 refuse_probabilities(activation, what, self._model)
             if self._num_classes is None:
                 self._num_classes = _channels(trace)
@@ -135,7 +138,7 @@ class DeepSupervision(Regularizer):
 
     @property
     def extractor(self) -> FeatureExtractor:
-        """The model's taps; `print` it to see the U."""
+        """The model's taps; `print` it to see the levels of the U."""
         self._need_bound()
         assert self._extractor is not None
         return self._extractor
@@ -149,7 +152,7 @@ class DeepSupervision(Regularizer):
 
     @property
     def ending(self) -> str | None:
-        """The path of the sigmoid or softmax module that the model ends in; the heads' logits pass the same."""
+        """The path of the sigmoid or softmax module that the model ends in, if any; it is applied to the heads, too."""
         return self._ending
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -160,24 +163,24 @@ class DeepSupervision(Regularizer):
         """The weight of one head, without `weight`. Raises a ReSegError for a name that no head has."""
         names = list(self.heads)
         if name not in names:
-            raise ReSegError(f"{name!r} is no head; there are {', '.join(names)}")
+            raise ReSegError(f"there is no head {name!r}; there are {', '.join(names)}")
         return 1.0 if self.level_weights is None else self.level_weights[names.index(name)]
 
     def loss(self, label: Any, task_loss: TaskLoss) -> Tensor:
         """The weighted sum over levels of the task loss, for the one training forward since the last call.
 
         Args:
-            label: of that forward's images: (B, *spatial), (B, 1, *spatial) or (B, classes, *spatial). Of a list,
-                element 0.
-            task_loss: your loss of logits (B, classes, *spatial) and label. The label comes at the level's size in
-                the form and dtype it was given in. Where the model ends in a sigmoid or softmax module, it is a loss
-                of probabilities, and the heads' logits pass the same kind of module first.
+            label: the label of that forward's images: (B, *spatial), (B, 1, *spatial) or (B, classes, *spatial). If it
+                is a list, element 0 is used.
+            task_loss: your loss of logits (B, classes, *spatial) and label. It gets the label at the level's size, in
+                its original form and dtype. If the model ends in a sigmoid or softmax module, it must be a loss of
+                probabilities; the same kind of module is applied to the heads' logits first.
 
         Returns:
-            A scalar to add to the task loss. At weight 0 a zero on which backward works.
+            A scalar to add to the task loss. At weight 0, a zero that supports backward.
 
         Raises:
-            ReSegError: no or several training forwards since the last call, the model is in evaluation, gradients are
+            ReSegError: no training forward or several since the last call, the model is in evaluation, gradients are
                 off, or the label does not fit.
             TapError: a tap did not fire.
         """
@@ -197,10 +200,10 @@ class DeepSupervision(Regularizer):
         return self._weight * total
 
     def outputs(self) -> HeadOutputs:
-        """What the heads make of the one training forward since the last call; for `loss_of`, of all or of parts.
+        """The heads' outputs for the one training forward since the last call. Pass them, or parts, to `loss_of`.
 
         Raises:
-            ReSegError, TapError: as `loss`, but for the label.
+            ReSegError, TapError: as in `loss`, except for the label.
         """
         self._refuse_misuse()
         recorded = self.extractor.take()
@@ -209,7 +212,7 @@ class DeepSupervision(Regularizer):
         device = features[0].device
         for level, x in zip(self.extractor.plan.selected, features):
             _check_covers(level.stride, x.shape[2:], image.shape[2:])
-        refuse_join(self._model, "the heads of deep supervision are reduced beside it")
+        refuse_join(self._model, "the heads of deep supervision are reduced separately")
         enabled, dtype = recorded.autocast
         if not enabled:
             _check_dtype(next(self.parameters()).dtype, features)
@@ -223,15 +226,15 @@ class DeepSupervision(Regularizer):
         """The weighted sum over heads of the task loss, without `weight`.
 
         Args:
-            outputs: what `outputs` gave, or a part of it.
-            label: of that part, as in `loss`.
-            task_loss: as in `loss`, but of logits, also where the model ends in a sigmoid or softmax module.
+            outputs: what `outputs` returned, or a part of it.
+            label: the label of that part, as in `loss`.
+            task_loss: as in `loss`, but always of logits, even if the model ends in a sigmoid or softmax module.
 
         Raises:
             ReSegError: the label does not fit, or the task loss fails on it.
         """
         if not isinstance(outputs, HeadOutputs):
-            raise ReSegError(f"outputs= is what outputs() gave, or a part of it, got {outline(outputs)}")
+            raise ReSegError(f"outputs= must be what outputs() returned, or a part of it, got {outline(outputs)}")
         label = plain_label(label).to(outputs.image.device, non_blocking=True)
         image = outputs.image.shape
         LabelEncoding("onehot", self.num_classes, len(image) - 2, self.ignore_index).check_shape(label, image)
@@ -251,12 +254,12 @@ class DeepSupervision(Regularizer):
         return total
 
     def stats(self) -> dict[str, float]:
-        """The last call's values for a log: each head's task loss, "loss" and "weight".
+        """The last call's values, for a log: each head's task loss, "loss" and "weight".
 
-        "decoder_1" is the task loss of a head, "weighted/decoder_1" its part in what `loss` returned. "loss" is the sum
-        over heads by their weights, times "weight" what was returned. A call at weight 0 leaves "weight" alone. With
-        `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading them waits for
-        the device.
+        "decoder_1" is the task loss of that head, "weighted/decoder_1" its share of what `loss` returned. "loss" is the
+        weighted sum over heads; `loss` returned this times "weight". After a call at weight 0 there is only "weight".
+        With `CutMixConsistency(deep=...)` the last call of a step is that of the unlabelled images. Reading the values
+        waits for the device.
         """
         found = super().stats()
         parts = {name: self.weight_of(name) * value for name, value in found.items() if name.startswith("decoder_")}
@@ -265,7 +268,7 @@ class DeepSupervision(Regularizer):
     def _state(self) -> dict[str, Any]:
         return {
             "num_classes": self.num_classes,
-            # also where they are the default, so that a state goes on as it was when that changes
+            # also if they are the default, so that a state stays the same when the default changes
             "level_weights": [self.weight_of(name) for name in self.heads],
             "ignore_index": self.ignore_index,
             "ending": self._ending,
@@ -281,12 +284,13 @@ class DeepSupervision(Regularizer):
         ending = dict(self._model.named_modules()).get(state["ending"])
         if state["ending"] is not None and (ending is None or not is_activation(ending)):
             raise ReSegError(
-                f"this state is of a model that ends in a sigmoid or softmax module {state['ending']!r}; this has none"
+                f"this state is of a model that ends in a sigmoid or softmax module {state['ending']!r}; this model "
+                "does not have it"
             )
         plan = plan_from_dict(state["taps"])
         weights = _checked(state["level_weights"])
         if len(weights) != len(plan.selected):
-            raise ReSegError(f"this state has {len(weights)} weights for {len(plan.selected)} levels; it is not whole")
+            raise ReSegError(f"this state is inconsistent: {len(weights)} weights for {len(plan.selected)} levels")
         extractor, heads = self._extractor, self._heads
         if extractor is not None:
             refuse_other_channels(extractor.plan, plan)
@@ -343,17 +347,17 @@ def _channels(trace: Trace) -> int:
     try:
         return select_output(trace.output, trace.image[0], trace.image[2:]).shape[1]
     except ReSegError as error:
-        raise ReSegError("the model's output does not tell the number of classes; pass num_classes=") from error
+        raise ReSegError("the number of classes cannot be read from the model's output; pass num_classes=") from error
 
 
 def _checked(level_weights: Sequence[float]) -> list[float]:
     if not isinstance(level_weights, Iterable):
-        raise ReSegError(f"level_weights={level_weights!r}; give one for each level, the finest first")
+        raise ReSegError(f"level_weights={level_weights!r}; pass one weight for each level, the finest first")
     return [check_weight("level_weights", weight) for weight in level_weights]
 
 
 class _Heads(nn.Module):
-    """All heads in one module with one forward, so that under DistributedDataParallel they are reduced once."""
+    """All heads in one module with one forward, so that DistributedDataParallel reduces them once a step."""
 
     def __init__(self, channels: Mapping[str, int], classes: int, dims: int) -> None:
         super().__init__()
@@ -365,48 +369,49 @@ class _Heads(nn.Module):
 
 
 def _of_task_loss(name: str, ignore_index: int | None) -> str:
-    hint = "" if ignore_index is not None else ", and ignore_index= of DeepSupervision leaves such a level out"
+    hint = "" if ignore_index is not None else ": pass ignore_index= to DeepSupervision to leave out such a level"
     return (
-        f"task_loss is NaN or infinite for the head {name}, whose logits are finite. Most losses are where every pixel "
-        f"of the label is one that they ignore{hint}; or the label itself is not finite"
+        f"task_loss is NaN or infinite for the head {name}, although its logits are finite. Either every pixel of the "
+        f"label is ignored, where most losses are NaN{hint}; or the label itself is not finite"
     )
 
 
 def _check_dtype(own: torch.dtype, features: Sequence[Tensor]) -> None:
-    """Raise a ReSegError unless heads of a dtype can take the features."""
+    """Raise a ReSegError unless the heads' dtype is that of the features."""
     for x in features:
         if x.dtype != own:
             raise ReSegError(
-                f"the decoder's features are {x.dtype}, the heads of deep supervision {own}: the model was moved to "
-                f"another dtype, so move the heads, too, by ds.to({x.dtype})"
+                f"the decoder's features are {x.dtype}, but the heads of deep supervision are {own}: the model was "
+                f"moved to another dtype, so move the heads, too: ds.to({x.dtype})"
             )
 
 
 def _check_covers(stride: Sequence[int], size: Sequence[int], image: Sequence[int]) -> None:
-    """Raise a ReSegError for features that reach two cells or more beyond the image: the label would be stretched."""
+    """Raise a ReSegError for features that extend two or more cells beyond the image: the label would be stretched."""
     if any(abs(n - full / s) >= 2 for n, full, s in zip(size, image, stride)):
         raise ReSegError(
             f"the decoder's features of stride {tuple(stride)} have size {tuple(size)} for an image of size "
-            f"{tuple(image)}, so their cells do not lie on the label's: the model seems to pad inside. Pad image and "
-            "label yourself, to a multiple of the largest stride"
+            f"{tuple(image)}, so their cells do not line up with the label: the model seems to pad inside. Pad image "
+            "and label yourself, to a multiple of the largest stride"
         )
 
 
 def refuse_other_heads(deep: DeepSupervision, model: nn.Module, ignore_index: int) -> None:
-    """Raise a ReSegError unless heads are of this model and leave out the pixels that are not sure."""
+    """Raise a ReSegError unless the heads belong to this model and ignore the pixels that are not sure."""
     if deep.model is not model:
-        raise ReSegError("deep= is the deep supervision of another model; build it for this one")
+        raise ReSegError("deep= belongs to another model; build DeepSupervision for this one")
     if deep.ignore_index != ignore_index:
         raise ReSegError(
-            f"deep supervision has ignore_index={deep.ignore_index}, and pixels that are not sure have {ignore_index}, "
-            f"which must not count there either: build DeepSupervision(..., ignore_index={ignore_index})"
+            f"deep supervision has ignore_index={deep.ignore_index}, but pixels that are not sure are labelled "
+            f"{ignore_index}, which it must ignore, too: build DeepSupervision(..., ignore_index={ignore_index})"
         )
 
 
 def coarse_loss(logits: Tensor, label: Tensor, task_loss: TaskLoss, ignore_index: int | None, where: str) -> Tensor:
-    """The task loss of logits (B, classes, *size) on a label of the image's size, by nearest neighbour; a scalar.
+    """The task loss of logits (B, classes, *size) on a label of the image's size, resized by nearest neighbour.
 
-    It is 0 where every pixel of the label is ignored, for most losses are NaN there. `where` is for messages.
+    It is a scalar, and 0 if every pixel of the label is ignored, because most losses are NaN then. `where` is for
+    messages.
     """
     target = nearest(label, logits.shape[2:])
     if ignore_index is None:
@@ -416,7 +421,7 @@ def coarse_loss(logits: Tensor, label: Tensor, task_loss: TaskLoss, ignore_index
 
 
 def nearest(label: Tensor, size: Sequence[int]) -> Tensor:
-    """The label at a coarser size, by nearest neighbour as in F.interpolate, in the form and dtype it came in."""
+    """The label at a coarser size, by nearest neighbour as in F.interpolate; its form and dtype stay the same."""
     first = label.ndim - len(size)
     for axis, n in enumerate(size):
         full = label.shape[first + axis]

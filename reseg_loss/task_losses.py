@@ -1,4 +1,4 @@
-"""Task losses that leave pixels out: cross-entropy + Dice, for classes that exclude each other or overlap."""
+"""Task losses that can ignore pixels: cross-entropy + Dice, for mutually exclusive or overlapping classes."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ SMOOTH = 1e-5  # of Dice, as published
 
 
 class CrossEntropyDiceLoss(nn.Module):
-    """0.5 cross-entropy + 0.5 Dice, for classes that exclude each other.
+    """0.5 cross-entropy + 0.5 Dice, for mutually exclusive classes.
 
-    Both are as in the code of TransUNet, with which the package's measurements were made: Dice is a mean over all
-    classes, the background too, with squared denominators and 1e-5 for smoothing. Its sums run over the batch and the
-    pixels that count.
+    Both follow the code of TransUNet, and the package's measurements were made with it. Dice is a mean over all
+    classes, background included, with squared denominators and a smoothing term of 1e-5. Its sums run over the batch
+    and the pixels that count.
 
-    The cross-entropy is a mean over *all* pixels, to which the ignored ones add 0: `F.cross_entropy(...,
-    ignore_index=...)` times the share of pixels that count. So a batch of pseudo-labels of which few pixels are sure
-    weighs little, as in FixMatch (Sohn et al., 2020), whereas a mean over the sure ones would let a handful of pixels
-    pull as hard as a whole labelled batch.
+    The cross-entropy is a mean over *all* pixels, and ignored pixels contribute 0. So it is `F.cross_entropy(...,
+    ignore_index=...)` times the share of pixels that count. A batch of pseudo-labels with few sure pixels therefore
+    has little weight, as in FixMatch (Sohn et al., 2020). With a mean over the sure pixels alone, a handful of pixels
+    would pull as hard as a whole labelled batch.
 
-    Ignored pixels have a gradient of exactly 0. Where no pixel counts, the loss is 0 with a gradient of 0.
+    Ignored pixels have a gradient of exactly 0. If no pixel counts, the loss is 0 with a gradient of 0.
 
     Args:
-        ignore_index: the label value that does not count; it can be no class.
+        ignore_index: the label value that does not count; it must not be a class.
         class_weights: one number >= 0 for each class, not all 0. Cross-entropy is then `F.cross_entropy(...,
-            weight=class_weights, ignore_index=...)` times the share of pixels that count, and Dice the weighted mean
-            over classes. None weighs all alike.
+            weight=class_weights, ignore_index=...)` times the share of pixels that count, and Dice is the weighted mean
+            over classes. None gives all classes the same weight.
 
     Raises:
-        ReSegError: `ignore_index` is no whole number, or the weights are no such numbers.
+        ReSegError: `ignore_index` is not a whole number, or the weights are not such numbers.
     """
 
     def __init__(self, ignore_index: int = 255, class_weights: Sequence[float] | Tensor | None = None) -> None:
@@ -56,22 +56,22 @@ class CrossEntropyDiceLoss(nn.Module):
             label: (B, *spatial) or (B, 1, *spatial), 0 to C - 1 or `ignore_index`, of any dtype of real numbers.
 
         Returns:
-            A scalar in at least fp32 (fp64 stays fp64). It is NaN, and so is its gradient, for a label with other
-            values where these may not be read, since that would wait for the device or break a graph: anywhere but on
-            the CPU after the first call, and in compiled and captured steps.
+            A scalar in at least fp32 (fp64 stays fp64). A label with other values raises if the values can be read. If
+            reading would wait for the device or break a graph, the loss and its gradient are NaN instead: on devices
+            other than the CPU after the first call, and in compiled and captured steps.
 
         Raises:
-            ReSegError: `ignore_index` is a class, the weights are not C, shapes do not fit, or the label has values
-                that are neither classes nor `ignore_index`.
+            ReSegError: `ignore_index` is a class, the number of weights is not C, shapes do not fit, or the label has
+                values that are neither classes nor `ignore_index`.
         """
         logits, label = _inputs(logits, label)
         classes, spatial = logits.shape[1], logits.shape[2:]
         if classes < 2:
-            raise ReSegError("logits have 1 channel, a binary model's; use BinaryCrossEntropyDiceLoss")
+            raise ReSegError("logits have 1 channel, as of a binary model; use BinaryCrossEntropyDiceLoss")
         if 0 <= self.ignore_index < classes:
             raise ReSegError(
                 f"ignore_index={self.ignore_index} is one of the {classes} classes of the logits; mark pixels to "
-                "ignore by a value that is no class"
+                "ignore by a value that is not a class"
             )
         if label.shape == (len(logits), *spatial):
             label = label.unsqueeze(1)
@@ -113,19 +113,19 @@ class CrossEntropyDiceLoss(nn.Module):
 
 
 class BinaryCrossEntropyDiceLoss(nn.Module):
-    """0.5 binary cross-entropy + 0.5 Dice of every channel by itself, for binary models and classes that overlap.
+    """0.5 binary cross-entropy + 0.5 Dice, per channel, for binary models and overlapping classes.
 
-    Cross-entropy is a mean over *all* entries, to which the ignored ones add 0, as in `CrossEntropyDiceLoss`. Dice has
-    squared denominators and 1e-5 for smoothing; its sums run over the batch and the entries of a channel that count,
-    and it is a mean over channels.
+    Cross-entropy is a mean over *all* entries, and ignored entries contribute 0, as in `CrossEntropyDiceLoss`. Dice has
+    squared denominators and a smoothing term of 1e-5. Its sums run over the batch and the entries of a channel that
+    count, and it is a mean over channels.
 
-    Ignored entries have a gradient of exactly 0. Where none counts, the loss is 0 with a gradient of 0.
+    Ignored entries have a gradient of exactly 0. If no entry counts, the loss is 0 with a gradient of 0.
 
     Args:
         ignore_index: the label value that does not count, for each entry; neither 0 nor 1.
 
     Raises:
-        ReSegError: `ignore_index` is no whole number, or 0 or 1.
+        ReSegError: `ignore_index` is not a whole number, or is 0 or 1.
     """
 
     def __init__(self, ignore_index: int = 255) -> None:
@@ -133,8 +133,8 @@ class BinaryCrossEntropyDiceLoss(nn.Module):
         self.ignore_index = check_number("ignore_index", ignore_index, whole=True)
         if self.ignore_index in (0, 1):
             raise ReSegError(
-                f"ignore_index={self.ignore_index} is what a label says of a class; mark entries to ignore by another "
-                "value"
+                f"ignore_index={self.ignore_index} is a normal value of this label (0 or 1); mark entries to ignore by "
+                "another value, for instance 255"
             )
         self._read = False  # whether a label's values have been looked at
 
@@ -146,7 +146,7 @@ class BinaryCrossEntropyDiceLoss(nn.Module):
             label: the same shape, or (B, *spatial) for K = 1; 0, 1 or `ignore_index`, of any dtype of real numbers.
 
         Returns:
-            A scalar in at least fp32 (fp64 stays fp64); NaN where `CrossEntropyDiceLoss` would give NaN.
+            A scalar in at least fp32 (fp64 stays fp64); NaN in the cases in which `CrossEntropyDiceLoss` gives NaN.
 
         Raises:
             ReSegError: shapes do not fit, or the label has other values.
@@ -179,17 +179,17 @@ def _checked(class_weights: Sequence[float] | Tensor) -> tuple[float, ...]:
     try:
         numbers = tuple(check_weight("class_weights", value) for value in values)
     except TypeError:
-        raise ReSegError(f"class_weights={class_weights!r}; give one number for each class") from None
+        raise ReSegError(f"class_weights={class_weights!r}; pass one number for each class") from None
     if not math.fsum(numbers) > 0:
-        raise ReSegError(f"class_weights={list(numbers)}; at least one is above 0")
+        raise ReSegError(f"class_weights={list(numbers)}; at least one must be above 0")
     return numbers
 
 
 def _inputs(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as plain tensors; a ReSegError if they are not what any of the losses takes."""
+    """Both as plain tensors; a ReSegError if none of the losses could take them."""
     logits, label = unwrapped(logits) if isinstance(logits, Tensor) else logits, plain_label(label)
     if not is_dense(logits) or not logits.is_floating_point() or logits.ndim < 3:
-        raise ReSegError(f"logits are a dense floating point tensor (B, C, *spatial), got {outline(logits)}")
+        raise ReSegError(f"logits must be a dense floating point tensor (B, C, *spatial), got {outline(logits)}")
     if logits.device != label.device:
         raise ReSegError(f"logits are on {logits.device}, the label is on {label.device}; move it there")
     if logits.numel() == 0:
@@ -222,12 +222,12 @@ def _at_least_fp32(x: Tensor) -> torch.dtype:
 
 
 def _sum(x: Tensor, where: Tensor) -> Tensor:
-    """The sum per channel over the entries for which `where`, by choice, as 0 times an infinite value is NaN."""
+    """The sum per channel over the entries where `where` is True. It selects, because 0 times infinity is NaN."""
     return torch.where(where, x, 0).sum(_axes(x))
 
 
 def _dice(overlap: Tensor, squares: Tensor, size: Tensor) -> Tensor:
-    """1 - Dice per class, of sums; 0 for a class that is neither in the label nor predicted."""
+    """1 - Dice per class, from sums; 0 for a class that is neither in the label nor predicted."""
     return 1 - (2 * overlap + SMOOTH) / (squares + size + SMOOTH)
 
 

@@ -240,7 +240,7 @@ def test_a_matrix_of_another_shape_is_refused(matrix):
     [(0, 4), (4, 0), (-1, 4), ("4", 4), (4, None), (4.5, 4), (True, 4), (4, 4, "0"), (4, 4, None), (4, 4, -(2**70))],
 )
 def test_a_map_of_no_size_or_seed_is_refused(arguments):
-    with pytest.raises(ReSegError, match="it is a whole number >="):
+    with pytest.raises(ReSegError, match="it must be a whole number >="):
         RF.semi_orthogonal(*arguments)
 
 

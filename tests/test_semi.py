@@ -441,7 +441,7 @@ def test_deep_may_be_none_or_yours():
     assert torch.equal(ours.loss(image, label, None), expected)
     ds.weight = 0
     assert torch.equal(ours.loss(image, label, None), ignoring(model(image), label))
-    with pytest.raises(ReSegError, match="of another model"):
+    with pytest.raises(ReSegError, match="belongs to another model"):
         made(UNet(), deep=ds)
     with pytest.raises(ReSegError, match=r"ignore_index=None.*build DeepSupervision\(..., ignore_index=255\)"):
         made(model, deep=DeepSupervision(model, batch()[0]))
@@ -594,7 +594,7 @@ def test_probabilities_that_no_module_makes_are_refused_with_the_recipe(compiled
 
     model = Functional()
     run = torch.compile(model, backend="eager") if compiled else model
-    with pytest.raises(ReSegError, match=r"ends in a softmax.*return logits while self\.training"):
+    with pytest.raises(ReSegError, match=r"ends in a softmax.*return the logits while self\.training"):
         made(run, output=output)
 
 
@@ -625,7 +625,7 @@ def test_probabilities_beside_logits_serve_the_heads_as_well(output):
 
 def test_a_wrong_module_named_by_hand_is_refused():
     for wrong, message in (
-        ("in:nothing", "sigmoid or softmax module 'nothing', but of 'end'"),
+        ("in:nothing", "sigmoid or softmax module 'nothing', but from 'end'"),
         ("in:head", "sigmoid or softmax module 'head'"),
         (3.5, "output=3.5"),
     ):
@@ -662,10 +662,10 @@ def test_logits_of_a_quarter_of_the_side_are_interpolated():
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        (lambda y: F.interpolate(y, 13), "no float output"),  # a cropped output is not taken for a coarse one
-        (lambda y: [y, F.interpolate(y, 8)], "no float output"),  # which of them?
+        (lambda y: F.interpolate(y, 13), "no float tensor"),  # a cropped output is not taken for a coarse one
+        (lambda y: [y, F.interpolate(y, 8)], "no float tensor"),  # which of them?
         (lambda y: y.softmax(1), "ends in a softmax"),
-        (lambda y: y[:1], "no float output"),
+        (lambda y: y[:1], "no float tensor"),
     ],
 )
 def test_outputs_that_do_not_tell_their_size_are_refused(end, message):
@@ -767,7 +767,7 @@ def test_a_loss_that_leaves_nothing_out_needs_another_beside_it():
 
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     _, ours = made(task_loss=lambda logits, label: loss(logits, label[:, None]))
-    with pytest.raises(ReSegError, match=r"must leave the label value 255 out.*unlabelled_loss="):
+    with pytest.raises(ReSegError, match=r"must ignore the label value 255.*unlabelled_loss="):
         ours.loss(*step())
     _, ours = made(task_loss=loss, unlabelled_loss=nn.CrossEntropyLoss())
     image, label, others = step()
@@ -1034,21 +1034,21 @@ def refused(run: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i, y, u: (i[0], y, u), "images are a dense float tensor"),
-        (lambda i, y, u: (i.long(), y, u), "images are a dense float tensor"),
-        (lambda i, y, u: (i[:0], y[:0], u), "not empty"),
-        (lambda i, y, u: (None, y, u), "images are a dense float tensor"),
+        (lambda i, y, u: (i[0], y, u), "images must be a dense, non-empty float tensor"),
+        (lambda i, y, u: (i.long(), y, u), "images must be a dense, non-empty float tensor"),
+        (lambda i, y, u: (i[:0], y[:0], u), "non-empty"),
+        (lambda i, y, u: (None, y, u), "images must be a dense, non-empty float tensor"),
         (lambda i, y, u: (i * math.nan, y, u), "images of this step hold NaN"),
-        (lambda i, y, u: (i, y[:1], u), "does not fit images"),
-        (lambda i, y, u: (i, y[:, :8], u), "does not fit images"),
-        (lambda i, y, u: (i, torch.tensor(3), u), "does not fit images"),
-        (lambda i, y, u: (i, None, u), "a label is a tensor"),
+        (lambda i, y, u: (i, y[:1], u), "does not fit the images"),
+        (lambda i, y, u: (i, y[:, :8], u), "does not fit the images"),
+        (lambda i, y, u: (i, torch.tensor(3), u), "does not fit the images"),
+        (lambda i, y, u: (i, None, u), "a label must be a dense tensor"),
         (lambda i, y, u: (i, y[:, None, None], u), "fit"),
         (lambda i, y, u: (i, y + 5, u), "label has values"),
         (lambda i, y, u: (i, y, u[:1]), "one unlabelled image has no other"),
-        (lambda i, y, u: (i, y, u[0]), "unlabelled images are a dense float tensor"),
+        (lambda i, y, u: (i, y, u[0]), "unlabelled images must be a dense float tensor"),
         (lambda i, y, u: (i, y, u * math.inf), "unlabelled images of this step hold NaN"),
-        (lambda i, y, u: (i, y, None), "unlabelled images are"),
+        (lambda i, y, u: (i, y, None), "unlabelled images must be"),
         (lambda i, y, u: (i, y, u.double()), "joint=False"),
         (lambda i, y, u: (i, y, u[..., :8]), "joint=False"),
     ],
@@ -1087,10 +1087,10 @@ def test_steps_that_are_none_are_refused():
     model(x)
     refused(lambda: ours.loss_of(model(x), y), "several training forwards")
     for wrong in (None, step()[1], (x, None, None), y.mixed):
-        refused(lambda wrong=wrong: ours.loss_of(model(x), wrong), r"what mix\(\) gave")
-    refused(lambda: ours.loss_of(model(x[:2]), y), "no float output")
+        refused(lambda wrong=wrong: ours.loss_of(model(x), wrong), r"second value that mix\(\) returned")
+    refused(lambda: ours.loss_of(model(x[:2]), y), "no float tensor")
     refused(lambda: ours.loss_of(model(x).detach(), y), "no gradient")
-    refused(lambda: ours.loss_of(None, y), "no float output")
+    refused(lambda: ours.loss_of(None, y), "no float tensor")
     ours.loss_of(model(x), y).backward()
     assert type(y) is Targets
     ours.remove()
@@ -1126,7 +1126,7 @@ def test_of_several_forwards_a_module_at_the_end_knows_its_own():
         ({"example": torch.tensor(1.0)}, "no float image"),
         ({"example": "image"}, "no float image"),
         ({"example": torch.zeros(2, 4, 16, 16)}, "the model fails on the example"),
-        ({"model": "net"}, "built around an nn.Module, got str"),
+        ({"model": "net"}, "needs an nn.Module as its model, got str"),
         ({"model": UNet().bfloat16(), "example": torch.zeros(2, 1, 16, 16).bfloat16()}, "bfloat16 parameters"),
     ],
 )

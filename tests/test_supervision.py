@@ -214,10 +214,10 @@ def test_the_rules_of_the_extractor_hold():
     with pytest.raises(ReSegError, match="does not fit an image"):
         ds.loss(label[:1], task_loss)
     model(image)
-    with pytest.raises(ReSegError, match="a scalar is needed"):
+    with pytest.raises(ReSegError, match="must return a scalar"):
         ds.loss(label, lambda logits, target: F.cross_entropy(logits, target, reduction="none"))
     model(image)
-    with pytest.raises(ReSegError, match="task_loss gave tuple, and a scalar is needed"):
+    with pytest.raises(ReSegError, match="task_loss returned tuple; it must return a scalar"):
         ds.loss(label, lambda logits, target: (task_loss(logits, target), {}))  # pyright: ignore[reportArgumentType]
     model.eval()
     with pytest.raises(ReSegError, match="evaluation"):

@@ -298,7 +298,7 @@ def test_a_class_cannot_be_ignored(ignore_index):
     logits, label = batch_of((2, 3, 4, 4), ignored=0)
     with pytest.raises(ReSegError, match=f"ignore_index={ignore_index} is one of the 3 classes"):
         CrossEntropyDiceLoss(ignore_index)(logits, label)
-    with pytest.raises(ReSegError, match="ignore_index=1 is what a label says of a class"):
+    with pytest.raises(ReSegError, match="ignore_index=1 is a normal value of this label"):
         BinaryCrossEntropyDiceLoss(1)
 
 
@@ -328,11 +328,11 @@ def test_binary_labels_of_other_shapes_are_never_broadcast(channels, form):
 def test_what_is_no_batch_is_named(loss):
     logits, label = batch_of((2, 2, 4, 4), binary=True)
     for wrong in (logits.long(), [logits], logits[0, 0], None):
-        with pytest.raises(ReSegError, match="logits are a dense floating point tensor"):
+        with pytest.raises(ReSegError, match="logits must be a dense floating point tensor"):
             loss(wrong, label)
     with pytest.raises(ReSegError, match="the batch is empty"):
         loss(logits[:0], label[:0])
-    with pytest.raises(ReSegError, match="a label is a tensor"):
+    with pytest.raises(ReSegError, match="a label must be a dense tensor"):
         loss(logits, None)
 
 

@@ -1,4 +1,4 @@
-"""What the alignment is made of: taps, teacher, criterion and hooks, made from an example or restored from a state."""
+"""The parts of the alignment: taps, teacher, criterion and hooks, built from an example or restored from a state."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ ENTRIES = {  # of the state of `Parts`
 
 @dataclass(frozen=True)
 class Origin:
-    """What the parts are made from, as the user gave it: see `ReSegWrapper`.
+    """The user's arguments that the parts are built from: see `ReSegWrapper`.
 
     Raises:
-        TapError: a named tap is no tap, or its module does not exist.
+        TapError: a named tap is invalid, or its module does not exist.
         ReSegError: the teacher shares parameters with the model.
     """
 
@@ -57,19 +57,19 @@ class Origin:
         own, parameters = self.teacher, {*map(id, self.model.parameters())}
         if own is not None and (own is self.model or any(id(p) in parameters for p in own.parameters())):
             raise ReSegError(
-                "teacher= is the model or shares parameters with it, which stage 1 would train and then freeze; leave "
-                "teacher= out for a copy"
+                "teacher= is the model itself or shares parameters with it, and stage 1 would train and then freeze "
+                "those; leave out teacher= to use a copy"
             )
 
     @property
     def named(self) -> dict[str, list[str]]:
-        """The taps that were named, as strings; the same in a run that goes on, before the others are found."""
+        """The taps that the user named, as strings. A resumed run can compare them before the others are found."""
         return {kind: [str(tap) for tap in taps] for kind, taps in parse_taps(self.taps).items()}
 
 
 @dataclass
 class Parts:
-    """What there is once the taps are known."""
+    """What exists once the taps are known."""
 
     student: FeatureExtractor
     teacher: Teacher
@@ -77,7 +77,7 @@ class Parts:
     criterion: CrossAlignmentLoss
 
     def remove(self) -> None:
-        """Take the hooks off student and teacher."""
+        """Remove the hooks from student and teacher."""
         self.student.remove()
         self.targets.remove()
 
@@ -97,11 +97,11 @@ class Parts:
 
 
 def build(origin: Origin, example_input: Any, settings: Settings) -> Parts:
-    """Find taps and make the teacher from an example, in dry forwards that leave no trace. No hooks are set yet.
+    """Find the taps and build the teacher from an example, in dry forwards that leave no trace. No hooks are set yet.
 
     Raises:
-        TapError: there are no taps, or those of student and teacher have other sizes.
-        ReSegError: the example is no image, or the model cannot be served.
+        TapError: there are no taps, or those of student and teacher differ in size.
+        ReSegError: the example is not an image, or the model is not supported.
     """
     model, own = origin.model, origin.teacher
     image = image_of(example_input)
@@ -125,14 +125,17 @@ def build(origin: Origin, example_input: Any, settings: Settings) -> Parts:
 
 
 def restore(origin: Origin, state: Mapping[str, Any], settings: Settings, known: Parts | None, keep: bool) -> Parts:
-    """The parts of a state: those that are `known`, if `keep` and if they fit, else new ones; with its weights.
+    """The parts that a state describes, with its weights: the `known` ones if `keep` and if they fit, else new ones.
 
     Raises:
-        ReSegError: the state is of another model, or of a teacher that is not here. What is known is as it was.
-        TapError: the model has not the taps of the state.
+        ReSegError: the state is of another model, or of a teacher that is not here. The known parts are unchanged.
+        TapError: the model does not have the taps of the state.
     """
     if state["own_teacher"] != (origin.teacher is not None):
-        raise ReSegError("a state with a teacher of your own needs the same module, teacher=, and no other does")
+        raise ReSegError(
+            "a state that was saved with teacher= can only be loaded with the same teacher=, and a state that was "
+            "saved without it only without it"
+        )
     plan, teacher_plan = plan_from_dict(state["taps"]), plan_from_dict(state["teacher_taps"])
     if known is not None:
         refuse_other_channels(known.student.plan, plan)
@@ -161,9 +164,9 @@ def _refuse_more_than_the_image(example_input: Any, image: Tensor) -> None:
     given = [*example_input.values()] if isinstance(example_input, Mapping) else example_input
     if given is not image and not (isinstance(given, (tuple, list)) and len(given) == 1 and given[0] is image):
         raise ReSegError(
-            "the example holds more than the image, or the image within something. If it is a loader's (image, "
-            "label), pass the image alone; if the model takes more, its copy would need that beside the label: "
-            "pass a teacher= that takes the label alone"
+            "the example is not just an image. If it is (image, label) from a loader, pass the image alone. If the "
+            "model takes more inputs than the image, its copy would need them along with the label: pass a teacher= "
+            "that takes the label alone"
         )
 
 
@@ -176,7 +179,7 @@ def _parts(
     channels: tuple[int, ...],
     bounded: bool = False,
 ) -> Parts:
-    """With a teacher around a copy of the model, or around the user's module; `channels` as in `CHANNELS`.
+    """The parts, with a teacher around a copy of the model or around the user's module; `channels` as in `CHANNELS`.
 
     Raises:
         TapError: the two plans have taps of different sizes.

@@ -1,7 +1,7 @@
 """The frozen teacher's forward as CUDA graphs, which cost the host one launch however many layers there are.
 
-A graph writes its features to the same memory at every replay. Autograd is told so, and refuses a backward that comes
-after the next one. Python in the forward (a hook that counts, say) runs while a graph is captured only.
+A graph writes its features to the same memory at every replay. Autograd is told about this, and refuses a backward that
+comes after the next replay. Python code in the forward (for instance a counting hook) only runs during capture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARM_UPS = 2  # before the one that is watched, as torch's notes on CUDA graphs 
 
 
 class Captured:
-    """The graphs of one teacher, a graph for every kind of input. A copy or a pickle of it has none."""
+    """The graphs of one teacher, one for every kind of input. A copy or a pickle of this object has none."""
 
     def __init__(self) -> None:
         self._replays: dict[Any, Callable[[Tensor], Features]] = {}
@@ -33,12 +33,12 @@ class Captured:
     def __call__(
         self, forward: Callable[[Tensor], Features], encoded: Tensor, made_of: Any, autocast: tuple[bool, torch.dtype]
     ) -> Features:
-        """What `forward` gives of a label, by a replay where that is possible. The next call overwrites it.
+        """What `forward` returns for a label, by a replay if possible. The next call overwrites it.
 
         Args:
-            forward: runs the teacher, in the autocast that is told.
+            forward: runs the teacher, under the given autocast.
             encoded: its input.
-            made_of: equal as long as `forward` runs the same operations on the same memory, whose values may change.
+            made_of: equal as long as `forward` runs the same operations on the same memory; the values may change.
             autocast: whether it runs in autocast, and in which dtype it computes.
         """
         if made_of != self._made_of:
@@ -61,12 +61,12 @@ class Captured:
         return type(self), ()
 
     def _capture(self, kind: Any, forward: Callable[[Tensor], Features], encoded: Tensor) -> bool:
-        """Capture the first input of its kind; whether that was possible."""
+        """Capture the first input of its kind; returns whether that was possible."""
         if self._failed:
             return False
         if len(self._replays) == LIMIT:
             if not self._full:
-                logger.info("the teacher has graphs for %d kinds of input and runs others as they are", LIMIT)
+                logger.info("the teacher has graphs for %d kinds of input and runs other inputs without one", LIMIT)
             self._full = True
             return False
         try:
@@ -77,13 +77,13 @@ class Captured:
                 raise
             self.drop()
             self._failed = True
-            message = "the teacher's forward cannot be captured and runs as it is; leave capture_teacher out (%s)"
+            message = "the teacher's forward cannot be captured, so it runs as before; leave out capture_teacher (%s)"
             logger.warning(message, error, exc_info=True)
         return not self._failed
 
 
 def serves(device: torch.device) -> bool:
-    """Whether graphs can be captured on a device now; a step that is captured itself contains the forward."""
+    """Whether graphs can be captured on a device now. (A step that is captured itself contains the forward already.)"""
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
@@ -101,7 +101,7 @@ def capture_forward(forward: Callable[[Tensor], Features], encoded: Tensor) -> C
             for _ in range(WARM_UPS):
                 forward(static)
             if _waits(lambda: forward(static)):  # asked before, for a capture that breaks does not leave all as it was
-                raise RuntimeError("it waits for the device, by .item() or a copy to the CPU, for instance")
+                raise RuntimeError("it waits for the device, for instance in .item() or in a copy to the CPU")
         torch.cuda.current_stream().wait_stream(aside)
         # other threads may do meanwhile what a capture forbids, as those that pin memory do
         mode = "thread_local"

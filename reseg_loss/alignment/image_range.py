@@ -1,4 +1,4 @@
-"""The range of the images that a teacher learns to paint: whether it is far from unit, and the map that mends it."""
+"""The range of the images that a teacher learns: whether it is far from unit range, and the map that fixes it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ImageMap:
     """One affine map per channel, (image - mean) / std, as plain numbers.
 
     Attributes:
-        mean: of the first batch's valid pixels, in the images' own units; one per channel.
-        std: likewise the standard deviation (biased); 1 where a channel was constant.
+        mean: mean of the first batch's valid pixels, in the images' own units; one per channel.
+        std: their standard deviation (biased), one per channel; 1 if a channel was constant.
     """
 
     mean: tuple[float, ...]
@@ -28,19 +28,19 @@ class ImageMap:
 
     @classmethod
     def of(cls, image: Tensor, valid: Tensor | None) -> ImageMap:
-        """The map of a batch (B, C, *spatial) of which `valid` (B, 1, *spatial) pixels count.
+        """The map of a batch (B, C, *spatial) in which the pixels of `valid` (B, 1, *spatial) count.
 
         Raises:
-            ReSegError: no pixel counts, or one that does is not finite.
+            ReSegError: no pixel counts, or a pixel that counts is not finite.
         """
         pixels = valid_pixels(image, valid).cpu().double()
         if pixels.shape[1] == 0:
             raise ReSegError(
-                "every pixel of the first batch is ignored (ignore_index), and standardize_image=True takes the mean "
-                "and the standard deviation of the images from it: let another batch come first"
+                "every pixel of the first batch is ignored (ignore_index), but standardize_image=True takes the mean "
+                "and the standard deviation of the images from it: make another batch the first one"
             )
         if not bool(pixels.isfinite().all()):
-            raise ReSegError("the first batch has NaN or infinite pixels, so standardize_image=True cannot scale by it")
+            raise ReSegError("the first batch has NaN or infinite pixels, so standardize_image=True cannot use it")
         mean, std = pixels.mean(1), pixels.std(1, correction=0)
         return cls(tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist()))
 
@@ -50,7 +50,7 @@ class ImageMap:
         return mean.view(-1, *[1] * dims), std.view(-1, *[1] * dims)
 
     def undo(self, image: Tensor) -> Tensor:
-        """A standardized (B, C, *spatial) in the images' own units, in at least fp32."""
+        """A standardized image (B, C, *spatial) in the images' own units, in at least fp32."""
         mean, std = self.tensors(image.ndim - 2, image.device)
         return image * std + mean
 
@@ -62,7 +62,7 @@ def valid_pixels(image: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def far_from_unit(image: Tensor, valid: Tensor | None) -> float | None:
-    """The root mean square of the channel where it is largest, if that is above `FAR`. Waits for the device."""
+    """The largest root mean square of any channel, if it is above `FAR`, else None. Waits for the device."""
     pixels = valid_pixels(image, valid).cpu().double()
     level = float(pixels.square().mean(1).max().sqrt()) if pixels.numel() else 0.0
     return level if level > FAR else None

@@ -1,9 +1,9 @@
 """Triton kernels of the alignment terms: every feature is read once for the value and once for the gradient.
 
-Both sides of a pair are (B, C, S) in any of two memory orders, channels second or last; sums are fp32 whatever the
+Both sides of a pair are (B, C, S) in one of two memory orders, channels second or last. Sums are fp32 whatever the
 features are. Partial sums go through memory, not through atomics, so results are deterministic. All pairs share a
-launch, which costs the host more time than the GPU: a program looks up the pair that it works on. `terms.py` calls
-this, and holds the same in torch. Imports triton, so it is imported where it is used only.
+launch, because a launch costs the host more time than the GPU: each program looks up the pair that it works on.
+`terms.py` calls this module, and has the same in torch. This imports triton, so it is only imported where it is used.
 """
 
 # a kernel's body is not Python, and its arguments are converted on the way
@@ -235,7 +235,7 @@ def _standardized(
 
 
 class Launches(NamedTuple):
-    """What the standardized kernels take of pairs of some layouts (see `_layout`)."""
+    """The arguments of the standardized kernels for pairs with given layouts (see `_layout`)."""
 
     batches: tuple[int, ...]
     channels: tuple[int, ...]
@@ -256,7 +256,7 @@ class Launches(NamedTuple):
 
 @lru_cache(maxsize=256)  # every step asks for the same few, and the host's time counts
 def launches(shapes: tuple[tuple[int, int, int, bool], ...]) -> Launches:
-    """How features of these shapes (see `shape_of`) are shared out among programs."""
+    """How features of these shapes (see `shape_of`) are distributed over programs."""
     batches, channels, sizes, last, rows, columns = zip(*(_layout(*shape) for shape in shapes))
     tiles = [b * _parts(n, r) for b, n, r in zip(batches, sizes, rows)]  # along all planes
     blocks = tuple(_parts(c, n) for c, n in zip(channels, columns))
@@ -306,10 +306,10 @@ def _parts(n: int, size: int) -> int:
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) -> tuple[Tensor, list[Tensor]]:
-    """The terms of pairs, (terms,) in fp32, and with `normalize` what their gradients need, (4 * all channels,).
+    """The terms of pairs, (terms,) in fp32; with `normalize` also what their gradients need, (4 * all channels,).
 
     Args:
-        pairs: (s, t) of the same shape and order of memory, contiguous with channels second or last.
+        pairs: (s, t) of the same shape and memory order, contiguous with channels second or last.
         normalize: whether channels are standardized.
         eps: added to their variance.
     """
@@ -340,13 +340,13 @@ def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool, eps: float) 
 def gradients(
     pairs: Sequence[tuple[Tensor, Tensor]], upstream: Tensor, kept: Sequence[Tensor], wanted: Sequence[int]
 ) -> list[Tensor]:
-    """The gradients of the terms `wanted` to their s, in its dtype and order of memory, times their upstream.
+    """The gradients of the `wanted` terms with respect to their s, times upstream, in the dtype and memory order of s.
 
     Args:
         pairs: as in `values`.
         upstream: (terms,) on the device.
-        kept: what `values` gave.
-        wanted: places in `pairs`.
+        kept: what `values` returned.
+        wanted: indices into `pairs`.
     """
     terms, upstream = tuple(wanted), upstream.contiguous()
     ss, ts = zip(*(pairs[i] for i in terms))

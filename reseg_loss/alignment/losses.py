@@ -31,7 +31,7 @@ class ReconLoss(nn.Module):
 
 
 def term_names(levels: int) -> list[str]:
-    """The names of the terms of eq. 7 for a number of levels, the finest being 1."""
+    """The names of the terms of eq. 7 for a number of levels; level 1 is the finest."""
     kinds = ("encoder_to_decoder", "decoder_to_encoder")
     return [*(f"{kind}_{i + 1}" for kind in kinds for i in range(levels)), "bottleneck"]
 
@@ -40,13 +40,13 @@ def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, 
     """{term: (student's feature, teacher's feature)}, crossed as in eqs. 4-6.
 
     Raises:
-        ReSegError: a side is no `Features`, or the two have different numbers of levels.
+        ReSegError: a side is not a `Features`, or the two have different numbers of levels.
     """
     for side, features in (("student", student), ("teacher", teacher)):
         if not isinstance(features, Features) or not {*map(type, features[:2])} <= {tuple, list}:
             raise ReSegError(
-                f"{side} is {outline(features)}; it must be Features(encoder, decoder, bottleneck), the first "
-                "two tuples of tensors"
+                f"{side} is {outline(features)}; it must be Features(encoder, decoder, bottleneck), where the first "
+                "two are tuples of tensors"
             )
     counts = {len(student.encoder), len(student.decoder), len(teacher.encoder), len(teacher.decoder)}
     if len(counts) != 1:
@@ -62,20 +62,20 @@ def pair_terms(student: Features, teacher: Features) -> dict[str, tuple[Tensor, 
 
 
 class CrossAlignmentLoss(nn.Module):
-    """The sum of all alignment terms over `divisor` (eq. 7).
+    """The sum of all alignment terms divided by `divisor` (eq. 7).
 
     Args:
-        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4), at every level. A term of weight
-            0 is not computed.
-        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5), likewise.
+        encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4), at every level. A term with
+            weight 0 is not computed.
+        decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5), at every level.
         bottleneck: weight of bottleneck against bottleneck (eq. 6).
-        divisor: the paper divides the sum of its seven terms by 3, whatever is switched off.
+        divisor: the paper divides the sum of its seven terms by 3; this stays the same if terms are switched off.
         normalize: None compares raw features; "batch" standardizes every channel on both sides first.
-        seed: of the fixed semi-orthogonal 1x1 map that the student's feature goes through where a term's channels
-            differ.
+        seed: of the fixed semi-orthogonal 1x1 map. The student's feature goes through it if the two features of a term
+            have different numbers of channels.
 
     Raises:
-        ReSegError: a weight is negative or not finite, all are 0, or another value cannot be.
+        ReSegError: a weight is negative or not finite, all weights are 0, or another value is invalid.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class CrossAlignmentLoss(nn.Module):
     ) -> None:
         super().__init__()
         if normalize not in (None, "batch"):
-            raise ReSegError(f"normalize={normalize!r}; it is None or 'batch'")
+            raise ReSegError(f"normalize={normalize!r}; it must be None or 'batch'")
         self.encoder_to_decoder = check_weight("encoder_to_decoder", encoder_to_decoder)
         self.decoder_to_encoder = check_weight("decoder_to_encoder", decoder_to_encoder)
         self.bottleneck = check_weight("bottleneck", bottleneck)
         if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
-            raise ReSegError("every term has weight 0; to switch the alignment off use weight=0 of the wrapper")
+            raise ReSegError("every term has weight 0; to switch the alignment off, pass weight=0 to ReSegWrapper")
         self.divisor: float = check_number("divisor", divisor, above=0)
         self.seed: int = check_number("seed", seed, least=0, whole=True)
         self.normalize = normalize
@@ -113,24 +113,24 @@ class CrossAlignmentLoss(nn.Module):
         if name == "bottleneck":
             return self.bottleneck
         raise ReSegError(
-            f"there is no term {name!r}; known are encoder_to_decoder_1, decoder_to_encoder_1, ..., bottleneck"
+            f"there is no term {name!r}; the terms are encoder_to_decoder_1, decoder_to_encoder_1, ..., bottleneck"
         )
 
     def forward(self, student: Features, teacher: Features, valid: Tensor | None = None) -> Tensor:
-        """The loss, a scalar in at least fp32: `combine` of `terms`, which takes the same arguments."""
+        """The loss, a scalar in at least fp32: `combine(terms(...))`, with the arguments of `terms`."""
         return self.combine(self.terms(student, teacher, valid))
 
     def terms(self, student: Features, teacher: Features, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """The terms by name, unweighted, each a scalar in at least fp32; those of weight 0 are left out.
+        """The terms by name, unweighted, each a scalar in at least fp32. Terms with weight 0 are left out.
 
         Args:
             student: features (B, C, *spatial), finest level first; they receive the gradient.
             teacher: features of the same sizes; their channels may differ.
-            valid: (B, 1, *image) with 1 where the label counts and 0 where it is ignored. It enters at every level
-                as valid area fraction.
+            valid: (B, 1, *image) with 1 where the label counts and 0 where it is ignored. At every level it is used as
+                the valid area fraction.
 
         Raises:
-            ReSegError: levels or sizes differ, or a feature is no dense floating point tensor.
+            ReSegError: levels or sizes differ, or a feature is not a dense floating point tensor.
         """
         pairs = {name: pair for name, pair in pair_terms(student, teacher).items() if self.term_weight(name)}
         for name, (s, t) in pairs.items():
@@ -139,7 +139,8 @@ class CrossAlignmentLoss(nn.Module):
             if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
                 raise ReSegError(
                     f"{name}: the student's feature has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}; batch "
-                    "and size must agree. If the image size is odd at this level, pad it to a multiple of the stride"
+                    "and size must agree. If the image size is odd at this level, pad the image to a multiple of the "
+                    "stride"
                 )
         matched = {name: (self._match_channels(s, t.shape[1]), t) for name, (s, t) in pairs.items()}
         # the compiler fuses plain operations itself
@@ -155,13 +156,13 @@ class CrossAlignmentLoss(nn.Module):
         return terms
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms over the divisor (eq. 7); 0 without any.
+        """The weighted sum of the terms divided by the divisor (eq. 7); 0 without any terms.
 
         Raises:
-            ReSegError: no mapping of terms, each a scalar.
+            ReSegError: `terms` is not a mapping of terms, each a scalar.
         """
         if not isinstance(terms, Mapping):
-            raise ReSegError(f"terms is {outline(terms)}; it is a mapping of terms, as `terms` returns")
+            raise ReSegError(f"terms is {outline(terms)}; it must be a mapping, as `terms()` returns it")
         for name, term in terms.items():
             check_scalar(f"terms[{name!r}]", term)
         if not terms:  # at weight 0 of the wrapper, and where `every` skips a call

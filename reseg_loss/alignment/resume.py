@@ -1,4 +1,4 @@
-"""What a stage 1 that goes on takes from its file and what from this call: a changed choice wins, and is told of."""
+"""What a resumed stage 1 takes from its file and what from this call: a changed setting is used, and logged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_THE_RATE = ("base_lrs", "_last_lr")  # a schedule's entries that follow from
 
 
 def choices(optimizer: Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
-    """What the user chose, as plain values: to be asked before a schedule changes the optimizer's groups."""
+    """The user's settings, as plain values. Call it before a schedule changes the optimizer's groups."""
     return {
         "optimizer": _name_of(optimizer),
         "groups": plain(_groups(optimizer)),
@@ -33,25 +33,25 @@ def choices(optimizer: Optimizer, amp: torch.dtype | None) -> dict[str, Any]:
 
 
 def schedule_choices(scheduler: Any, kept: bool) -> dict[str, Any] | None:
-    """The same of a schedule that has not advanced yet; None if it is not kept in a file.
+    """The same for a schedule that has not advanced yet; None if it is not kept in a file.
 
     Raises:
-        ReSegError: `step()` does not work without arguments, or the state of what is kept cannot be had.
+        ReSegError: `step()` needs arguments, or the schedule is kept in a file and has no state.
     """
     needed = ("step", "state_dict", "load_state_dict") if kept else ("step",)
     missing = [name for name in needed if not callable(getattr(scheduler, name, None))]
     if missing:
         raise ReSegError(
-            f"scheduler= is a function that returns a schedule; it returned {type(scheduler).__name__}, which has no "
-            f"{', '.join(missing)}()"
+            f"scheduler= must be a function that returns a schedule; it returned {type(scheduler).__name__}, which has "
+            f"no {', '.join(missing)}()"
         )
     try:
         inspect.signature(scheduler.step).bind()
     except TypeError as error:
         raise ReSegError(
-            f"{type(scheduler).__name__}.step() wants arguments ({error}), and stage 1 calls it after every step "
-            "without any: a loss or metric that it could give would be waited for. Take a schedule of steps, "
-            "torch.optim.lr_scheduler.CosineAnnealingLR for instance"
+            f"{type(scheduler).__name__}.step() needs arguments ({error}), but stage 1 calls it after every step "
+            "without any, because reading a loss or metric would wait for the device. Use a schedule of steps, for "
+            "instance torch.optim.lr_scheduler.CosineAnnealingLR"
         ) from error
     except ValueError:  # of what is written in C there is no signature
         pass
@@ -61,14 +61,14 @@ def schedule_choices(scheduler: Any, kept: bool) -> dict[str, Any] | None:
 def refuse_another_stage_1(
     resumed: Mapping[str, Any], file: str, settings: Settings, standardize_image: bool, named: Any, plan: TapPlan | None
 ) -> None:
-    """Raise a ReSegError if a file's stage 1 had other settings, images or taps than this one.
+    """Raise a ReSegError if the file's stage 1 had other settings, images or taps than this one.
 
     Args:
-        resumed: the file: "wrapper" (its state) and "taps" (those that were named, as strings).
+        resumed: the file's content: "wrapper" (its state) and "taps" (those that were named, as strings).
         file: its name.
         settings: of this wrapper.
         standardize_image: of this call.
-        named: the taps that are named here.
+        named: the taps that were named in this wrapper.
         plan: this wrapper's taps, None before they are known.
     """
     state = resumed["wrapper"]
@@ -81,23 +81,23 @@ def refuse_another_stage_1(
     if not same:
         other.append("other taps than here (print reseg.extractor to see these)")
     if other:
-        raise ReSegError(f"{file} is of a stage 1 with {'; '.join(other)}. Name another file, or remove it")
+        raise ReSegError(f"{file} is from a stage 1 with {'; '.join(other)}. Pass another file, or remove it")
 
 
 def go_on(
     optimizer: Optimizer, scheduler: Any, scaler: torch.amp.GradScaler, resumed: dict[str, Any], mine: dict[str, Any]
 ) -> list[str]:
-    """Bring optimizer, schedule and loss scaling to where the file's were; what differs from the file's choices.
+    """Bring optimizer, schedule and loss scaling to where the file's were; returns the settings that differ.
 
-    A hyperparameter of the optimizer that was chosen differently now takes the new value; one that was not has the
-    file's, which training may have changed. If the rate or the schedule was chosen differently, the new schedule is
-    advanced from its beginning to the file's step.
+    A hyperparameter of the optimizer that was set differently in this call takes the new value. All others take the
+    file's value, which training may have changed. If the learning rate or the schedule was set differently, the new
+    schedule is advanced from its beginning to the file's step.
 
     Args:
-        optimizer: as it was made in this call, with its schedule.
+        optimizer: the optimizer of this call, with its schedule.
         scheduler: its schedule, not advanced yet, or None.
         scaler: of this call.
-        resumed: the file: "optimizer", "scheduler", "scaler" (states), "choices" (of then) and "step".
+        resumed: the file's content: "optimizer", "scheduler", "scaler" (states), "choices" (at that time) and "step".
         mine: this call's choices.
 
     Raises:
@@ -139,24 +139,24 @@ def go_on(
 
 
 def _check_same_kind(theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    otherwise = "Give the same, name another file, or remove it to start anew"
+    otherwise = "Pass the same, name another file, or remove the file to start over"
     if theirs["optimizer"] != mine["optimizer"]:
         raise ReSegError(
-            f"stage 1 is to go on with the optimizer {mine['optimizer']}, its file was written with "
-            f"{theirs['optimizer']}, whose state is of no use to it. {otherwise}"
+            f"stage 1 is resumed with the optimizer {mine['optimizer']}, but its file was written with "
+            f"{theirs['optimizer']}, whose state it cannot use. {otherwise}"
         )
     if theirs["sizes"] != mine["sizes"]:
         raise ReSegError(
-            f"stage 1 is to go on with an optimizer whose groups have {mine['sizes']} parameters, in its file they "
+            f"stage 1 is resumed with an optimizer whose groups have {mine['sizes']} parameters, but in its file they "
             f"have {theirs['sizes']}. {otherwise}"
         )
     if (theirs["schedule"] is None) != (mine["schedule"] is None):
         one, other = ("without", "with") if mine["schedule"] is None else ("with", "without")
-        raise ReSegError(f"stage 1 is to go on {one} scheduler=, its file was written {other}. {otherwise}")
+        raise ReSegError(f"stage 1 is resumed {one} scheduler=, but its file was written {other} one. {otherwise}")
 
 
 def _differing(theirs: dict[str, Any] | None, mine: dict[str, Any] | None) -> list[str]:
-    """What two schedules were made with that differs, those entries aside that follow from the learning rate."""
+    """The settings in which two schedules differ, except for entries that follow from the learning rate."""
     if theirs is None or mine is None:
         return []
     if theirs["class"] != mine["class"]:

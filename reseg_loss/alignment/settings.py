@@ -1,4 +1,4 @@
-"""Every choice of the wrapper in one place, and the presets."""
+"""All settings of the wrapper in one place, and the presets."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from .losses import CrossAlignmentLoss, ReconLoss
 
 @dataclass(frozen=True)
 class Settings:
-    """What `ReSegWrapper` takes as keywords. The values here are the preset `paper`, its default.
+    """The settings that `ReSegWrapper` takes as keywords. The defaults here are the preset `paper`.
 
     Attributes:
         weight: factor of the alignment loss in the total loss (lambda of eq. 8).
         encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4).
         decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5).
         bottleneck: weight of the bottleneck term (eq. 6).
-        divisor: of the sum of all terms (eq. 7).
+        divisor: the sum of all terms is divided by this (eq. 7).
         normalize: "batch" standardizes every feature channel over batch and space before the comparison.
-        seed: of the fixed maps between unequal channels.
+        seed: of the fixed maps between features with different numbers of channels.
         alpha: weight of the mean squared error in stage 1 (eq. 3).
         beta: weight of the L1 error in stage 1 (eq. 3).
         label_input: "index" feeds the class index as one channel, "onehot" one channel per class.
         ignore_index: label value that does not count.
-        output: path to the segmentation in what the model returns, as an index, a key or a tuple of them. None is the
-            first float tensor of the image's size; stage 1 raises where that does not depend on every tap.
-        teacher_init: "random" draws the copy's weights anew, "copy" keeps the model's.
+        output: path to the segmentation in what the model returns: an index, a key, or a tuple of them. None takes the
+            first float tensor of the image's size. Stage 1 raises if that tensor does not depend on every tap.
+        teacher_init: "random" draws new weights for the copy, "copy" keeps the model's.
         levels: strides of the levels to align; None is the default choice of `TapPlan.select`.
         encoder: "skip" aligns what the skip connections carry, "block" the last block of each encoder level.
-        every: align at every k-th call only, with k times the weight; the calls between cost nothing.
-        teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None as the student runs.
+        every: align only at every k-th call, with k times the weight; the calls in between cost nothing.
+        teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it; None: like the student.
         compile_teacher: run the teacher through torch.compile.
-        capture_teacher: on CUDA replay its forward as a CUDA graph, one for each of at most four sizes of the batch;
-            call backward before the next alignment_loss, whose features take the same memory.
+        capture_teacher: on CUDA, replay its forward as a CUDA graph, one for each of at most four batch sizes. Call
+            backward before the next alignment_loss, because its features use the same memory.
     """
 
     weight: float = 0.035
@@ -67,7 +67,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ReSegError(f"{name}={getattr(self, name)!r}; it is one of {', '.join(map(repr, allowed))}")
+                raise ReSegError(f"{name}={getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}")
         check_weight("weight", self.weight)
         check_number("every", self.every, least=1, whole=True)
         if self.ignore_index is not None:
@@ -117,7 +117,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def criterion_of(settings: Settings) -> CrossAlignmentLoss:
-    """L_align by the settings."""
+    """L_align with these settings."""
     names = ("encoder_to_decoder", "decoder_to_encoder", "bottleneck", "divisor", "normalize", "seed")
     return CrossAlignmentLoss(**{name: getattr(settings, name) for name in names})
 
@@ -127,10 +127,10 @@ PRESETS: dict[str, Settings] = {"paper": Settings(), "standardized": Settings(no
 
 
 def settings_of(preset: str, **given: Any) -> Settings:
-    """A preset, with what is given and not None instead.
+    """A preset, with its values replaced by those that are given and not None.
 
     Raises:
-        ReSegError: an unknown preset, or a value that cannot be.
+        ReSegError: the preset is unknown, or a value is invalid.
     """
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ReSegError(f"unknown preset {preset!r}.{did_you_mean(str(preset), PRESETS)} Known: {', '.join(PRESETS)}")

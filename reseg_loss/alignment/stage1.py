@@ -41,10 +41,10 @@ OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch
 
 @dataclass(frozen=True)
 class Arguments:
-    """Those of `ReSegWrapper.fit_recon`, which says more of each.
+    """The arguments of `ReSegWrapper.fit_recon`, which describes them.
 
     Raises:
-        ReSegError: one cannot be, or this is inference mode.
+        ReSegError: an argument is invalid, or inference mode is on.
     """
 
     loader: Iterable[Any]
@@ -60,18 +60,22 @@ class Arguments:
     def __post_init__(self) -> None:
         loader, optimizer, scheduler, amp, batch = self.loader, self.optimizer, self.scheduler, self.amp, self.batch
         if (self.epochs is None) == (self.steps is None):
-            raise ReSegError("say how long to train: epochs= or steps=, one of them")
+            raise ReSegError("pass how long to train: exactly one of epochs= and steps=")
         check_number(*(("epochs", self.epochs) if self.steps is None else ("steps", self.steps)), least=1, whole=True)
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise ReSegError(f"stage 1 needs a loader that yields batches, got {type(loader).__name__}")
         if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer) or callable(optimizer)):
-            raise ReSegError(f"optimizer= is a function such as torch.optim.Adam, or an optimizer, got {optimizer!r}")
+            raise ReSegError(
+                f"optimizer= must be a function such as torch.optim.Adam, or an optimizer, got {optimizer!r}"
+            )
         if not (amp is None or isinstance(amp, torch.dtype)) or not (scheduler is None or callable(scheduler)):
-            raise ReSegError("amp is a dtype such as torch.bfloat16, scheduler a function that takes the optimizer")
+            raise ReSegError(
+                "amp= must be a dtype such as torch.bfloat16, and scheduler= a function that takes the optimizer"
+            )
         if not (batch is None or callable(batch)):
-            raise ReSegError(f"batch= is a function from a batch to (image, label), got {type(batch).__name__}")
+            raise ReSegError(f"batch= must be a function from a batch to (image, label), got {type(batch).__name__}")
         if torch.is_inference_mode_enabled():
-            raise ReSegError("stage 1 trains, which inference mode forbids: call fit_recon outside it")
+            raise ReSegError("stage 1 cannot train in inference mode: call fit_recon outside it")
 
 
 def fit(
@@ -83,16 +87,16 @@ def fit(
     resumed: dict[str, Any] | None,
     state: Callable[[], dict[str, Any]],
 ) -> list[float]:
-    """Train the teacher that `prepare` returns, with its taps, for the first batch; the mean loss of every epoch.
+    """Train the teacher; returns the mean loss of every epoch. `prepare` gives the teacher and its taps for a batch.
 
-    `copied` says whether the teacher copies the model. The run goes on after the last epoch of what was `resumed` from
-    the file, which gets the `state` of the wrapper beside that of the run. The caller keeps random states and freezes
-    the teacher.
+    `copied` says whether the teacher is a copy of the model. The run continues after the last epoch of what was
+    `resumed` from the file. The file gets the `state` of the wrapper along with that of the run. The caller preserves
+    the random states and freezes the teacher.
 
     Raises:
         ReSegError: the loader is empty, a batch has another form, the loss or a weight is not finite, the file cannot
-            be written, or the run cannot go on from it as it is to; or the output that is learnt does not depend on all
-            tapped modules.
+            be written, the run cannot continue from it with these arguments, or the output that is trained does not
+            depend on all tapped modules.
         TapError: a tapped module of a copy of the model runs without gradients.
     """
     start = resumed or {"history": [], "step": 0, "constants": []}
@@ -100,8 +104,8 @@ def fit(
     epochs, steps = given.epochs or math.inf, given.steps or math.inf
     if file is not None and (len(history) >= epochs or step >= steps):
         logger.warning(
-            "%s holds a finished stage 1 (%s): its teacher is used and this loader is not. If it is of other patients, "
-            "name another file",
+            "%s holds a finished stage 1 (%s): its teacher is used, and this loader is not. If that teacher was fitted "
+            "on other patients, pass another file",
             file.path,
             f"{step} steps" if given.epochs is None else f"{len(history)} epochs",
         )
@@ -151,7 +155,7 @@ def fit(
                 if step >= steps:
                     break
             if total is None or run is None:
-                raise ReSegError("the loader is empty (or a one-shot iterator that is used up); stage 1 needs batches")
+                raise ReSegError("the loader is empty (or an iterator that is used up); stage 1 needs batches")
             history.append(_finite(total, seen, step))
             bar.set_postfix(loss=f"{history[-1]:.4f}")
             if file is not None:
@@ -165,7 +169,7 @@ def fit(
 
 
 class _Run:
-    """Teacher, optimizer and schedule while stage 1 runs; under torch.distributed in a DDP of its own."""
+    """Teacher, optimizer and schedule while stage 1 runs; under torch.distributed the teacher is in its own DDP."""
 
     def __init__(
         self, teacher: Teacher, loss: ReconLoss, given: Arguments, resumed: dict[str, Any] | None, kept: bool
@@ -181,11 +185,11 @@ class _Run:
         optimizer = torch.optim.Adam if given.optimizer is None else given.optimizer  # at its own rate, 1e-3
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(teacher.parameters())
         if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise ReSegError(f"optimizer= is a function that makes an optimizer; it made {self.optimizer!r}")
+            raise ReSegError(f"optimizer= must be a function that returns an optimizer; it returned {self.optimizer!r}")
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(p) in known for p in teacher.parameters()):
             raise ReSegError(
-                "the optimizer holds no parameter of the teacher; give a function: optimizer=torch.optim.Adam"
+                "the optimizer has no parameter of the teacher; pass a function: optimizer=torch.optim.Adam"
             )
         self.choices = choices(self.optimizer, given.amp)
         self.scheduler = None
@@ -197,12 +201,12 @@ class _Run:
             changes = go_on(self.optimizer, self.scheduler, self.scaler, resumed, self.choices)
             if changes and rank() == 0:
                 logger.warning(
-                    "stage 1 goes on with other choices than its file was written with, and yours of now win: %s",
+                    "stage 1 continues with settings that differ from its file's; those of this call are used: %s",
                     "; ".join(changes),
                 )
 
     def step(self, image: Tensor, label: Tensor, forward: AbstractContextManager[None]) -> tuple[Tensor, Tensor | None]:
-        """One step, whose forward is within `forward`; the loss and the valid mask."""
+        """One step, with its forward inside the context `forward`; returns the loss and the valid mask."""
         image, label = (x.to(self.device, non_blocking=True) for x in (image, label))
         _, valid = self.teacher.encoding.encode(label)
         target = self.standardized(image.to(torch.promote_types(image.dtype, torch.float32)))
@@ -220,7 +224,7 @@ class _Run:
         return value.detach(), valid
 
     def standardized(self, image: Tensor) -> Tensor:
-        """An image (B, C, *spatial), or pixels (C, N), as the teacher is to paint it."""
+        """An image (B, C, *spatial), or pixels (C, N), standardized as the teacher has to reconstruct it."""
         if self.range is None:
             return image
         mean, std = self.range if image.ndim > 2 else (x.flatten(1).to(image.device) for x in self.range)
@@ -237,9 +241,9 @@ class _Run:
 
 @contextmanager
 def _gradients_wanted(taps: FeatureExtractor) -> Iterator[None]:
-    """Around a forward of a teacher that copies the model: raise a TapError if the copy's taps have no gradients.
+    """Around a forward of a teacher that is a copy of the model: raise a TapError if its taps have no gradients.
 
-    Then the model's would have none in stage 2 either. A teacher of the user's needs none there.
+    Otherwise the model's taps would have none in stage 2, either. A teacher of the user's own needs none there.
     """
     taps.enabled = True
     try:
@@ -250,9 +254,9 @@ def _gradients_wanted(taps: FeatureExtractor) -> Iterator[None]:
 
 
 def _check_reached(teacher: Teacher, extractor: FeatureExtractor) -> None:
-    """Raise a ReSegError if the gradients of the reconstruction are None in a whole tapped module.
+    """Raise a ReSegError if the reconstruction loss gives a whole tapped module no gradient.
 
-    Where a model returns several images, the one that is read may not depend on every tap: those would stay random.
+    If a model returns several images, the one that is used may not depend on every tap. Those taps would stay random.
     """
     unreached = []
     for tap in extractor.taps:
@@ -261,17 +265,16 @@ def _check_reached(teacher: Teacher, extractor: FeatureExtractor) -> None:
             unreached.append(str(tap))
     if unreached:
         raise ReSegError(
-            f"stage 1 would leave {', '.join(unreached)} of the teacher as it is: the output that is trained to be "
-            "the image does not depend on it. If the model returns several tensors of the image's size, pass "
-            "output= the path to the one at the end of its decoder (output=-1, output='main', ...); otherwise name "
-            "other taps"
+            f"stage 1 would not train {', '.join(unreached)} of the teacher: the output that is trained to be the "
+            "image does not depend on it. If the model returns several tensors of the image's size, pass output= with "
+            "the path to the one at the end of its decoder (output=-1, output='main', ...); otherwise name other taps"
         )
 
 
 def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
     """Raise a ReSegError unless image and label fit each other and the teacher."""
     if not image.is_floating_point():
-        raise ReSegError(f"the image has dtype {image.dtype}; the teacher reconstructs it, so make it float")
+        raise ReSegError(f"the image has dtype {image.dtype}; the teacher reconstructs it, so convert it to float")
     if image.numel() == 0:
         raise ReSegError(f"the batch is empty: its image has shape {tuple(image.shape)}")
     if image.ndim != teacher.encoding.dims + 2:
@@ -280,7 +283,7 @@ def check_image(image: Tensor, label: Tensor, teacher: Teacher) -> None:
         )
     if image.shape[1] != teacher.image_channels:
         raise ReSegError(
-            f"the image has shape {tuple(image.shape)}; the model was shown {teacher.image_channels} image channels"
+            f"the image has shape {tuple(image.shape)}; the example input had {teacher.image_channels} image channels"
         )
     teacher.encoding.check_shape(label, image.shape)
 
@@ -291,13 +294,13 @@ def _finite(total: Tensor, seen: int, step: int) -> float:
         raise ReSegError(
             f"the reconstruction loss is {mean} by step {step}: check the images for NaN or infinite values, "
             "scale them to about unit range (standardize_image=True), or lower the learning rate (optimizer=). This "
-            "teacher is lost: build a new wrapper"
+            "teacher cannot be used: build a new ReSegWrapper"
         )
     return mean
 
 
 def _settle_range(teacher: Teacher, image: Tensor, label: Tensor, standardize: bool) -> None:
-    """Give the teacher the map of the first batch, unless it has one, or say that images are far from unit range."""
+    """Give the teacher the map of the first batch, unless it has one; or warn if images are far from unit range."""
     _, valid = teacher.encoding.encode(label)
     if standardize:
         if teacher.image_map is None:
@@ -309,14 +312,14 @@ def _settle_range(teacher: Teacher, image: Tensor, label: Tensor, standardize: b
         message = (
             f"the images are far from unit range: the root mean square of the first batch is {level:.4g}. Stage 1 "
             "learns them as they are (eqs. 1-3), which takes long, and the teacher may learn nothing. Scale the images "
-            "to about unit range, or pass fit_recon(standardize_image=True) where the network does that itself"
+            "to about unit range, or pass fit_recon(standardize_image=True) if the network itself does the scaling"
         )
         logger.warning(message)
         warnings.warn(message, stacklevel=4)
 
 
 def sample_pixels(image: Tensor, valid: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Some valid pixels of every channel, at random: at even distances they might all be in a margin."""
+    """A random sample of the valid pixels of every channel. (Evenly spaced pixels might all be in a margin.)"""
     flat = valid_pixels(image, valid)
     if flat.shape[1] > SAMPLED_PIXELS:
         index = torch.randint(flat.shape[1], (SAMPLED_PIXELS,), generator=generator, device="cpu")
@@ -325,7 +328,7 @@ def sample_pixels(image: Tensor, valid: Tensor | None, generator: torch.Generato
 
 
 def _compare_with_constant(last: float, pixels: Tensor, loss: ReconLoss) -> None:
-    """Warn when the teacher has learnt no more than the best constant image (of quantiles and mean, per channel)."""
+    """Warn if the teacher is no better than the best constant image (of quantiles and mean, per channel)."""
     if pixels.shape[1] == 0:
         raise ReSegError("every pixel of every label is ignored (ignore_index), so the teacher has learnt nothing")
     levels = torch.linspace(0, 1, 101, dtype=pixels.dtype, device=pixels.device)

@@ -1,4 +1,4 @@
-"""The file of stage 1: written, tried beforehand, read back."""
+"""The file of stage 1: tested beforehand, written, and read back."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ ENTRIES: dict[str, Any] = {  # of it; the wrapper looks at its own state
 
 
 class Stage1File:
-    """The file that an unfinished stage 1 goes on from. Under torch.distributed rank 0 alone reads and writes it.
+    """The file that an unfinished stage 1 resumes from. Under torch.distributed only rank 0 reads and writes it.
 
     Args:
-        path: where it is; folders that are missing are made.
+        path: where it is; missing folders are created.
 
     Raises:
-        ReSegError: this is no path.
+        ReSegError: this is not a path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
             self.path = Path(path)
         except TypeError as error:
-            raise ReSegError(f"checkpoint= is the path of a file, got {type(path).__name__}") from error
+            raise ReSegError(f"checkpoint= must be the path of a file, got {type(path).__name__}") from error
         if "\0" in str(path):
-            raise ReSegError(f"checkpoint={str(path)!r} has a zero byte, which no file's name can have")
+            raise ReSegError(f"checkpoint={str(path)!r} has a zero byte, which is not allowed in a file name")
         self._proven = False
 
     def read(self) -> dict[str, Any] | None:
         """What `write` wrote, on every rank; None without a file.
 
         Raises:
-            ReSegError: the file is damaged, or holds something else than a stage 1.
+            ReSegError: the file is damaged, or holds something other than a stage 1.
         """
         return on_rank_0(lambda: _read(self.path))
 
@@ -82,8 +82,8 @@ class Stage1File:
         if wrong:
             raise ReSegError(
                 f"stage 1 cannot be kept in {self.path}: {wrong}, which torch.load(weights_only=True) does not read, "
-                "so that no run could go on from it. Make it a number, a string, a tensor, or a list, tuple or dict of "
-                "such, or leave checkpoint= out"
+                "so no run could resume from it. Use a number, a string, a tensor, or a list, tuple or dict of these "
+                "instead, or leave out checkpoint="
             )
         return plain
 
@@ -93,15 +93,15 @@ def _prove(partial: Path) -> None:
         torch.load(partial, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ReSegError(
-            f"what stage 1 wrote to {partial} cannot be read back ({first_line(error)}), and was removed. A file that "
-            "was there before is kept. Leave checkpoint= out"
+            f"what stage 1 wrote to {partial} cannot be read back ({first_line(error)}), and was removed. The previous "
+            "file, if there was one, is kept. Leave out checkpoint="
         ) from error
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     if not os.path.exists(path):  # where a folder may not be searched, Path's own raises
         return None
-    otherwise = "Name another file, or remove it to start stage 1 anew"
+    otherwise = "Name another file, or remove it to start stage 1 over"
     if not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "a device or a pipe"
         raise ReSegError(f"checkpoint={str(path)!r} is {kind}; name a file")
@@ -112,25 +112,27 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise ReSegError(f"{path} cannot be read ({told(error)})") from error
     if not head or (head == b"PK\x03\x04" and not _is_whole(path)):
         what = "is damaged: its end is missing or its bytes have changed" if head else "is empty"
-        raise ReSegError(f"{path} {what}, so that stage 1 cannot go on from it. {otherwise}")
+        raise ReSegError(f"{path} {what}, so stage 1 cannot resume from it. {otherwise}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file of another kind, one of many
         raise ReSegError(
-            f"{path} is no file of stage 1, which would overwrite it: it holds more than plain values and tensors "
-            f"({first_line(error)}). {otherwise}"
+            f"{path} is not a file of stage 1, and stage 1 would overwrite it: it holds more than plain values and "
+            f"tensors ({first_line(error)}). {otherwise}"
         ) from error
     what = "other entries" if isinstance(state, dict) else f"a {type(state).__name__}"
     if not (isinstance(state, dict) and state.keys() >= {"wrapper", "history", "step"}):
-        raise ReSegError(f"{path} is no file of stage 1, which would overwrite it: it holds {what}. {otherwise}")
+        raise ReSegError(
+            f"{path} is not a file of stage 1, and stage 1 would overwrite it: it holds {what}. {otherwise}"
+        )
     if state.get("format") != FORMAT:
-        raise ReSegError(f"{path} is of a stage 1 of another version of this library. {otherwise}")
+        raise ReSegError(f"{path} was written by another version of this library. {otherwise}")
     check_entries(state, ENTRIES, f"the file {path}")
     return state
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether every part of a zip file, as torch writes them, has the bytes that it was written with."""
+    """Whether every part of a zip file, as torch writes them, still has its original bytes."""
     try:
         with zipfile.ZipFile(path) as file:
             # without the option files have no sums to compare with

@@ -1,4 +1,4 @@
-"""What the student is compared with: a frozen teacher's features of label maps, at the least cost."""
+"""What the student is compared with: the frozen teacher's features of label maps, computed as cheaply as possible."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Targets:
 
         Args:
             label: on the student's device, checked.
-            autocast: whether the student ran in autocast, and in which dtype; `settings.teacher_dtype` overrides it.
+            autocast: whether the student ran in autocast, and in which dtype; `settings.teacher_dtype` overrides this.
             settings: how to run.
         """
         teacher, device = self.teacher, label.device
         if unwrap(teacher.body) is not self._body:
             raise TapError(
-                "the teacher's body is another module than the one whose taps are read: wrap or replace it before "
-                "ReSegWrapper is built, as teacher="
+                "the teacher's body is not the module whose taps are read any more: wrap or replace it before you pass "
+                "it to ReSegWrapper as teacher="
             )
         if teacher.reference.device != device:
             teacher.to(device)
@@ -83,14 +83,14 @@ class Targets:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # a view() that counts on the usual order
-                logger.info("the teacher does not run with channels last (%s) and runs as it was", error)
+                logger.info("the teacher does not run with channels last (%s), so it runs as before", error)
                 teacher.to_channels_last(False)
         if settings.capture_teacher and capture.serves(device):
             return self._captured(features, encoded, (run, teacher.made_of()), (enabled, dtype)), valid
         return features(encoded), valid
 
     def remove(self) -> None:
-        """Take the hooks off the teacher, and free what was made for it."""
+        """Remove the hooks from the teacher, and free its CUDA graphs."""
         self.extractor.remove()
         self._captured.drop()
 
@@ -100,7 +100,7 @@ class Targets:
 
     @contextmanager
     def _unmoved(self) -> Iterator[None]:
-        """Keep the teacher as it is, where a forward in evaluation changes its buffers; the first one shows which."""
+        """Restore the buffers that a forward in evaluation mode changes; the first forward shows which ones."""
         first = self._moving is None
         if first and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             yield  # nothing can be compared now
@@ -112,5 +112,5 @@ class Targets:
             if moved:
                 held = {id(module._buffers[name]) for module, name in moved}
                 names = [name for name, buffer in self.teacher.named_buffers() if id(buffer) in held]
-                message = "the teacher's %s change in evaluation, too, and are put back, so that it stays frozen"
+                message = "the teacher's %s change even in evaluation mode; they are restored, so that it stays frozen"
                 logger.warning(message, ", ".join(names))

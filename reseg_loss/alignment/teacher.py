@@ -1,4 +1,4 @@
-"""The teacher: a network that turns label maps into images, frozen once it is trained."""
+"""The teacher: a network that turns label maps into images and is frozen once it is trained."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ POWER_ITERATIONS = 15  # as many as torch's spectral_norm makes for its first we
 
 
 class Teacher(nn.Module):
-    """Label map in, reconstructed image out: a body between two optional 1x1 convolutions.
+    """A network from a label map to a reconstructed image: a body between two optional 1x1 convolutions.
 
     Args:
-        body: the network; it is called as it is.
+        body: the network; it is called unchanged.
         encoding: how labels become its input.
-        in_channels: what the body takes in; another number than `encoding.channels` gets a convolution before it.
-        out_channels: what the body gives out, likewise against `image_channels`.
+        in_channels: the body's input channels. If they differ from `encoding.channels`, a convolution comes before it.
+        out_channels: the body's output channels. If they differ from `image_channels`, a convolution comes after it.
         image_channels: channels of the image.
         output: path to the image-sized tensor in the body's output; None finds it (`select_output`).
-        bounded: the body's output is one of an activation, and needs the convolution after it to be any image.
+        bounded: the body ends in an activation, so it needs the convolution after it to reach every image value.
 
     Attributes:
-        image_map: what stage 1 applied to the images before they were compared with what this paints; None is nothing.
-            `ReSegWrapper.reconstruct` undoes it, a call of the teacher does not.
+        image_map: the map that stage 1 applied to the images before comparing them with the teacher's output; None if
+            there was none. `ReSegWrapper.reconstruct` undoes it, a call of the teacher does not.
     """
 
     def __init__(
@@ -75,21 +75,21 @@ class Teacher(nn.Module):
         """(B, image channels, *spatial) from a label in any form that `LabelEncoding` takes."""
         label = plain_label(label)
         if label.ndim not in (self.encoding.dims + 1, self.encoding.dims + 2):
-            raise ReSegError(f"a label of shape {tuple(label.shape)} has no batch of {self.encoding.dims}D label maps")
+            raise ReSegError(f"a label of shape {tuple(label.shape)} is no batch of {self.encoding.dims}D label maps")
         self.encoding.check_shape(label, (len(label), self.image_channels, *label.shape[-self.encoding.dims :]))
         return self.decode(self.encoding.encode(label.to(self.reference.device, non_blocking=True))[0])
 
     def decode(self, encoded: Tensor) -> Tensor:
-        """The image from a label that is encoded already, (B, encoding.channels, *spatial)."""
+        """The image from an encoded label, (B, encoding.channels, *spatial)."""
         output = self.body(self.before(encoded.to(self.reference.dtype)))
         return self.after(select_output(output, encoded.shape[0], tuple(encoded.shape[2:]), self.output))
 
     def run(self, encoded: Tensor) -> None:
-        """The body's forward alone, for the hooks that read its features."""
+        """Only the body's forward, for the hooks that read its features."""
         self.body(self.before(encoded.to(self.reference.dtype)))
 
     def to_channels_last(self, last: bool = True) -> None:
-        """Lay the weights of convolutions out with channels last, or back; what they compute follows."""
+        """Store the weights of convolutions with channels last, or back; their outputs then have the same order."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for parameter in self.parameters():
             if parameter.ndim in formats:
@@ -98,7 +98,7 @@ class Teacher(nn.Module):
 
     @property
     def reference(self) -> Tensor:
-        """A tensor with the device and dtype that the body computes in."""
+        """A tensor with the body's device and dtype."""
         for parameter in self.parameters():  # no next(): torch 2.6 cannot compile it
             if parameter.is_floating_point():
                 return parameter
@@ -107,7 +107,7 @@ class Teacher(nn.Module):
     def made_of(self) -> tuple[list[Any], ...]:
         """All modules, the keys of their hooks, and the addresses of all parameters and buffers.
 
-        Without names, which take twice as long: this is asked in every step.
+        Names are left out, because they take twice as long and this runs in every step.
         """
         modules, hooks, addresses = [*self.modules()], [], []
         for module in modules:
@@ -120,8 +120,8 @@ class Teacher(nn.Module):
     def check_finite(self, when: str, state: Mapping[str, Any] | None = None) -> None:
         """Raise a ReSegError if a parameter or buffer holds NaN or infinite values. It waits for the device.
 
-        Buffers that did when the teacher was built do not count. `when` is for the message; a `state` that is given is
-        looked at instead.
+        Buffers that held such values when the teacher was built do not count. `when` is for the message. If a `state`
+        is given, it is checked instead of the teacher.
         """
         tensors = (*self.named_parameters(), *self.named_buffers()) if state is None else state.items()
         names = _not_finite((name, tensor) for name, tensor in tensors if isinstance(tensor, Tensor))
@@ -130,14 +130,14 @@ class Teacher(nn.Module):
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise ReSegError(
                 f"{', '.join(lost[:3])}{more} of the teacher: NaN or infinite values {when}. Lower the learning rate "
-                "(optimizer=), or scale the images to about unit range (standardize_image=True). This teacher is lost, "
-                "and neither saved nor frozen: build a new wrapper"
+                "(optimizer=), or scale the images to about unit range (standardize_image=True). This teacher cannot "
+                "be used, and was neither saved nor frozen: build a new ReSegWrapper"
             )
 
     def freeze(self) -> Teacher:
-        """Evaluation and no gradients from here on, whatever `train()` says. Returns self.
+        """Evaluation mode and no gradients from now on, whatever `train()` says. Returns self.
 
-        Observers of quantization-aware training, which go on in evaluation, stop.
+        This also stops the observers of quantization-aware training, which keep running in evaluation mode.
         """
         self.frozen = True
         self.requires_grad_(False)
@@ -150,10 +150,10 @@ class Teacher(nn.Module):
 
     @contextmanager
     def unmoved(self, known: list[tuple[nn.Module, str]] | None = None) -> Iterator[list[tuple[nn.Module, str]]]:
-        """Put back the buffers that some modules (counters, observers) change in evaluation, too.
+        """Restore the buffers that some modules (counters, observers) change even in evaluation mode.
 
-        Yields a list, which then holds them as (module, name). `known` is that of an earlier forward: the others are
-        not compared.
+        Yields a list that afterwards holds these buffers as (module, name). Pass the list of an earlier forward as
+        `known` to skip the comparison of all other buffers.
         """
         asked = [(module, name) for module in self.modules() for name in module._buffers] if known is None else known
         before = [(m, name, held, held.clone()) for m, name in asked if (held := m._buffers.get(name)) is not None]
@@ -167,12 +167,12 @@ class Teacher(nn.Module):
                     moved.append((module, name))
 
     def train(self, mode: bool = True) -> Teacher:
-        """As `nn.Module.train`, but a frozen teacher stays in evaluation, so its statistics cannot drift."""
+        """Like `nn.Module.train`, but a frozen teacher stays in evaluation mode, so its statistics cannot drift."""
         return super().train(mode and not self.frozen)
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those with NaN or infinite values; waits for each device once."""
+    """The names of the tensors with NaN or infinite values; waits for each device once."""
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors:
         if tensor.is_floating_point() or tensor.is_complex():
@@ -190,8 +190,8 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Module:
     """A trainable copy of the model, of the same class, with its own weights ("random") or the model's ("copy").
 
-    Random weights are drawn by every module's own `reset_parameters` in a fork of the current random state. What
-    has none (position embeddings, for instance) keeps the model's values and is named once in a log line.
+    Random weights are drawn by every module's own `reset_parameters`, in a fork of the current random state. Parameters
+    of modules without it (position embeddings, for instance) keep the model's values; one log line names them.
 
     Raises:
         ReSegError: the model is sharded, has lazy parameters, or cannot be copied.
@@ -205,12 +205,12 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
     if init == "random":
         kept = redraw(body)
         if kept:
-            logger.info("the teacher keeps the model's values of %s: no reset_parameters draws them", ", ".join(kept))
+            logger.info("the teacher keeps the model's values of %s: no reset_parameters covers them", ", ".join(kept))
     return body
 
 
 def redraw(model: nn.Module) -> list[str]:
-    """Draw new weights where modules know how to; the names of the parameters that keep their values."""
+    """Draw new weights in all modules that have `reset_parameters`; returns the names of the unchanged parameters."""
     versions = {name: p._version for name, p in model.named_parameters()}
     with preserved_rng(), torch.no_grad():
         for module in model.modules():
@@ -229,7 +229,7 @@ def redraw(model: nn.Module) -> list[str]:
 
 
 def _redraw_hooked(module: nn.Module) -> None:
-    """Let the parameters follow a drawn weight that a forward pre-hook makes of them, and will make anew."""
+    """Set the parameters so that a forward pre-hook that computes the weight from them gives the drawn weight."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             drawn = getattr(module, hook.name)
@@ -245,7 +245,7 @@ def _redraw_hooked(module: nn.Module) -> None:
 
 
 def input_channels(module: nn.Module, default: int) -> int:
-    """The channels that a module takes in, going by its first convolution."""
+    """The number of input channels of a module, taken from its first convolution."""
     convolutions = (m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     return next((m.in_channels for m in convolutions), default)
 
@@ -254,13 +254,13 @@ def refuse_sharded(model: nn.Module) -> None:
     """Raise a ReSegError if the model is sharded."""
     if is_sharded(model):
         raise ReSegError(
-            "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, "
-            "or pass teacher="
+            "the model is sharded already; build ReSegWrapper (with example_input=) before fully_shard, or pass "
+            "teacher="
         )
 
 
 def _changed(now: Tensor | None, before: Tensor) -> bool:
-    """Whether a buffer has other values; one of another shape is a cache, made anew for another size."""
+    """Whether a buffer's values have changed. A buffer whose shape has changed is a cache, and does not count."""
     if now is None or now.shape != before.shape or now.dtype != before.dtype:
         return False
     return not bool(((now == before) | ((now != now) & (before != before))).all())

@@ -25,10 +25,10 @@ BACKEND = os.environ.get("RESEG_KERNELS", "auto")
 
 
 def alignment_terms(pairs: Sequence[tuple[Tensor, Tensor]], *, normalize: str | None = None) -> tuple[Tensor, ...]:
-    """`functional.alignment_term` of every pair (student, teacher), which has no gradient to the teacher's side.
+    """`functional.alignment_term` of every pair (student, teacher), without a gradient to the teacher's side.
 
     Args:
-        pairs: features (B, C, *spatial), any float dtype, both of a pair of the same shape.
+        pairs: features (B, C, *spatial), any float dtype; the two of a pair have the same shape.
         normalize: as in `functional.alignment_term`.
 
     Returns:
@@ -84,13 +84,13 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
             raise
         raise ReSegError(
             "a feature was overwritten between alignment_loss and backward. With capture_teacher=True the next "
-            "alignment_loss does that: call backward before it, or leave capture_teacher out. Otherwise an operation "
-            "in your model or step does it in place"
+            "alignment_loss does that: call backward before it, or leave out capture_teacher. Otherwise an in-place "
+            "operation in your model or step does it"
         ) from error
 
 
 def values(pairs: Sequence[tuple[Tensor, Tensor]], normalize: bool) -> tuple[Tensor, list[Tensor]]:
-    """The terms of pairs, (terms,) in at least fp32, and with `normalize` what the gradients need of each, (4, C).
+    """The terms of pairs, (terms,) in at least fp32; with `normalize` also what each gradient needs, (4, C).
 
     With z = (f - mean) / sqrt(v + eps) on both sides a term is the mean over channels of v_s a^2 + v_t b^2 - 2 cov a b,
     where v and cov are variances and covariance, and a, b = 1 / sqrt(v + eps).
@@ -143,9 +143,9 @@ def _in_order(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def triton_serves(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
-    """Whether the Triton kernels are what computes these features' terms."""
+    """Whether the Triton kernels compute the terms of these features."""
     if BACKEND not in ("auto", "triton", "torch"):
-        raise ReSegError(f"RESEG_KERNELS={BACKEND!r} in the environment; it is auto, triton or torch")
+        raise ReSegError(f"RESEG_KERNELS={BACKEND!r} in the environment; it must be auto, triton or torch")
     tensors = [*students, *teachers]
     known = all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel() > 0 for x in tensors)
     if not known or BACKEND == "torch":
@@ -155,7 +155,7 @@ def triton_serves(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> boo
 
 @cache
 def kernels_work(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device and agree with torch on a small example; asked once a process."""
+    """Whether the Triton kernels run on a device and agree with torch on a small example; tested once per process."""
     try:
         from . import kernels
 
@@ -176,6 +176,6 @@ def kernels_work(device: torch.device) -> bool:
                 expected = [gradient(*pair, theirs[i], kept[i] if kept else None) for i, pair in enumerate(pairs)]
                 torch.testing.assert_close(found, expected)
     except Exception as error:  # a missing, broken or unfit Triton must not stop a training that torch can do
-        logger.warning("the Triton kernels do not serve on %s, torch does instead (%s)", device, error)
+        logger.warning("the Triton kernels do not work on %s, so torch is used instead (%s)", device, error)
         return False
     return True

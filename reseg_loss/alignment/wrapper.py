@@ -1,4 +1,4 @@
-"""The two-stage protocol around a user's model and loop: fit a teacher, then align with it."""
+"""The two-stage protocol around a user's model and loop: fit a teacher, then align the model with it."""
 
 from __future__ import annotations
 
@@ -27,52 +27,54 @@ from .stage1_file import Stage1File
 from .teacher import Teacher
 
 OF_TEACHER = (
-    "the teacher's features hold NaN or infinite values: its weights do, or it overflows in low precision. Fit a new "
-    "one, or run it in another precision (teacher_dtype=)"
+    "the teacher's features hold NaN or infinite values: either its weights do, or it overflows in low precision. Fit "
+    "a new teacher, or run it in another precision (teacher_dtype=)"
 )
-OF_SIZE = "the alignment loss is NaN or infinite, and the features are finite: their values are too large to be squared"
+OF_SIZE = "the alignment loss is NaN or infinite although the features are finite: their squares overflow"
 
 
 class ReSegWrapper(Regularizer):
-    """ReSeg-UNet (Li et al., MICCAI 2025) for a model that is trained by someone else's loop.
+    """ReSeg-UNet (Li et al., MICCAI 2025) for a model in your own training loop.
 
-    The model is not edited: its outputs, parameters and state_dict keys stay as they are, and the teacher is no part
-    of it. Fit the teacher on the training fold only: it sees labels.
+    The model is not edited: its outputs, parameters and state_dict keys stay as they are, and the teacher is not part
+    of it. Fit the teacher on the training fold only, because it sees labels.
 
-    The keywords from `weight` on are the fields of `Settings`, which says more of each; None takes the preset's value.
+    The keywords from `weight` on are the fields of `Settings`, which describes them in more detail. None takes the
+    preset's value.
 
     Args:
         model: any U-shaped nn.Module in 2D or 3D, or its DistributedDataParallel or torch.compile wrapper.
-        example_input: an image batch as the model takes it, to find taps and build the teacher now. Without it that
-            happens at the first batch of `fit_recon`, or in `load_state_dict`.
-        taps: the taps by kind, or some of them, as the mapping that `FeatureExtractor` takes. None finds them.
-        preset: "paper" (eqs. 1-8 as published) or "standardized" (the features of both sides, per channel, before they
-            are compared).
-        teacher: a module of your own, encoded label in, image out, instead of a copy of the model.
-        teacher_taps: taps of that module, as `taps`; None finds them.
+        example_input: an image batch as the model takes it, to find the taps and build the teacher now. Without it,
+            this happens at the first batch of `fit_recon`, or in `load_state_dict`.
+        taps: the taps by kind, or some of them, as a mapping like that of `FeatureExtractor`. None finds them
+            automatically.
+        preset: "paper" (eqs. 1-8 as published) or "standardized" (the features of both sides are standardized per
+            channel before they are compared).
+        teacher: a module of your own that maps the encoded label to the image, instead of a copy of the model.
+        teacher_taps: taps of that module, like `taps`; None finds them automatically.
         weight: factor of the alignment loss in the total loss (lambda of eq. 8); 0.035 in both presets.
         encoder_to_decoder: weight of teacher encoder against student decoder (eq. 4).
         decoder_to_encoder: weight of teacher decoder against student encoder (eq. 5).
         bottleneck: weight of the bottleneck term (eq. 6).
-        divisor: of the sum of all terms (eq. 7).
+        divisor: the sum of all terms is divided by this (eq. 7).
         normalize: "batch" standardizes every feature channel over batch and space before the comparison.
-        seed: of the fixed maps between unequal channels.
+        seed: of the fixed maps between features with different numbers of channels.
         alpha: weight of the mean squared error in stage 1 (eq. 3).
         beta: weight of the L1 error in stage 1 (eq. 3).
         label_input: "index" feeds the class index as one channel, "onehot" one channel per class.
         ignore_index: label value that does not count.
         output: path to the segmentation in what the model returns.
-        teacher_init: "random" draws the copy's weights anew, "copy" keeps the model's.
+        teacher_init: "random" draws new weights for the copy, "copy" keeps the model's.
         levels: strides of the levels to align.
         encoder: "skip" aligns what the skip connections carry, "block" the last block of each encoder level.
-        every: align at every k-th call only, with k times the weight.
+        every: align only at every k-th call, with k times the weight.
         teacher_dtype: torch.bfloat16 or torch.float16 runs the teacher in autocast to it.
         compile_teacher: run the teacher through torch.compile.
-        capture_teacher: on CUDA replay the teacher's forward as a CUDA graph.
+        capture_teacher: on CUDA, replay the teacher's forward as a CUDA graph.
 
     Raises:
         TapError: the model has no levels that can be paired, or a tap is unknown.
-        ReSegError: a setting is none that is known, or the model cannot be served; the message says what to do.
+        ReSegError: a setting is invalid, or the model is not supported; the message says what to do.
     """
 
     ENTRIES: ClassVar[Mapping[str, Any]] = {
@@ -128,17 +130,17 @@ class ReSegWrapper(Regularizer):
 
     @property
     def settings(self) -> Settings:
-        """All choices, with the weight as it is now."""
+        """All settings, with the current weight."""
         return replace(self._settings, weight=self._weight)
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher, a plain module: label in, image out. Train it with `fit_recon`, or yourself with `ReconLoss`."""
+        """The teacher, a plain module that maps a label to an image. Train it with `fit_recon`, or with `ReconLoss`."""
         return self._known().teacher
 
     @property
     def extractor(self) -> FeatureExtractor:
-        """The student's taps; `print` it to see the U."""
+        """The student's taps; `print` it to see the levels of the U."""
         return self._known().student
 
     @property
@@ -148,7 +150,7 @@ class ReSegWrapper(Regularizer):
 
     @property
     def ready(self) -> bool:
-        """Whether stage 1 is over: the teacher is there and frozen."""
+        """Whether stage 1 is over: there is a teacher, and it is frozen."""
         return self._parts is not None and self._parts.teacher.frozen
 
     # --- stage 1
@@ -169,46 +171,47 @@ class ReSegWrapper(Regularizer):
     ) -> list[float]:
         """Stage 1: train the teacher to reconstruct the image from its label map (eqs. 1-3), then freeze it.
 
-        Random states, and the model's weights, gradients and modes, are afterwards as before; a loader with a
-        generator or persistent workers of its own goes on where stage 1 left it.
+        Afterwards random states, and the model's weights, gradients and modes, are as they were. A loader that has its
+        own generator or persistent workers continues where stage 1 left it.
 
         Args:
-            loader: yields (image, label) or dicts with "image" and "label", or what `batch` takes; images float
-                (B, C, *spatial), at best of about unit range: where the root mean square of a channel of the first
-                batch is above 10, a warning and a log line say so.
-            epochs: passes over the loader; give these or `steps`.
+            loader: yields (image, label), or dicts with "image" and "label", or what `batch` takes. Images are float
+                (B, C, *spatial), ideally of about unit range. If the root mean square of a channel of the first batch
+                is above 10, there is a warning and a log line.
+            epochs: passes over the loader; pass either this or `steps`.
             steps: optimizer steps.
-            optimizer: an optimizer of `teacher.parameters()`, or a function that makes one of parameters. Default
+            optimizer: an optimizer of `teacher.parameters()`, or a function that makes one from parameters. Default:
                 Adam with learning rate 1e-3.
-            scheduler: a function that makes a schedule of the optimizer; its `step()` is called after every step,
+            scheduler: a function that makes a schedule from the optimizer. Its `step()` is called after every step,
                 without arguments.
-            amp: autocast dtype; float16 comes with loss scaling.
+            amp: autocast dtype; float16 includes loss scaling.
             batch: a function from what the loader yields to (image, label), for batches of another form.
-            standardize_image: learn (image - mean) / std instead of the image: one map per channel, of the valid pixels
-                of the first batch (under torch.distributed rank 0's), which `reconstruct` undoes and states keep. For
-                networks that normalize inside. The losses that are returned are of the standardized images then.
-            checkpoint: a file written after every epoch, from which a killed run continues. On CPU it continues to
-                the same bits if the loader draws from the global random states when it is iterated: shuffle=True
-                without a generator, workers that are not persistent. Under torch.distributed rank 0's states count.
-                Where hyperparameters, schedule or amp differ from the file's, those of this call win and a log line
-                names both. The file is tried before the first step and first written to another one in its folder,
-                named file.PROCESS-RANDOM.partial; such leftovers of killed runs are removed after an hour.
-            progress: show a bar.
+            standardize_image: learn (image - mean) / std instead of the image, for networks that normalize inside. Mean
+                and std are per channel, from the valid pixels of the first batch (rank 0's under torch.distributed).
+                `reconstruct` undoes this, and states keep it. The returned losses are then of standardized images.
+            checkpoint: a file that is written after every epoch, from which a killed run continues. On CPU it continues
+                bit for bit if the loader draws from the global random states when it is iterated (shuffle=True without
+                a generator, no persistent workers). Under torch.distributed rank 0's states are used. If
+                hyperparameters, schedule or amp differ from the file's, those of this call are used, and a log line
+                names both. Writing is tested before the first step. Each write goes to a temporary file in the same
+                folder first, named file.PROCESS-RANDOM.partial; those that killed runs left are removed after an hour.
+            progress: show a progress bar.
 
         Returns:
             The mean loss of every epoch.
 
         Raises:
-            ReSegError: the loss or a weight is not finite, a batch has a form or values that do not fit, the teacher is
-                frozen, this is inference mode, or the output that the teacher is trained by does not depend on all
-                tapped modules. `checkpoint` cannot be written or read, is another file, or is of a stage 1 with
-                another class of optimizer or other settings; or optimizer, schedule or model hold what could not be
-                read back from it. Passes are of different lengths under torch.distributed, with `epochs`.
+            ReSegError: the loss or a weight is not finite; a batch has a form or values that do not fit; the teacher is
+                frozen; inference mode is on; or the output that the teacher is trained on does not depend on all
+                tapped modules. `checkpoint` cannot be written or read, is another kind of file, or is of a stage 1 with
+                another class of optimizer or other settings. Optimizer, schedule or model hold something that could
+                not be read back from it. With `epochs` under torch.distributed, the ranks have passes of different
+                lengths.
             TapError: a tapped module of a copy of the model runs without gradients (reentrant checkpointing).
         """
         given = stage1.Arguments(loader, epochs, steps, optimizer, scheduler, amp, batch, standardize_image, progress)
         if self.ready:
-            raise ReSegError("the teacher is frozen already; build a new wrapper to train another")
+            raise ReSegError("the teacher is frozen already; build a new ReSegWrapper to train another one")
         file = Stage1File(checkpoint) if checkpoint is not None else None
         resumed = file.read() if file is not None else None
         if resumed is not None:
@@ -231,7 +234,7 @@ class ReSegWrapper(Regularizer):
         return history
 
     def freeze_teacher(self) -> None:
-        """End stage 1 after a loop of your own, or keep an untrained teacher as a control.
+        """End stage 1 after your own training loop, or keep an untrained teacher as a control.
 
         Under torch.distributed every rank gets rank 0's teacher.
 
@@ -243,9 +246,9 @@ class ReSegWrapper(Regularizer):
         self.teacher.freeze()
 
     def reconstruct(self, label: Any) -> Tensor:
-        """The image that the teacher makes of a label map, (B, image channels, *spatial), in evaluation.
+        """The image that the teacher makes from a label map, (B, image channels, *spatial), in evaluation mode.
 
-        It is in the images' own units, also where stage 1 standardized them.
+        It is in the images' own units, even if stage 1 standardized them.
         """
         teacher = self.teacher
         with preserved_modes(teacher), torch.no_grad(), teacher.unmoved():
@@ -259,14 +262,14 @@ class ReSegWrapper(Regularizer):
 
         Args:
             label: the label of that forward's images: (B, *spatial) or (B, 1, *spatial) with class indices (integers
-                or whole floats), or (B, classes, *spatial) one-hot or multi-label. Of a list, element 0.
+                or whole floats), or (B, classes, *spatial) one-hot or multi-label. If it is a list, element 0 is used.
 
         Returns:
-            A scalar to add to the task loss, in at least fp32. At weight 0, and at calls that `every` skips, a zero on
-            which backward works.
+            A scalar to add to the task loss, in at least fp32. At weight 0, and at calls that `every` skips, a zero
+            that supports backward.
 
         Raises:
-            ReSegError: no or several training forwards since the last call, the model is in evaluation, gradients are
+            ReSegError: no training forward or several since the last call, the model is in evaluation, gradients are
                 off, the teacher is not frozen yet, or the label does not fit.
             TapError: a tap did not fire.
         """
@@ -274,42 +277,42 @@ class ReSegWrapper(Regularizer):
         return nothing(plain_label(label).device) if total is None else self._weight * self._settings.every * total
 
     def alignment_terms(self, label: Any) -> dict[str, Tensor]:
-        """As `alignment_loss`, but the terms of eqs. 4-6 by name, unweighted: `criterion.combine` sums them (eq. 7).
+        """Like `alignment_loss`, but returns the unweighted terms of eqs. 4-6 by name; `criterion.combine` sums them.
 
-        For a loss of your own making, and for logs (`functional.gradient_norms`). There are none at weight 0, and at
-        calls that `every` skips; at the others multiply by `every` yourself.
+        For a loss that you combine yourself, and for logs (`functional.gradient_norms`). The dict is empty at weight 0
+        and at calls that `every` skips; at the other calls multiply by `every` yourself.
         """
         return self._step(label)[0]
 
     def record(self) -> AbstractContextManager[None]:
         """Mark the forward that the next `alignment_loss` is for, in loops with several forwards a step."""
         if self._weight != 0:
-            self._known()  # says what to do
+            self._known()  # raises, and says what to do
         return super().record()
 
     def stats(self) -> dict[str, float]:
-        """The last call's values for a log: terms, "alignment" (their sum by eq. 7, unweighted), and "weight".
+        """The last call's values, for a log: terms, "alignment" (their sum by eq. 7, unweighted), and "weight".
 
-        A call that `every` skips leaves those of the one before it, a call at weight 0 none. Reading them waits for the
-        device.
+        A call that `every` skips keeps the values of the call before it. A call at weight 0 leaves only "weight".
+        Reading the values waits for the device.
         """
         return super().stats()
 
     def remove(self) -> None:
-        """Take all hooks off. The model is as it was; the wrapper cannot align any more."""
+        """Remove all hooks. The model is as it was; the wrapper cannot align any more."""
         super().remove()
         if self._parts is not None:
             self._parts.remove()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave, its settings included.
+        """Restore what `state_dict` returned, settings included.
 
         It needs neither an example nor `fit_recon`. A teacher that was saved before the end of stage 1 is not frozen.
 
         Raises:
-            ReSegError: the state is of another kind, format or model, or not whole, or of a wrapper with a teacher of
-                its own that is not here. The wrapper is then as it was.
-            TapError: the model has not the taps of the state. The wrapper is then as it was, too.
+            ReSegError: the state is of another kind, format or model, or incomplete, or was made with a `teacher=` that
+                this wrapper was not given. Nothing has changed then.
+            TapError: the model does not have the taps of the state. Nothing has changed then, either.
         """
         super().load_state_dict(state)
         if state["ready"]:
@@ -318,7 +321,7 @@ class ReSegWrapper(Regularizer):
     # --- inside
 
     def _step(self, label: Any) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The terms and their sum by eq. 7; none at weight 0, and at calls that `every` skips."""
+        """The terms and their sum by eq. 7; neither at weight 0 and at calls that `every` skips."""
         try:
             label = plain_label(label)
             self._refuse_misuse()
@@ -328,8 +331,8 @@ class ReSegWrapper(Regularizer):
             parts = self._known()
             if not parts.teacher.frozen:
                 raise ReSegError(
-                    "the teacher is not ready: call fit_recon(loader, ...), or load_state_dict(state) of an earlier "
-                    "run, or freeze_teacher() after training reseg.teacher yourself"
+                    "the teacher is not ready: call fit_recon(loader, ...), or load_state_dict(state) with the state "
+                    "of an earlier run, or freeze_teacher() after training reseg.teacher yourself"
                 )
             found = self._compared(parts, label) if self._aligns else ({}, None)
         except BaseException:
@@ -341,7 +344,7 @@ class ReSegWrapper(Regularizer):
         return found
 
     def _compared(self, parts: Parts, label: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Of the forward that was recorded."""
+        """The terms of the recorded forward, and their sum."""
         recorded = parts.student.take()
         device, encoding = recorded.features.bottleneck.device, parts.teacher.encoding
         label = label.to(device, non_blocking=True)
@@ -374,7 +377,7 @@ class ReSegWrapper(Regularizer):
         return [self.teacher]
 
     def _use(self, parts: Parts) -> None:
-        """Take parts that are new for those that there were; the hooks come last, when nothing can fail."""
+        """Replace the old parts by new ones; the hooks come last, when nothing can fail any more."""
         if self._parts is not parts:
             if self._parts is not None:
                 self._parts.remove()
@@ -399,9 +402,11 @@ class ReSegWrapper(Regularizer):
     def _load(self, state: Mapping[str, Any]) -> None:
         settings, parts = Settings(weight=state["weight"], **state["settings"]), state["parts"]
         if state["ready"] and parts is None:
-            raise ReSegError("this state says that stage 1 is over, but has no teacher; it is not whole")
+            raise ReSegError("this state is inconsistent: it says that stage 1 is over, but has no teacher")
         if self.ready and parts is not None and not state["ready"]:
-            raise ReSegError("this state was saved before the end of stage 1, which is over here; build a new wrapper")
+            raise ReSegError(
+                "this state was saved before the end of stage 1, but stage 1 is over here; build a new ReSegWrapper"
+            )
         # as dicts: a checkpoint has lists where the user may have written tuples
         saved, mine = settings.to_dict(), self.settings.to_dict()
         same = all(saved[name] == mine[name] for name in saved if name not in AT_RUN_TIME)
@@ -421,6 +426,6 @@ class ReSegWrapper(Regularizer):
         if self._parts is None:
             raise ReSegError(
                 "taps and teacher are not known yet: pass example_input= (an image batch) to ReSegWrapper, or call "
-                "fit_recon(loader, ...) or load_state_dict(state) first, before the first training forward"
+                "fit_recon(loader, ...) or load_state_dict(state) before the first training forward"
             )
         return self._parts

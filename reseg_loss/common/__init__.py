@@ -1,1 +1,1 @@
-"""What every room uses: labels, outputs, inputs, states, files, dry forwards, processes."""
+"""Shared by all packages here: labels, outputs, inputs, states, files, dry forwards, processes."""

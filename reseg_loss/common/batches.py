@@ -1,4 +1,4 @@
-"""Batches of two loaders side by side, each gone round in its own length, and a state to go on from."""
+"""Batches from two loaders together, each repeated at its own length, and a state to resume from."""
 
 from __future__ import annotations
 
@@ -29,32 +29,33 @@ _END = object()
 class batches:  # noqa: N801 - called as zip and range are
     """Go through labelled and unlabelled batches together, for a given number of steps.
 
-    Each step has the next batch of both loaders. A loader that ends begins anew, so each is gone round in its own
-    length, and shuffled anew where it shuffles: `set_epoch` of the loader, its data set, its sampler and its batch
-    sampler is called with the number of the round, as DistributedSampler needs it. Nothing is kept in memory.
+    Each step has the next batch of both loaders. A loader that ends starts over, so each is repeated at its own length
+    (one pass is called a round). Shuffling loaders shuffle again in every round: `set_epoch` of the loader, its data
+    set, its sampler and its batch sampler is called with the round's number, as DistributedSampler needs it. No batches
+    are kept in memory.
 
-    A loop that is left goes on where it was, in a second loop over the same object or, by `state_dict`, in another
-    process: with the same batches, to the bit, where the loaders draw their order at the start of a round, as torch's
-    samplers do. For that the batches of the round that were used are loaded again and left out. Random augmentations
-    in worker processes are the same; those in this process (num_workers=0) are, too, if you restore the states of
-    torch's, NumPy's and Python's generators that they draw from, as you do for dropout. Random states that a data set
-    keeps in itself are not seen. A loader with a `state_dict` of its own, such as torchdata's StatefulDataLoader, is
-    asked for that instead.
+    An interrupted loop continues where it stopped: in a second loop over the same object or, with `state_dict`, in
+    another process. The batches are bit for bit the same if the loaders draw their order at the start of a round, as
+    torch's samplers do. To get there, the batches of the round that were used already are loaded again and skipped.
+    Random augmentations in worker processes are the same, too. Those in this process (num_workers=0) are the same if
+    you restore the states of torch's, NumPy's and Python's generators, as you do for dropout. Random states inside a
+    data set cannot be restored. If a loader has its own `state_dict`, like torchdata's StatefulDataLoader, that is used
+    instead.
 
     Args:
         labelled: a DataLoader or another iterable, of pairs (image, label) or dicts with "image" and "label", or "data"
             and "target".
         unlabelled: an iterable of image tensors, of tuples or lists whose element 0 is one, or of dicts with "image"
-            or "data". A generator of its own (`DataLoader(generator=)`) must not be the other loader's.
-        steps: how many there are, those before a resume counted.
+            or "data". If it has its own generator (`DataLoader(generator=)`), the labelled loader must not use it, too.
+        steps: number of steps in the whole run, including those before a resume.
         batch: a function from a labelled batch of another form to (image, label).
 
     Yields:
-        (image, label, unlabelled image): tensors as the loaders gave them, (B, C, *spatial), (B, *spatial) or with
+        (image, label, unlabelled image): tensors as the loaders returned them, (B, C, *spatial), (B, *spatial) or with
         channels, (B', C, *spatial); on their device, in their dtype.
 
     Raises:
-        ReSegError: an argument is none of these; a loader is empty, or an iterator that cannot begin anew; a batch has
+        ReSegError: an argument is invalid; a loader is empty, or an iterator that cannot start over; a batch has
             another form.
     """
 
@@ -68,21 +69,23 @@ class batches:  # noqa: N801 - called as zip and range are
     ) -> None:
         self.steps = check_number("steps", steps, least=1, whole=True)
         if not (batch is None or callable(batch)):
-            raise ReSegError(f"batch= is a function from a batch to (image, label), got {type(batch).__name__}")
+            raise ReSegError(f"batch= must be a function from a batch to (image, label), got {type(batch).__name__}")
         self._unpack = batch
         self._step = 0
         self._labelled, self._unlabelled = Rounds(labelled, "labelled"), Rounds(unlabelled, "unlabelled")
         if labelled is unlabelled:
-            raise ReSegError("labelled and unlabelled are the same loader; make two, for each is gone round by itself")
+            raise ReSegError(
+                "labelled and unlabelled are the same loader; make two, because each is repeated on its own"
+            )
         if {*map(id, self._labelled.generators)} & {*map(id, self._unlabelled.generators)}:
             raise ReSegError(
-                "both loaders draw from the same torch.Generator, so neither can resume by itself; give each its own: "
-                "DataLoader(..., generator=torch.Generator().manual_seed(0))"
+                "both loaders draw from the same torch.Generator, so neither can resume independently; give each its "
+                "own: DataLoader(..., generator=torch.Generator().manual_seed(0))"
             )
 
     @property
     def step(self) -> int:
-        """How many steps have begun: within the loop the number of this one, counted from 1."""
+        """How many steps have started. Inside the loop this is the current step's number, counted from 1."""
         return self._step
 
     def __len__(self) -> int:
@@ -96,9 +99,9 @@ class batches:  # noqa: N801 - called as zip and range are
             yield image, label, unlabelled
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is: tensors and plain Python values only. Take it after a step within the loop, or between loops.
+        """The current position: tensors and plain Python values only. Call it after a step in the loop, or outside it.
 
-        Under torch.distributed each process has its own.
+        Under torch.distributed each process has its own state.
         """
         return {
             "kind": "batches",
@@ -109,18 +112,20 @@ class batches:  # noqa: N801 - called as zip and range are
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. It loads the batches that were used of the present rounds once more.
+        """Continue where `state_dict` was called. It loads the used batches of the current rounds again.
 
-        The random states of the process stay as they are; a loader's own generators become what they were.
+        The random states of the process stay as they are. The loaders' own generators are restored.
 
         Raises:
-            ReSegError: the state is of another kind, is beyond `steps`, or does not fit the loaders. All is then as it
-                was, but for the states within loaders that have them.
+            ReSegError: the state is of another kind, is beyond `steps`, or does not fit the loaders. Nothing has
+                changed then, except the state of loaders that have their own.
         """
         check_state(state, "batches", 1, {"step": int, "labelled": _PLACE, "unlabelled": _PLACE})
         step = check_number("step", state["step"], least=0, whole=True)
         if step > self.steps:
-            raise ReSegError(f"this state is of step {step}, and steps={self.steps} counts from the start of the run")
+            raise ReSegError(
+                f"this state is from step {step}, but steps={self.steps}; steps= counts from the start of the run"
+            )
         generators = [*self._labelled.generators, *self._unlabelled.generators]
         before = _states(generators)
         try:
@@ -132,11 +137,11 @@ class batches:  # noqa: N801 - called as zip and range are
 
 
 class Rounds:
-    """A loader that is gone round without end."""
+    """A loader that is repeated without end."""
 
     def __init__(self, loader: Any, name: str) -> None:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise ReSegError(f"{name} is a loader that yields batches, got {type(loader).__name__}")
+            raise ReSegError(f"{name} must be a loader that yields batches, got {type(loader).__name__}")
         self.loader, self.name = loader, name
         # Accelerate's loaders have the methods in any case
         self.stateful = getattr(loader, "use_stateful_dataloader", True) and all(
@@ -148,7 +153,7 @@ class Rounds:
         self.iterator: Iterator[Any] | None = None
 
     def next_batch(self) -> Any:
-        """The next batch, of the next round if this one has ended."""
+        """The next batch, from the next round if this one has ended."""
         if self.iterator is None:
             self.iterator = self._begin()
         batch = next(self.iterator, _END)
@@ -160,8 +165,8 @@ class Rounds:
             if self.round == 0:
                 raise ReSegError(f"the {self.name} loader is empty (is drop_last=True, with less than one batch?)")
             raise ReSegError(
-                f"the {self.name} loader gives nothing in round {self.round + 1}: it is an iterator that can be used "
-                "once. Give what can be iterated again and again, such as a DataLoader or a list"
+                f"the {self.name} loader yields nothing in round {self.round + 1}: it is an iterator that can be used "
+                "only once. Pass something that can be iterated again, such as a DataLoader or a list"
             )
         self.used += 1
         return batch
@@ -173,7 +178,7 @@ class Rounds:
         return iter(self.loader)
 
     def state(self) -> dict[str, Any]:
-        """Where it is, for `resumed`."""
+        """The current position, for `resumed`."""
         return {
             "round": self.round,
             "used": self.used,
@@ -183,7 +188,7 @@ class Rounds:
         }
 
     def resumed(self, state: Mapping[str, Any]) -> Rounds:
-        """The same loader at another place; what it draws from is as it was there, or as now if that fails."""
+        """The same loader at another position, with its generators restored; if that fails, they stay as they are."""
         other = Rounds(self.loader, self.name)
         other.round = check_number("round", state["round"], least=0, whole=True)
         other.used = check_number("used", state["used"], least=0, whole=True)
@@ -191,17 +196,19 @@ class Rounds:
         started = state["generators"] if other.start is None else other.start["generators"]
         if any(len(states) != len(self.generators) for states in (state["generators"], started)):
             raise ReSegError(
-                f"the {self.name} loader has {len(self.generators)} torch.Generator of its own, that of the state had "
-                f"{len(state['generators'])}: make it as it was"
+                f"the {self.name} loader has {len(self.generators)} torch.Generator of its own, but the state's loader "
+                f"had {len(state['generators'])}: build it in the same way"
             )
         if other.start is not None and (state["loader"] is not None) != self.stateful:
             has, had = ("a", "none") if self.stateful else ("no", "one")
-            raise ReSegError(f"the {self.name} loader has {has} state_dict of its own, that of the state had {had}")
+            raise ReSegError(
+                f"the {self.name} loader has {has} state_dict of its own, but the state's loader had {had}"
+            )
         if other.used and not self.stateful and getattr(self.loader, "persistent_workers", False):
             warnings.warn(
-                f"the {self.name} loader has persistent_workers=True, whose random states go on from round to round "
-                "and end with their processes: the rest of this round comes in another order, and its random "
-                "augmentations are others",
+                f"the {self.name} loader has persistent_workers=True. Their random states continue from round to round "
+                "and are lost with their processes: the rest of this round comes in another order, with other random "
+                "augmentations",
                 stacklevel=3,
             )
         if other.start is not None:
@@ -211,7 +218,7 @@ class Rounds:
         return other
 
     def _go_on(self, start: Mapping[str, Any], own: dict[str, Any] | None) -> None:
-        """Begin this round as it began, and leave out what was used."""
+        """Restart this round as it started, and skip the batches that were used."""
         _restore(self.generators, start["generators"])
         restore_rng({**start["rng"]})
         set_epoch(self.loader, self.round)
@@ -221,13 +228,13 @@ class Rounds:
         for count in range(self.used if own is None else 0):
             if next(self.iterator, _END) is _END:
                 raise ReSegError(
-                    f"the {self.name} loader ends after {count} batches, of which the state had used {self.used}: give "
-                    "the loader that the state was saved with"
+                    f"the {self.name} loader ends after {count} batches, but the state had used {self.used}: pass the "
+                    "loader that the state was saved with"
                 )
 
 
 def set_epoch(loader: Any, number: int) -> None:
-    """Tell a loader, and what gives it its order, which pass over the data comes: DistributedSampler shuffles by it."""
+    """Tell a loader and its samplers the number of the coming pass over the data: DistributedSampler shuffles by it."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     told: list[Any] = []
     for part in (
@@ -243,24 +250,25 @@ def set_epoch(loader: Any, number: int) -> None:
 
 
 def pair_of(batch: Any, unpack: Callable[[Any], Any] | None, caller: str) -> tuple[Tensor, Tensor]:
-    """(image, label) of a loader's batch as plain tensors, by `unpack` or in one of the forms that are known.
+    """(image, label) of a loader's batch as plain tensors, by `unpack` or from one of the known forms.
 
     `caller` is the function whose `batch=` the message names.
 
     Raises:
-        ReSegError: the form is another, or there is no tensor where one is expected.
+        ReSegError: the form is unknown, or there is no tensor where one is expected.
     """
     if unpack is not None:
         pair = unpack(batch)
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-            raise ReSegError(f"batch= is a function from a batch to (image, label); it returned {type(pair).__name__}")
+            raise ReSegError(f"batch= must return (image, label); it returned {type(pair).__name__}")
     else:
         try:
             pair = unpack_batch(batch)
         except ReSegError as error:
             given = "lambda b: (b['image'], b['mask'])" if isinstance(batch, Mapping) else "lambda b: (b[0], b[1])"
             raise ReSegError(
-                f"{error}. Of another form, give {caller}(batch=...) a function to (image, label): batch={given}"
+                f"{error}. For other forms, pass {caller}(batch=...) a function that returns (image, label): "
+                f"batch={given}"
             ) from error
     image, label = pair
     return plain_label(image, "an image"), plain_label(label)
@@ -285,7 +293,7 @@ def unlabelled_image(batch: Any) -> Tensor:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that are a loader's own, each once."""
+    """The loader's own generators, each once."""
     sampler, batch_sampler = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
     parts = (loader, sampler, getattr(batch_sampler, "sampler", None), batch_sampler)
     found = [getattr(part, "generator", None) for part in parts]

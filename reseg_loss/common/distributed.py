@@ -1,4 +1,4 @@
-"""The processes of torch.distributed, of which there is one without it, and modules trained beside the user's model."""
+"""The processes of torch.distributed (a single one without it), and modules trained along with the user's model."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def gathered(value: Any) -> list[Any]:
 
 
 def in_step(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader, of which every process must have the same number: none may wait for another's.
+    """The batches of a loader; every process must have the same number of them, or one would wait for another.
 
-    Loaders that have a length are compared before the first batch. Those that have none, or a data set that may keep to
-    its length or not (IterableDataset), are asked for every batch whether all have one, which the processes wait for.
+    If all loaders have a length, the lengths are compared before the first batch. Loaders without one, or with a data
+    set whose length is only a promise (IterableDataset), are checked at every batch, and the processes wait for that.
 
     Raises:
-        ReSegError: the numbers differ; on every process, and at the same batch.
+        ReSegError: the numbers differ. It is raised on every process, at the same batch.
     """
     lengths = gathered(_length(loader))
     if None not in lengths:
@@ -79,8 +79,9 @@ def _refuse_uneven(numbers: list[int], more: str = "") -> None:
     if len(set(numbers)) > 1:
         listed = ", ".join(f"{n}{more if n == max(numbers) else ''} on rank {i}" for i, n in enumerate(numbers[:8]))
         raise ReSegError(
-            f"the ranks have different numbers of batches in an epoch of stage 1: {listed}. Each needs as many: use a "
-            "DistributedSampler, or cut the longer loaders; or train by steps=, which passes over each by itself"
+            f"the ranks have different numbers of batches in an epoch of stage 1: {listed}. All ranks need the same "
+            "number: use a DistributedSampler, or shorten the longer loaders; or train by steps=, where each rank "
+            "goes through its loader independently"
         )
 
 
@@ -88,7 +89,7 @@ _T = TypeVar("_T")
 
 
 def on_rank_0(action: Callable[[], _T]) -> _T:
-    """What `action` gives on rank 0, on every rank; so too a ReSegError that it raises, for the others wait."""
+    """Run `action` on rank 0 and return its result on every rank; a ReSegError is raised on every rank, too."""
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -112,8 +113,8 @@ _AROUND: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[DistributedDataPa
 def refuse_join(model: nn.Module, what: str) -> None:
     """Raise a ReSegError if the model's DistributedDataParallel is in a `join()` context that outlives a process.
 
-    In it a process that has no batches left answers for the model's own DistributedDataParallel, once a step, and for
-    nothing else: whatever others send beside that aborts them all. `what` says what that is.
+    In such a context a process that has no batches left only answers for the model's own DistributedDataParallel, once
+    a step. Any other communication aborts all processes. `what` says what that communication is.
     """
     if world_size() == 1 or torch.compiler.is_compiling():
         return
@@ -126,14 +127,15 @@ def refuse_join(model: nn.Module, what: str) -> None:
         config = None if wrapper is None else wrapper._join_config  # noqa: SLF001 - torch tells it nowhere else
         if config is not None and config.enable and not config.throw_on_early_termination:
             raise ReSegError(
-                f"the model's DistributedDataParallel is in a join() context, where {what}, so a process that has no "
-                "batches left would abort the others. Give every process as many batches (DistributedSampler, "
-                "drop_last=True) and leave join() out, or end all with the first: join(throw_on_early_termination=True)"
+                f"the model's DistributedDataParallel is in a join() context, but {what}, so a process that has no "
+                "batches left would abort the others. Give every process the same number of batches "
+                "(DistributedSampler, drop_last=True) and leave out join(), or stop all processes with the first: "
+                "join(throw_on_early_termination=True)"
             )
 
 
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` on `device`, under torch.distributed in a DDP of its own, else its replicas drift apart silently."""
+    """`module` on `device`; under torch.distributed in its own DDP, or else its replicas would drift apart silently."""
     inner = undistributed(module)
     if next(inner.parameters()).device != device:
         inner.to(device)
@@ -148,7 +150,7 @@ def undistributed(module: nn.Module) -> nn.Module:
 
 
 class UnmovedWarning:
-    """Warns once if parameters have not changed after 100 calls with gradient: no optimizer knows them."""
+    """Warns once if parameters have not changed after 100 calls with gradient: no optimizer has them."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
@@ -156,7 +158,7 @@ class UnmovedWarning:
         self._start: list[Tensor] = []
 
     def check(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Count a call; the values are compared once only, at the last."""
+        """Count a call; the values are compared only once, at the last call."""
         if self.calls > UNMOVED_CALLS or not torch.is_grad_enabled():
             return
         if self.calls == 0:

@@ -1,4 +1,4 @@
-"""One forward of a model that leaves no trace on it, nor on the process."""
+"""A forward of a model that leaves no trace, neither on the model nor on the process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Set what `rng_state` gave."""
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(value, device)
@@ -52,7 +52,7 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Restore every module's own train flag (a deliberately frozen submodule stays so)."""
+    """Restore every module's own train flag (a deliberately frozen submodule stays frozen)."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -63,10 +63,10 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore what a forward can change on a model: parameter and buffer values, and what its attributes refer to.
+    """Restore what a forward can change on a model: parameter and buffer values, and attributes.
 
-    Attributes are restored as they were, and one level into those that are dicts, lists or sets: so registered
-    buffers, hooks, counters and caches are covered, but not what lies deeper.
+    Attributes are restored, and so is the content of those that are dicts, lists or sets, one level deep. This covers
+    registered buffers, hooks, counters and caches, but nothing deeper.
     """
     values = [(t, t.detach(), t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     versions = [_version_of(alias) for _, alias, _ in values]
@@ -121,21 +121,21 @@ def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ReSegError(f"expected an nn.Module, got {outline(model)}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ReSegError("a scripted module takes no hooks; pass the Python module it was made from")
+        raise ReSegError("a scripted module takes no hooks; pass the Python module that it was made from")
 
 
 def refuse_lazy(model: nn.Module) -> None:
     """Raise a ReSegError if the model has lazy parameters or buffers."""
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise ReSegError("the model has lazy parameters: run one forward of it first, so that they take their shape")
+        raise ReSegError("the model has lazy parameters: run one forward of it first, so that they get their shapes")
 
 
 @contextmanager
 def dry_run(model: nn.Module) -> Iterator[None]:
-    """Evaluation, no gradients, nothing compiled; afterwards the model and the process are as before.
+    """Evaluation mode, no gradients, nothing compiled; afterwards the model and the process are as before.
 
     Raises:
-        ReSegError: the model has lazy parameters, which a forward would make for good.
+        ReSegError: the model has lazy parameters, which a forward would initialize for good.
     """
     refuse_lazy(model)
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
@@ -169,12 +169,12 @@ _RUNNING: list[nn.Module] = []
 
 
 def is_dry() -> bool:
-    """Whether this is in a `dry_run`, of which what records a training must see nothing."""
+    """Whether a `dry_run` is going on; hooks that record training must ignore it."""
     return bool(_RUNNING)
 
 
 def private_copy(example_input: Any) -> Any:
-    """`example_input` with its own tensors, so that a model which writes into its input leaves no trace on it."""
+    """A copy of `example_input`, so that a model that writes into its input leaves no trace on it."""
     return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, example_input)
 
 
@@ -195,14 +195,14 @@ def call(model: nn.Module, example_input: Any) -> Any:
         raise
     except Exception as error:
         like = next((p for p in model.parameters() if p.is_floating_point()), image)
-        remedy = "give what its forward takes in training"
+        remedy = "pass what its forward takes in training"
         if (image.dtype, image.device) != (like.dtype, like.device):
             remedy = (
-                f"its parameters are {like.dtype} on {like.device}: give images as the training will, "
+                f"its parameters are {like.dtype} on {like.device}: pass images as in training, "
                 f"image.to({like.device.type!r}, {like.dtype})"
             )
         raise ReSegError(
-            f"the model fails on the example, of which the image is {outline(image)}; {remedy} "
+            f"the model fails on the example, whose image is {outline(image)}; {remedy} "
             f"({type(error).__name__}: {error})"
         ) from error
 

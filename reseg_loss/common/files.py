@@ -1,4 +1,4 @@
-"""Files that are always whole, whoever writes them and whenever they are killed."""
+"""Files that are always complete, whoever writes them and whenever the writer is killed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def write_atomically(
 ) -> None:
     """torch.save that leaves either the old or the new file, whenever it is killed, and whoever else writes it.
 
-    What is written goes into a file of its own in the same folder first, named after the process and a random number,
-    which is removed if writing fails. Those that killed runs left are removed after an hour.
+    The content goes to a temporary file in the same folder first, named after the process and a random number. It is
+    removed if writing fails. Temporary files that killed runs left are removed after an hour.
 
     Args:
         state: what is saved.
         path: the file; a link is followed.
-        prove: given, looks at the new file before it takes the place of the old; what it raises goes on.
+        prove: if given, it checks the new file before that replaces the old one; what it raises is passed on.
 
     Raises:
         ReSegError: the folder or the file cannot be written, or the disk is full.
@@ -48,7 +48,7 @@ def write_atomically(
             reason = reason.__cause__ or reason.__context__  # torch raises one of its own where a disk is full
         if reason is None:
             raise
-        kept = "the file that was there is kept" if os.path.exists(path) else "there was none before"
+        kept = "the previous file is kept" if os.path.exists(path) else "there was no file before"
         raise ReSegError(f"{path} could not be written ({told(reason)}); {kept}") from error
 
 
@@ -59,13 +59,13 @@ def try_writing(path: Path) -> None:
             pass
     except OSError as error:
         raise ReSegError(
-            f"checkpoint={str(path)!r} cannot be written ({told(error)}); name a file in a folder that can"
+            f"checkpoint={str(path)!r} cannot be written ({told(error)}); name a file in a writable folder"
         ) from error
 
 
 @contextlib.contextmanager
 def _partial(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
-    """The file, links followed, and a new one beside it, which is gone afterwards."""
+    """The file, with links followed, and a new temporary file next to it, which is gone afterwards."""
     target = Path(os.path.realpath(path))
     partial = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
@@ -80,7 +80,7 @@ def _partial(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
 
 
 def _remove_stale(target: Path, now: float) -> None:
-    """Remove what killed runs left of this file; `now` is the file system's time, which may not be this machine's."""
+    """Remove this file's temporary files from killed runs; `now` is the file system's time, not this machine's."""
     name = re.compile(re.escape(target.name) + r"\.\d+-[0-9a-f]{8}\.partial")
     with contextlib.suppress(OSError):  # a folder may be written and not listed
         for entry in os.scandir(target.parent):
@@ -91,12 +91,12 @@ def _remove_stale(target: Path, now: float) -> None:
 
 
 def told(error: OSError) -> str:
-    """What the system says."""
+    """The system's error message."""
     return f"{type(error).__name__}: {error.strerror or error}"
 
 
 def first_line(error: BaseException) -> str:
-    """The type that torch refused to unpickle, if that is the error, or what the error says."""
+    """The type that torch refused to unpickle, if that is the error; else the error's first line."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return refused[1]

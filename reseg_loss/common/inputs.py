@@ -1,4 +1,4 @@
-"""What a step gives a loss, looked at where looking costs next to nothing, so that a bad input is blamed on itself."""
+"""Cheap checks of what a step passes to a loss, so that the error message names the bad input itself."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from ..errors import ReSegError, outline
 
 OF_IMAGES = (
-    "images of this step hold NaN or infinite values: look at the data set and its transforms (is a constant image "
-    "divided by its deviation?)"
+    "images of this step hold NaN or infinite values: check the data set and its transforms (is a constant image "
+    "divided by its standard deviation?)"
 )
 OF_MODEL = (
-    "the model gives NaN or infinite values for images that are finite: its weights are not finite, or it overflows "
-    "(float16 ends at 65,504; bfloat16 does not)"
+    "the model returns NaN or infinite values for finite images: its weights are not finite, or it overflows "
+    "(the largest float16 value is 65,504; bfloat16 reaches much further)"
 )
 
 
 def readable(device: torch.device, first: bool = False) -> bool:
-    """Whether values may be read: on the CPU always, elsewhere in the first call only, for it waits for the device.
+    """Whether values may be read: always on the CPU, elsewhere only in the first call, because it waits for the device.
 
-    Never in a graph that is compiled or captured, which reading would break.
+    Never in a compiled or captured graph, which reading would break.
     """
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return False
@@ -35,12 +35,12 @@ def readable(device: torch.device, first: bool = False) -> bool:
 def refuse_not_finite(
     value: Tensor, made_of: Mapping[str, Iterable[Tensor]], otherwise: str | None = None, *, first: bool = False
 ) -> None:
-    """Raise a ReSegError if a value is not finite and may be read, for the first cause that is not finite itself.
+    """Raise a ReSegError if a value may be read and is not finite; the message names the first cause.
 
     Args:
         value: of any size.
-        made_of: {what is wrong if any of these tensors is not finite: the tensors}, in the order of their making.
-        otherwise: what is wrong if all of them are finite; None raises nothing then.
+        made_of: {message if any of these tensors is not finite: the tensors}, in the order in which they were computed.
+        otherwise: the message if all of them are finite; None raises nothing then.
         first: whether this is the first call.
     """
     if not readable(value.device, first) or _finite(value):
@@ -53,14 +53,14 @@ def refuse_not_finite(
 def value_of(
     task_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label: Tensor, where: str, name: str = "task_loss"
 ) -> Tensor:
-    """What the user's loss gives for logits and a label.
+    """The value of the user's loss for logits and a label.
 
     Raises:
-        ReSegError: it is no function, fails, or gives no scalar. `where` says of what the logits are, `name` which
-            argument the loss is.
+        ReSegError: it is not a function, fails, or does not return a scalar. `where` says what the logits belong to,
+            `name` which argument the loss is.
     """
     if not callable(task_loss):
-        raise ReSegError(f"{name} is a function of logits and label, got {type(task_loss).__name__}")
+        raise ReSegError(f"{name} must be a function of logits and label, got {type(task_loss).__name__}")
     if torch.compiler.is_compiling():  # which a break of the graph within `try` would end
         return task_loss(logits, label)
     try:
@@ -74,7 +74,7 @@ def value_of(
         ) from error
     if not isinstance(value, Tensor) or value.ndim:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ReSegError(f"{name} gave {what}, and a scalar is needed")
+        raise ReSegError(f"{name} returned {what}; it must return a scalar")
     return value
 
 
@@ -90,8 +90,8 @@ def refuse_evaluation(model: nn.Module) -> None:
     """Raise a ReSegError if the model is in evaluation."""
     if not model.training:
         raise ReSegError(
-            "the model is in evaluation, and this loss is for training steps: call model.train() before the forward; "
-            "in a step that validation shares, add this loss only `if model.training:`"
+            "the model is in evaluation mode, but this loss is for training steps: call model.train() before the "
+            "forward; in code that training and validation share, add this loss only `if model.training:`"
         )
 
 
@@ -110,18 +110,18 @@ def check_number(
     below: float = math.inf,
     whole: bool = False,
 ) -> Any:
-    """`value`, NumPy's too, as a float, or as an int if `whole`; a ReSegError unless it is one, finite and in range."""
+    """`value` as a float, or as an int if `whole`; a ReSegError unless it is a finite number in range (NumPy's too)."""
     kind: Any = Integral if whole else Real
     number = isinstance(value, kind) and not isinstance(value, bool)
     if not number or not (least <= value <= most and above < value < below):  # so, since NaN is in no range
         ends = {">": above, ">=": least, "<=": most, "<": below}
         told = " and ".join(f"{sign} {end:g}" for sign, end in ends.items() if math.isfinite(end))
-        raise ReSegError(f"{name}={value!r}; it is a {'whole' if whole else 'finite'} number {told}".rstrip())
+        raise ReSegError(f"{name}={value!r}; it must be a {'whole' if whole else 'finite'} number {told}".rstrip())
     return int(value) if whole else float(value)
 
 
 def is_dense(x: Any) -> TypeGuard[Tensor]:
-    """Whether `x` is a tensor that has its values in memory, one by one: neither sparse nor on meta."""
+    """Whether `x` is a tensor with all its values in memory: neither sparse nor on the meta device."""
     return isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
 
 
@@ -141,14 +141,14 @@ def unpack_batch(batch: Any) -> tuple[Tensor, Any]:
     """(image, label) of a loader's batch: a pair, or a dict with "image"/"data" and "label"/"target".
 
     Raises:
-        ReSegError: neither form.
+        ReSegError: the batch has neither form.
     """
     if isinstance(batch, Mapping):
         for image, label in (("image", "label"), ("data", "target")):
             if image in batch and label in batch:
                 return batch[image], batch[label]
-        raise ReSegError(f"a batch with keys {list(batch)}; expected 'image' and 'label', or 'data' and 'target'")
+        raise ReSegError(f"a batch has the keys {list(batch)}; expected 'image' and 'label', or 'data' and 'target'")
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
         return batch[0], batch[1]
     what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
-    raise ReSegError(f"{what} is no batch; the loader must yield (image, label) pairs or dicts with those keys")
+    raise ReSegError(f"{what} is not a batch; the loader must yield (image, label) pairs, or dicts with these keys")

@@ -1,4 +1,4 @@
-"""Any form of label map to what the teacher takes in, and to a mask of what counts."""
+"""From any form of label map to the teacher's input, and to a mask of the pixels that count."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def unwrapped(value: Any) -> Any:
 def plain_label(label: Any, what: str = "a label") -> Tensor:
     """The label as a plain tensor: element 0 of a list (deep supervision, full resolution), MetaTensor unwrapped.
 
-    `what` names it in the message, for images are unwrapped in the same way.
+    `what` names it in the message, because images are unwrapped in the same way.
 
     Raises:
-        ReSegError: it is no tensor, or one that is complex, sparse or without values.
+        ReSegError: it is not a tensor, or one that is complex, sparse or on the meta device.
     """
     label = unwrapped(label)
     if not is_dense(label) or label.is_complex():
         raise ReSegError(
-            f"{what} is a tensor, dense and of real numbers, or a list whose element 0 is one, got {outline(label)}"
+            f"{what} must be a dense tensor of real numbers, or a list whose element 0 is one, got {outline(label)}"
         )
     return label
 
 
 def has_value(label: Tensor, value: int) -> Tensor:
-    """Where a label has a value, bool: nowhere if its dtype cannot hold the value, which torch would wrap or round."""
+    """Where a label has a value, bool; nowhere if its dtype cannot hold the value (torch would wrap or round it)."""
     if label.dtype in FEW_OPERATORS:
         label = label.long()
     if label.dtype is torch.bool:
@@ -80,11 +80,11 @@ class LabelEncoding:
         if tuple(label.shape) not in forms:
             raise ReSegError(
                 f"label of shape {tuple(label.shape)} does not fit an image of shape {tuple(image_shape)} and a model "
-                f"with {self.num_classes} output channels; it may be " + " or ".join(map(str, dict.fromkeys(forms)))
+                f"with {self.num_classes} output channels; it must be " + " or ".join(map(str, dict.fromkeys(forms)))
             )
 
     def check_values(self, label: Tensor) -> None:
-        """Raise a ReSegError for values that are no classes. It reads the device, so it is not for every step."""
+        """Raise a ReSegError for values that are not classes. It waits for the device, so it is not for every step."""
         numbers = torch.unique(label.detach()).double()
         if self.ignore_index is not None:
             numbers = numbers[numbers != self.ignore_index]
@@ -92,7 +92,7 @@ class LabelEncoding:
         if per_class and self.ignore_index in (0, 1):
             raise ReSegError(
                 f"ignore_index={self.ignore_index} in one-hot or multi-label channels would ignore classes; mark "
-                "ignored pixels there by another value, 255 for instance"
+                "ignored pixels by another value there, for instance 255"
             )
         classes = 2 if per_class or self.num_classes == 1 else self.num_classes
         wrong = numbers[(numbers != numbers.round()) | ~((numbers >= 0) & (numbers < classes))]
@@ -101,15 +101,15 @@ class LabelEncoding:
                 "one-hot or multi-label channels" if per_class else f"a model with {self.num_classes} output channels"
             )
             raise ReSegError(
-                f"label has values {[round(v, 4) for v in wrong[:5].tolist()]}, but for {kind} they are whole numbers "
-                f"from 0 to {classes - 1}; for a value that marks pixels to ignore pass ignore_index="
+                f"label has values {[round(v, 4) for v in wrong[:5].tolist()]}, but for {kind} they must be whole "
+                f"numbers from 0 to {classes - 1}; if a value marks pixels to ignore, pass it as ignore_index="
             )
         if self.mode == "index" and per_class:
             ignored = self._ignored(label)
             counts = label.masked_fill(ignored, 0).float().sum(1)
             if not bool(((counts == 1) | ignored.squeeze(1)).all()):
                 raise ReSegError(
-                    "label has several classes (or none) per pixel; a multi-label model needs label_input='onehot'"
+                    "label has several classes or none at some pixels; a multi-label model needs label_input='onehot'"
                 )
 
     def encode(self, label: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The tensor of the image's size in what a model returns, and what made it."""
+"""Find the tensor of the image's size in what a model returns, and the module that made it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ PASSING |= {f"Upsample{name}Backward0" for name in ("Nearest2D", "Nearest3D", "B
 def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
     """The tensor (B, C, *spatial) in what a model returns: the first float tensor of the image's size, or at `path`.
 
-    A stack (B, S, C, *spatial) of deep supervision outputs stands for its element 0. An index is for models that return
-    several tensors; where one returns the image-sized tensor alone, in evaluation say, it is that tensor.
+    From a stack (B, S, C, *spatial) of deep supervision outputs it takes element 0. An index in `path` is for models
+    that return several tensors. If the model returns only the image-sized tensor, for instance in evaluation mode, the
+    index is ignored.
 
     Raises:
-        ReSegError: there is none.
+        ReSegError: there is no such tensor.
     """
     for key in path or ():
         if isinstance(key, int) and _is_image(output, batch, spatial):
@@ -52,8 +53,9 @@ def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Seque
             return tensor[:, 0]
     shapes = ", ".join(f"{''.join(f'[{k}]' for k in keys)} {tuple(t.shape)}" for keys, t in found) or "no tensor"
     raise ReSegError(
-        f"no float output of the image's size {spatial}, for {batch} images, among {shapes.strip()}; pass output= with "
-        "the path to it (an index, a key or a tuple of them), or a model that returns one"
+        f"the model's output has no float tensor of the image's size {spatial} for {batch} images, only "
+        f"{shapes.strip()}; pass output= with the path to it (an index, a key or a tuple of them), or use a model that "
+        "returns one"
     )
 
 
@@ -65,9 +67,10 @@ def _entry(output: Any, key: int | str, path: Sequence[int | str] | None) -> Any
 
 
 def full_size(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
-    """As `select_output`; where a model gives logits of a coarser size alone, these, brought to the image's size.
+    """Like `select_output`; if a model returns only coarser logits, these are resized to the image's size.
 
-    So SegFormer's, of a quarter of the side: interpolated linearly, as its own loss does.
+    SegFormer's logits, for instance, have a quarter of the image's side. They are interpolated linearly, as in its own
+    loss.
 
     Raises:
         ReSegError: there are none, or several that are coarser.
@@ -85,10 +88,10 @@ def full_size(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[
 
 
 def coarser_outputs(output: Any, chosen: Tensor) -> list[Tensor]:
-    """What a model returns for deep supervision beside its logits `chosen` (B, C, *spatial) of the image's size.
+    """The outputs for deep supervision that a model returns along with its full-size logits `chosen` (B, C, *spatial).
 
-    That is every tensor with as many channels at a coarser size, or the rest of a stack (B, S, C, *spatial) whose
-    element 0 is `chosen`. A model that gives coarse logits alone has none.
+    These are all tensors with the same number of channels at a coarser size, or the rest of a stack (B, S, C, *spatial)
+    whose element 0 is `chosen`. A model that returns only coarse logits has none.
     """
     batch, spatial = len(chosen), tuple(chosen.shape[2:])
     returned = [x for _, x in tensors(output)]
@@ -101,7 +104,7 @@ def coarser_outputs(output: Any, chosen: Tensor) -> list[Tensor]:
 
 
 def _strides(value: Tensor, batch: int, spatial: tuple[int, ...]) -> list[int]:
-    """Of a float tensor (B, C, *size) coarser than the image how many pixels its cells are wide; of others nothing."""
+    """For a float tensor (B, C, *size) coarser than the image, the width of its cells in pixels; else an empty list."""
     size = tuple(value.shape[2:])
     if not value.is_floating_point() or value.ndim != len(spatial) + 2 or len(value) != batch or size == spatial:
         return []
@@ -119,7 +122,7 @@ def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
 
 
 def activation_of(output: Tensor) -> str | None:
-    """The activation to probabilities that an output ends in; None without one, or without a history that tells."""
+    """The activation to probabilities that an output ends in; None if there is none, or no autograd history."""
     made_by = output.grad_fn
     while made_by is not None and made_by.name() in PASSING:
         made_by = made_by.next_functions[0][0]
@@ -127,30 +130,30 @@ def activation_of(output: Tensor) -> str | None:
 
 
 def common_activation(output: Any, spatial: tuple[int, ...]) -> str | None:
-    """`activation_of` what a model returns in the image's size; None where any of it ends in none."""
+    """`activation_of` the full-size outputs of a model; None if any of them ends in none."""
     return of_all(activation_of(tensor) for _, tensor in tensors(output) if tuple(tensor.shape[2:]) == spatial)
 
 
 def of_all(activations: Iterable[str | None]) -> str | None:
-    """The activation that outputs end in, the first one's; None where any of them ends in none, and without outputs."""
+    """The activation that outputs end in (that of the first); None if any ends in none, or if there are no outputs."""
     found = list(activations)
     return found[0] if found and None not in found else None
 
 
 class Ran(NamedTuple):
-    """One forward in training: its images, what it returned, and what each sigmoid and softmax module gave, by path."""
+    """One forward in training mode: its images, its output, and the output of each sigmoid and softmax by path."""
 
     image: Tensor
     output: Any
     made: dict[str, Any]
 
     def module_of(self, tensor: Tensor) -> str | None:
-        """The path of the sigmoid or softmax module that gave a tensor; None if none did."""
+        """The path of the sigmoid or softmax module that returned a tensor; None if none did."""
         return next((name for name, given in self.made.items() if given is tensor), None)
 
 
 def in_training(model: nn.Module, example_input: Any) -> Ran:
-    """A forward of a model in training, with its history. An image alone is doubled, for the statistics of training.
+    """A forward of a model in training mode, with autograd history. A single image is doubled, for batch statistics.
 
     Raises:
         ReSegError: the model fails on the example.
@@ -172,12 +175,12 @@ def in_training(model: nn.Module, example_input: Any) -> Ran:
 
 
 def trained_ending(model: nn.Module, example_input: Any, evaluated: str | None) -> tuple[str | None, str | None]:
-    """The activation that a model ends in when it trains, and the path of the module that does it, where one does.
+    """The activation that a model ends in during training, and the path of its module if it is a module.
 
-    `evaluated` is the activation in evaluation: a model may have it there alone.
+    `evaluated` is the activation in evaluation mode; a model may apply it only there.
 
     Raises:
-        ReSegError: the model fails on the example in training.
+        ReSegError: the model fails on the example in training mode.
     """
     if evaluated is None:
         return None, None
@@ -197,15 +200,15 @@ def is_activation(module: nn.Module) -> bool:
 def loss_of_logits(
     task_loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, ending: str | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A task loss as one of logits: of what the sigmoid or softmax module at `ending` makes of them; None is without.
+    """A task loss as a function of logits: they first go through the sigmoid or softmax at `ending`, unless it is None.
 
-    The module's hooks do not run. Without an axis of its own it runs over the channels.
+    The module's hooks do not run. A softmax without an axis runs over the channels.
 
     Raises:
-        ReSegError: the task loss is no function.
+        ReSegError: the task loss is not a function.
     """
     if not callable(task_loss):
-        raise ReSegError(f"task_loss is a function of logits and label, got {type(task_loss).__name__}")
+        raise ReSegError(f"task_loss must be a function of logits and label, got {type(task_loss).__name__}")
     if ending is None:
         return task_loss
     module = model.get_submodule(ending)
@@ -222,15 +225,18 @@ def loss_of_logits(
 
 
 def refuse_probabilities(activation: str | None, what: str, model: nn.Module) -> None:
-    """Raise a ReSegError if a model ends in an activation; `what` says who would go wrong with it, and how."""
+    """Raise a ReSegError if a model ends in an activation; `what` says why that is a problem."""
     if activation is None:
         return
     modules = [name for name, module in model.named_modules() if isinstance(module, MODULES[activation])]
-    recipe = f"Where its forward does that, return logits while self.training, and the {activation} of them otherwise"
+    recipe = (
+        f"If its forward applies the {activation}, return the logits while self.training, and the {activation} of them "
+        "otherwise"
+    )
     if modules:
         recipe = (
-            f"If that is its module {modules[-1]!r}, model.set_submodule({modules[-1]!r}, nn.Identity()) takes it out "
-            f"and leaves the state_dict keys as they are: apply the {activation} where you predict. {recipe}"
+            f"If it comes from its module {modules[-1]!r}, model.set_submodule({modules[-1]!r}, nn.Identity()) removes "
+            f"it and leaves the state_dict keys as they are: then apply the {activation} where you predict. {recipe}"
         )
     raise ReSegError(
         f"the model ends in a {activation}, and {what}. {recipe}. Train with a task loss that takes logits: "
@@ -240,19 +246,19 @@ def refuse_probabilities(activation: str | None, what: str, model: nn.Module) ->
 
 
 def ending_named(output: Any) -> str | None:
-    """The module's path in an `output` that names one, "in:" before it; None for a path into what is returned."""
+    """The module's path if `output` has the form "in:path"; None for a path into what the model returns."""
     return output.removeprefix("in:") if isinstance(output, str) and output.startswith("in:") else None
 
 
 def as_path(output: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
-    """A path into what a model returns, from one key or several; None stays.
+    """A path into what a model returns, from one key or several; None stays None.
 
     Raises:
-        ReSegError: it is something else.
+        ReSegError: `output` has another form.
     """
     if output is None:
         return None
     path: tuple[Any, ...] = tuple(output) if isinstance(output, (list, tuple)) else (output,)
     if not all(isinstance(key, (int, str)) and not isinstance(key, bool) for key in path):
-        raise ReSegError(f"output={output!r}; it is an index, a key, or a tuple of them")
+        raise ReSegError(f"output={output!r}; it must be an index, a key, or a tuple of them")
     return path

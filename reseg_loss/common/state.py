@@ -1,4 +1,4 @@
-"""States: taps and NumPy's numbers as plain values, for checkpoints that load with weights_only=True."""
+"""States: checks, and plain values for checkpoints that load with weights_only=True."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ..errors import ReSegError
 
 
 def check_state(state: Any, kind: str, known: int, entries: Mapping[str, Any]) -> None:
-    """Raise a ReSegError unless a state is whole: of this kind and of the format that is known, with these entries.
+    """Raise a ReSegError unless a state is complete: of this kind, in the known format, with these entries.
 
-    Called before anything is changed, so that a state which does not fit leaves all as it was.
+    It is called before anything is changed, so a state that does not fit changes nothing.
 
     Args:
         state: what was given to `load_state_dict`.
         kind: the class whose `state_dict` must have made it.
         known: the format that it must have.
-        entries: what it holds beside its kind and format. A type, or a tuple of what is allowed, None too; a dict for
-            a mapping with these entries and no others; a list of one for a list of such.
+        entries: what it holds other than its kind and format. A type, or a tuple of what is allowed, including None; a
+            dict for a mapping with exactly these entries; a list with one item for a list of such items.
     """
     if not isinstance(state, Mapping) or "format" not in state:
         what = "" if isinstance(state, Mapping) else f" but a {type(state).__name__}"
-        raise ReSegError(f"this is no state that state_dict() of a {kind} gave{what}; is it the model's?")
+        raise ReSegError(f"this is not the state_dict() of a {kind}{what}; is it the model's?")
     if state.get("kind") != kind:
         made_by = f"a {state['kind']}" if "kind" in state else "something that does not name its kind"
-        raise ReSegError(f"this state is of {made_by}, and a {kind} is to load it")
+        raise ReSegError(f"this state is of {made_by}, but it is loaded into a {kind}")
     if state["format"] != known:
-        raise ReSegError(f"this state has format {state['format']!r}, not {known}; it is of another version")
+        raise ReSegError(f"this state has format {state['format']!r}, not {known}; it is from another version")
     check_entries(state, {"kind": str, "format": int, **entries}, f"this state of a {kind}")
 
 
@@ -45,9 +45,9 @@ def check_entries(value: Any, wanted: Any, where: str) -> None:
     for each in allowed:
         if isinstance(each, Mapping) and isinstance(value, Mapping):
             if missing := [repr(name) for name in each if name not in value]:
-                raise ReSegError(f"{where} has no {', '.join(missing)}; it is not whole, or of another version")
+                raise ReSegError(f"{where} has no {', '.join(missing)}; it is incomplete, or from another version")
             if unknown := [repr(name) for name in value if name not in each]:
-                raise ReSegError(f"{where} has {', '.join(unknown)}, which is unknown here; it is of another version")
+                raise ReSegError(f"{where} has {', '.join(unknown)}, which is unknown here; it is from another version")
             for name, entry in each.items():
                 check_entries(value[name], entry, f"{name!r} of {where}")
             return
@@ -71,7 +71,7 @@ def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
     """`load_state_dict` of every module, or of none.
 
     Raises:
-        ReSegError: a state does not fit its module. All are then as they were, which torch does not see to.
+        ReSegError: a state does not fit its module. All modules are then unchanged, which torch does not ensure.
     """
     before = [copy.deepcopy(module.state_dict()) for module, _ in pairs]
     try:
@@ -86,9 +86,9 @@ def load_states(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
 
 
 def plain_state(value: Any) -> Any:
-    """The same with NumPy's numbers as Python's and its arrays as tensors, at any depth of dicts, lists and tuples.
+    """The value with NumPy numbers as Python numbers and arrays as tensors, in nested dicts, lists and tuples.
 
-    Other values stay: they may be plain or not.
+    Other values stay as they are, whether they are plain or not.
     """
     kind, numpy = type(value), sys.modules.get("numpy")
     if kind in (dict, OrderedDict):
@@ -108,7 +108,7 @@ def plain_state(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """`plain_state` of a value whose tensors and tuples become lists, its dtypes names: to be compared with ==."""
+    """`plain_state` of a value, with tensors and tuples as lists and dtypes as names, so that == compares it."""
     value = plain_state(value)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
@@ -123,7 +123,7 @@ _READABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, tor
 
 
 def unreadable(value: Any, where: str = "") -> str | None:
-    """The first entry, as "path is a type", that torch.load(weights_only=True) would not read; None if it reads all."""
+    """The first entry that torch.load(weights_only=True) would not read, as "path is a type"; None if it reads all."""
     kind = type(value)
     if kind in _READABLE or kind is nn.Parameter:
         return None

@@ -1,4 +1,4 @@
-"""Glue for frameworks that own the training loop, each module importing its own: see README.md beside this file."""
+"""Glue for frameworks that own the training loop; each module imports only its own. See README.md in this folder."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Averaging = CutMixConsistency | SemiSupervised  # what has an `average` that fol
 
 
 def checked(fit_recon: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `ReSegWrapper.fit_recon`; a TypeError now for one that it has not, and not where stage 1 starts."""
+    """Keywords of `ReSegWrapper.fit_recon`. An unknown one raises a TypeError now, not when stage 1 starts."""
     inspect.signature(ReSegWrapper.fit_recon).bind(None, None, **fit_recon)
     return fit_recon
 
 
 @contextmanager
 def averaged(trained: Averaging) -> Iterator[None]:
-    """The model with the mean teacher's parameters and buffers; afterwards with its own, to the bit.
+    """The model has the mean teacher's parameters and buffers inside the block; afterwards its own again, bit for bit.
 
-    Values are copied, so that compiled and captured models find them where they were.
+    Values are copied in place, so compiled and captured models find them at the same addresses.
     """
     pairs = [
         (mine, theirs)
@@ -50,24 +50,27 @@ def averaged(trained: Averaging) -> Iterator[None]:
 
 
 def follow(trained: Averaging, optimizers: Iterable[torch.optim.Optimizer], caller: str) -> Callable[[], None]:
-    """Call `update()` after each step of the last optimizer that holds parameters of the model; returns what ends it.
+    """Call `update()` after each step of the last optimizer that has parameters of the model.
 
-    Meanwhile a call by anybody else, after which the mean teacher would follow twice as fast, is refused.
+    Until it is ended, any other call of `update()` raises, because the mean teacher would then follow twice as fast.
+
+    Returns:
+        A function that ends this.
 
     Raises:
-        ReSegError: no optimizer holds any.
+        ReSegError: no optimizer has parameters of the model.
     """
     own = {id(p) for p in trained.model.parameters()}
     known = [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
     if not known:
         raise ReSegError(
-            f"no optimizer has parameters of the model that {type(trained).__name__} averages; is it the one that the "
-            "optimizer was made for?"
+            f"no optimizer has parameters of the model that {type(trained).__name__} averages; was the optimizer made "
+            "for another model?"
         )
     update, of_instance = trained.update, vars(trained).get("update")
 
     def refused() -> None:
-        raise ReSegError(f"{caller} calls update() after each step of the optimizer; take out your own call of it")
+        raise ReSegError(f"{caller} calls update() after each optimizer step; remove your own call")
 
     trained.update = refused
     handle = known[-1].register_step_post_hook(lambda *_: update())
@@ -87,11 +90,11 @@ def version(model: nn.Module) -> int:
 
 
 def random_states() -> list[dict[str, Any]]:
-    """The random states of every process, by rank. All processes call it."""
+    """The random states of every process, by rank. All processes must call this."""
     return gathered(rng_state())
 
 
 def restore_random_states(states: list[dict[str, Any]]) -> None:
-    """Set this process's of what `random_states` gave; of another number of processes none fits, and none is set."""
+    """Restore this process's entry of `random_states`. If the number of processes has changed, nothing is restored."""
     if len(states) == world_size():
         restore_rng(states[rank()])

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with unlabelled images beside the labelled ones."""
+"""Hugging Face's Trainer with unlabelled images in addition to the labelled ones."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from ..errors import ReSegError
 from ..semi import SemiSupervised
 from . import averaged, follow, version
 
-FILE = "semi.pt"  # beside what the Trainer saves in a checkpoint's folder
+FILE = "semi.pt"  # in a checkpoint's folder, in addition to what the Trainer saves there
 
 
 class SemiSupervisedTrainer(Trainer):
-    """A Trainer whose steps have a batch of unlabelled images, too.
+    """A Trainer whose steps also have a batch of unlabelled images.
 
-    The loss is that of `SemiSupervised`, whatever the model would return; its heads are in the optimizer that the
-    Trainer makes. The mean teacher follows after each step of the optimizer. It is what `evaluate`, `predict` and
-    `save_model` see, `load_best_model_at_end` and the "model.safetensors" of checkpoints as well. All that a resumed
-    run needs beside, the weights in training among it, is in a file "semi.pt" of the checkpoint's folder. With another
-    number of processes the unlabelled images begin anew.
+    The loss is that of `SemiSupervised`; a loss that the model itself returns is not used. The heads' parameters are
+    added to the optimizer that the Trainer makes. The mean teacher follows after each optimizer step. `evaluate`,
+    `predict`, `save_model`, `load_best_model_at_end` and the "model.safetensors" of checkpoints all use the mean
+    teacher. Everything else that a resumed run needs, including the weights in training, is in a file "semi.pt" in the
+    checkpoint's folder. If the number of processes has changed, the unlabelled images start over.
 
     Args:
-        *args: of `transformers.Trainer`.
-        semi: around the Trainer's model.
+        *args: as for `transformers.Trainer`.
+        semi: a `SemiSupervised` built for the Trainer's model.
         unlabelled: a loader of image batches: tensors (B, C, *spatial), tuples or lists whose element 0 is one, or
-            dicts with the model's main input ("pixel_values"), "image" or "data". It is gone round without end. With
-            several processes give it a DistributedSampler.
-        **kwargs: of `transformers.Trainer`.
+            dicts with the model's main input ("pixel_values"), "image" or "data". It is repeated without end. With
+            several processes, give it a DistributedSampler.
+        **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ReSegError: `semi` is around another model; a batch has another form.
+        ReSegError: `semi` was built for another model; a batch has another form.
     """
 
     def __init__(self, *args: Any, semi: SemiSupervised, unlabelled: Iterable[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(semi, SemiSupervised):
-            raise ReSegError(f"semi= is a SemiSupervised, got {type(semi).__name__}")
+            raise ReSegError(f"semi= must be a SemiSupervised, got {type(semi).__name__}")
         if semi.model is not self.model:
-            raise ReSegError("semi= is around another model than the Trainer's; build both with the same")
+            raise ReSegError("semi= was built for another model than the Trainer's; build both with the same model")
         self.semi = semi
         self.model_accepts_loss_kwargs = False  # so that the loss is divided where gradients are accumulated
         self._unlabelled = Rounds(unlabelled, "unlabelled")
@@ -55,7 +55,7 @@ class SemiSupervisedTrainer(Trainer):
         self._began = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`."""
+        """Like `Trainer.train`."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -63,7 +63,7 @@ class SemiSupervisedTrainer(Trainer):
             self._left = version(self.semi.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`, with the heads; one that is given has them already."""
+        """Like `Trainer.create_optimizer`, with the heads. An optimizer that was passed must have them already."""
         self._end()  # where the Trainer begins anew with a smaller batch
         self.semi.to(self.args.device)
         made = self.optimizer is None
@@ -79,12 +79,12 @@ class SemiSupervisedTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """In training the loss of labelled and unlabelled images; else the model's own."""
+        """In training, the loss of labelled and unlabelled images; otherwise the model's own."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         name = str(getattr(self.semi.model, "main_input_name", "pixel_values"))
         if set(inputs) != {name, "labels"}:
-            raise ReSegError(f"a training batch has {sorted(inputs)}, and {[name, 'labels']} can be mixed")
+            raise ReSegError(f"a training batch has {sorted(inputs)}; it must have exactly {[name, 'labels']}")
         returned: list[Any] = []
 
         def forward(x: Tensor) -> Any:
@@ -95,12 +95,12 @@ class SemiSupervisedTrainer(Trainer):
         return (loss, returned[0]) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`, of the mean teacher."""
+        """Like `Trainer.evaluation_loop`, with the mean teacher."""
         with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.save_model`, of the mean teacher."""
+        """Like `Trainer.save_model`, with the mean teacher."""
         with self._averaged():
             super().save_model(*args, **kwargs)
 
@@ -133,14 +133,12 @@ class SemiSupervisedTrainer(Trainer):
     def _loaded(self, checkpoint: str) -> dict[str, Any]:
         file = Path(checkpoint) / FILE
         if not file.exists():
-            raise ReSegError(
-                f"{checkpoint} has no {FILE}; it is no checkpoint that a {type(self).__name__} saved whole"
-            )
+            raise ReSegError(f"{checkpoint} has no {FILE}; it is not a complete checkpoint of a {type(self).__name__}")
         return torch.load(file, map_location="cpu", weights_only=True)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The mean teacher's weights in the model, unless it was never trained here or got others since."""
+        """The mean teacher's weights in the model, unless it was never trained here or has got other weights since."""
         if not self._began or self._left not in (None, version(self.semi.model)):
             yield
             return

@@ -1,4 +1,4 @@
-"""Lightning: the life cycle of what a LightningModule uses of this library, beside one line in its training_step."""
+"""Lightning: a callback that manages this library's losses in a LightningModule, given one line in training_step."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from . import Averaging, averaged, checked, follow, random_states, restore_rando
 
 
 class ReSegCallback(Callback):
-    """Runs stage 1 before the first training step; keeps teacher, heads and mean teacher, and lets the last follow.
+    """Runs stage 1 before the first training step, saves and restores all losses, and updates the mean teacher.
 
-    It serves every `ReSegWrapper`, `DeepSupervision`, `CutMixConsistency` and `SemiSupervised` that is an attribute of
-    the LightningModule when `setup` is called. Their states lie in `checkpoint["callbacks"]`, never in the module's
-    state_dict, and a resumed run has no stage 1. A wrapper whose weight is 0 when training starts gets none either.
-    Random states are in the checkpoint, too, and are restored when a run goes on with as many processes.
+    It manages every `ReSegWrapper`, `DeepSupervision`, `CutMixConsistency` and `SemiSupervised` that is an attribute of
+    the LightningModule when `setup` is called. Their states are in `checkpoint["callbacks"]`, never in the module's
+    state_dict. A resumed run does not repeat stage 1. A wrapper whose weight is 0 when training starts gets no stage 1,
+    either. Random states are in the checkpoint, too. They are restored if the number of processes is the same.
 
-    A mean teacher follows after each step of the optimizer (of several, the last that trains the model): its `update()`
-    is called here, and a call in the module raises. With `validate_average` the model has the mean teacher's weights
-    while it validates, and its own again afterwards, to the bit. So what `ModelCheckpoint(monitor=...)` compares is the
-    mean teacher, and a checkpoint's "state_dict" is the mean teacher's, too; the weights in training, from which a
-    resumed run (`ckpt_path=`) goes on, lie in `checkpoint["callbacks"]`. `trainer.test` and `trainer.predict` after
-    `trainer.fit` see the mean teacher as well, unless the module got other weights since.
+    The callback calls `update()` of a mean teacher after each optimizer step (with several optimizers, after the last
+    one that trains the model). A call of `update()` in the module raises. With `validate_average`, the model has the
+    mean teacher's weights during validation, and its own again afterwards, bit for bit. So
+    `ModelCheckpoint(monitor=...)` compares mean teachers, and a checkpoint's "state_dict" holds the mean teacher's
+    weights. The weights in training are in `checkpoint["callbacks"]`; a resumed run (`ckpt_path=`) continues from
+    those. `trainer.test` and `trainer.predict` after `trainer.fit` use the mean teacher as well, unless the module has
+    got other weights since.
 
-    The checkpoint's weights load without this library. To resume from one (`trainer.fit(..., ckpt_path=...)`) takes it
-    if the optimizer has parameters of the heads: without them torch says that a parameter group
-    "doesn't match the size of optimizer's group", and the optimizer has to begin anew.
+    The checkpoint's weights load without this library. If the optimizer has the heads' parameters, resuming
+    (`trainer.fit(..., ckpt_path=...)`) needs this library. Without it, torch says that a parameter group "doesn't match
+    the size of optimizer's group", and the optimizer has to start over.
 
     Args:
-        loader: batches for stage 1; None takes the trainer's training loader, if it is one.
+        loader: batches for stage 1; None takes the trainer's training loader, if there is only one.
         validate_average: False validates and saves the model in training, as without this callback.
-        **fit_recon: of `ReSegWrapper.fit_recon`, `epochs=` or `steps=` above all.
+        **fit_recon: keywords of `ReSegWrapper.fit_recon`, above all `epochs=` or `steps=`.
 
     Raises:
-        ReSegError: the module has none of them, or not those of the checkpoint; stage 1 finds several training
-            loaders; two mean teachers average one model; ModelCheckpoint has `save_weights_only`, which would save
-            other weights than those that are validated.
+        ReSegError: the module has none of these losses, or not those of the checkpoint; there are several training
+            loaders for stage 1; two mean teachers average one model; ModelCheckpoint has `save_weights_only`, which
+            would save other weights than those that are validated.
     """
 
     def __init__(self, *, loader: Iterable[Any] | None = None, validate_average: bool = True, **fit_recon: Any) -> None:
@@ -57,7 +58,7 @@ class ReSegCallback(Callback):
         self._random: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find them."""
+        """Find the losses."""
         found = {name: value for name, value in vars(pl_module).items() if isinstance(value, Regularizer)}
         if not found:
             raise ReSegError(
@@ -69,19 +70,19 @@ class ReSegCallback(Callback):
             self._found, self._versions = found, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring heads and mean teacher to where the module is, before the optimizer's state is restored."""
+        """Move heads and mean teacher to the module's device, before the optimizer's state is restored."""
         for each in self._found.values():
             if not isinstance(each, ReSegWrapper):  # which may have no teacher yet, and moves it itself
                 each.to(pl_module.device, pl_module.dtype)
         models = [id(each.model) for each in self._averages().values()]
         if len(set(models)) < len(models):
-            raise ReSegError("two mean teachers average one model; keep one, or pass validate_average=False")
+            raise ReSegError("two mean teachers average the same model; keep one, or pass validate_average=False")
         if models and any(
             isinstance(each, ModelCheckpoint) and each.save_weights_only for each in trainer.checkpoint_callbacks
         ):
             raise ReSegError(
-                "ModelCheckpoint(save_weights_only=True) would save the weights in training, not those of the mean "
-                "teacher that are validated: leave it out, or pass ReSegCallback(validate_average=False)"
+                "ModelCheckpoint(save_weights_only=True) would save the weights in training, but the mean teacher's "
+                "weights are validated: leave out save_weights_only, or pass ReSegCallback(validate_average=False)"
             )
         if self._random is not None:  # before the loaders' iterators are made
             restore_random_states(self._random)
@@ -89,13 +90,13 @@ class ReSegCallback(Callback):
                 self._random = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before 2.5.5 a resumed run makes the loaders' iterators once more."""
+        """Restore the random states again: before Lightning 2.5.5 a resumed run makes the loaders' iterators twice."""
         if self._random is not None:
             restore_random_states(self._random)
             self._random = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A run that goes on within an epoch begins none before."""
+        """A run that resumes within an epoch starts no epoch before this."""
         self._random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,8 +106,8 @@ class ReSegCallback(Callback):
                 loader: Any = trainer.train_dataloader if self.loader is None else self.loader
                 if self.loader is None and isinstance(loader, (Mapping, list, tuple)):  # a CombinedLoader's, too
                     raise ReSegError(
-                        "the trainer has several training loaders, and stage 1 needs the one of images and labels: "
-                        "ReSegCallback(loader=...)"
+                        "the trainer has several training loaders, and stage 1 needs the one with images and labels: "
+                        "pass ReSegCallback(loader=...)"
                     )
                 each.fit_recon(loader, **{"progress": trainer.progress_bar_callback is not None, **self.fit_recon})
             if isinstance(each, Averaging):
@@ -122,7 +123,7 @@ class ReSegCallback(Callback):
         self._swap_in()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give it its own again."""
+        """Give the model its own weights again."""
         if self._swaps:
             self._swap_out()
             self._note()
@@ -131,7 +132,7 @@ class ReSegCallback(Callback):
     on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model with its own weights, and `update()` to the module."""
+        """Give the model its own weights, and leave `update()` to the module."""
         self._swap_out()
         self._end()
 
@@ -141,7 +142,7 @@ class ReSegCallback(Callback):
         self._note()
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the attributes, without teachers that are not trained yet; weights in training; random states."""
+        """The losses' states, except teachers that are not trained yet; the weights in training; random states."""
         swaps = self._swap_out()
         trained = {name: self._averages()[name].model.state_dict() for name in self._versions}
         if swaps:  # saved while it validates
@@ -158,13 +159,13 @@ class ReSegCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give every attribute its state back, and to a model that is to be trained on the weights for that."""
+        """Restore every loss and, if training continues, the model's weights in training."""
         for name, state in state_dict["losses"].items():
             if name not in self._found:
                 raise ReSegError(
-                    f"the checkpoint has a state for self.{name}, the module has {list(self._found)}. To go on without "
-                    "it load the weights alone (checkpoint['state_dict']): the optimizer's state may hold its "
-                    "parameters, too"
+                    f"the checkpoint has a state for self.{name}, but the module has {list(self._found)}. To continue "
+                    "without it, load only the weights (checkpoint['state_dict']), because the optimizer's state may "
+                    "hold its parameters, too"
                 )
             self._found[name].load_state_dict(state)
         if self._fits:  # to test a checkpoint, the model has the weights already that are to be tested
@@ -198,7 +199,7 @@ class ReSegCallback(Callback):
             self._swapped.enter_context(averaged(each))
 
     def _swap_out(self) -> dict[str, Averaging]:
-        """Returns what was swapped in."""
+        """Give the models their own weights; returns the losses whose averages were in them."""
         self._swapped.close()
         swaps, self._swaps = self._swaps, {}
         return swaps

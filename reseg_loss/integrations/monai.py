@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 class ReSegHandler:
     """Runs stage 1 before the first epoch, then adds the alignment loss to the trainer's loss.
 
-    Give the wrapper to CheckpointSaver and CheckpointLoader under a name of its own, as you do with the network and
-    the optimizer: a resumed run has no stage 1. While the weight is 0 there is none either.
+    Pass the wrapper to CheckpointSaver and CheckpointLoader under its own name, like the network and the optimizer.
+    A resumed run then does not repeat stage 1. At weight 0 there is no stage 1, either.
 
-    Let it be the last of `train_handlers` where your project takes one of them by its place (`train_handlers[0]`), for
-    whatever comes after it has another.
+    If your project accesses one of the `train_handlers` by its position (`train_handlers[0]`), make this handler the
+    last one, so that the positions of the others do not change.
 
     Args:
         reseg: the wrapper around the trainer's network.
         loader: batches for stage 1; None takes the trainer's own.
-        **fit_recon: of `ReSegWrapper.fit_recon`, `epochs=` or `steps=` above all.
+        **fit_recon: keywords of `ReSegWrapper.fit_recon`, above all `epochs=` or `steps=`.
     """
 
     def __init__(self, reseg: ReSegWrapper, *, loader: Iterable[Any] | None = None, **fit_recon: Any) -> None:
@@ -45,7 +45,7 @@ class ReSegHandler:
         """Called by the trainer.
 
         Raises:
-            ReSegError: the engine tells nobody when its loss is computed.
+            ReSegError: the engine has no event for when its loss is computed.
         """
         from ignite.engine import Events
 
@@ -54,7 +54,7 @@ class ReSegHandler:
         _when_the_loss_is_there(engine, self)
 
     def stage_1(self, engine: SupervisedTrainer) -> None:
-        """Fit the teacher, unless it is there."""
+        """Fit the teacher, unless there is a fitted one."""
         if self.reseg.weight != 0 and not self.reseg.ready:
             self.reseg.fit_recon(engine.state.dataloader if self.loader is None else self.loader, **self.fit_recon)
 
@@ -67,8 +67,8 @@ class ReSegHandler:
 class DeepSupervisionHandler:
     """Adds deep supervision with the trainer's own loss function.
 
-    The optimizer must have `ds.parameters()`; give `ds` to CheckpointSaver and CheckpointLoader, too. Let it be one of
-    the last of `train_handlers`, as `ReSegHandler`.
+    The optimizer must have `ds.parameters()`. Pass `ds` to CheckpointSaver and CheckpointLoader, too. Make this one of
+    the last `train_handlers`, like `ReSegHandler`.
 
     Args:
         ds: the heads on the trainer's network.
@@ -79,7 +79,7 @@ class DeepSupervisionHandler:
         self.ds = ds
 
     def attach(self, engine: SupervisedTrainer) -> None:
-        """As `ReSegHandler.attach`."""
+        """See `ReSegHandler.attach`."""
         _when_the_loss_is_there(engine, self)
 
     def __call__(self, engine: SupervisedTrainer) -> None:
@@ -93,25 +93,25 @@ class DeepSupervisionHandler:
 
 
 class SemiSupervisedHandler:
-    """Gives each step of a SupervisedTrainer a batch of unlabelled images, too.
+    """Gives each step of a SupervisedTrainer a batch of unlabelled images in addition.
 
-    The trainer's loss function is the object's own, `loss_function=semi.loss`, and its optimizer has
-    `semi.parameters()`. Its batches stay the labelled ones, and so does its output: image, label and prediction are of
-    these alone. The mean teacher follows after each step of the optimizer. It is a network like any other, so an
-    evaluator sees it by `network=semi.average`, and a CheckpointSaver of its best by {"net": semi.average}.
+    Build the trainer with `loss_function=semi.loss`, and its optimizer with `semi.parameters()` in addition to the
+    network's. The trainer's batches stay the labelled ones, and so does its output: image, label and prediction are of
+    the labelled images. The mean teacher follows after each optimizer step. It is a network like any other: pass
+    `network=semi.average` to an evaluator, and {"net": semi.average} to a CheckpointSaver that keeps the best.
 
-    Give the handler to CheckpointSaver and CheckpointLoader under a name of its own, beside network, optimizer and
-    trainer: its state has that of `semi`, the place in the unlabelled batches and the random states, which a resumed
-    run gets back when its first epoch starts. Let CheckpointSaver be the last of the handlers. With several processes,
-    whose states Ignite does not gather, only that of `semi` is kept.
+    Pass the handler to CheckpointSaver and CheckpointLoader under its own name, along with network, optimizer and
+    trainer. Its state holds that of `semi`, the position in the unlabelled batches, and the random states. A resumed
+    run restores the random states when its first epoch starts. Make CheckpointSaver the last of the handlers. With
+    several processes only the state of `semi` is kept, because Ignite does not gather the others.
 
     Args:
-        semi: around the trainer's network.
+        semi: a `SemiSupervised` built for the trainer's network.
         unlabelled: a loader of image batches: tensors (B, C, *spatial), tuples or lists whose element 0 is one, or
-            dicts with "image" or "data". It is gone round without end.
+            dicts with "image" or "data". It is repeated without end.
 
     Raises:
-        ReSegError: `semi` is none.
+        ReSegError: `semi` is not a `SemiSupervised`.
     """
 
     def __init__(self, semi: SemiSupervised, unlabelled: Iterable[Any]) -> None:
@@ -131,25 +131,28 @@ class SemiSupervisedHandler:
         engine.add_event_handler(Events.COMPLETED, self.complete)
 
     def start(self, engine: SupervisedTrainer) -> None:
-        """Take the trainer's forward over.
+        """Take over the trainer's forward.
 
         Raises:
-            ReSegError: the engine is no SupervisedTrainer, has another loss function or another network; no optimizer
-                has the network's parameters.
+            ReSegError: the engine is not a SupervisedTrainer, or has another loss function or another network; or its
+                optimizer does not have the network's parameters.
         """
         self._remove()  # where a run before has failed
         network, inferer, loss = (getattr(engine, name, None) for name in ("network", "inferer", "loss_function"))
         if inferer is None or loss is None or network is None:
             raise ReSegError(
-                f"{type(engine).__name__} is no SupervisedTrainer of MONAI; use semi.loss in your own update function"
+                f"{type(engine).__name__} is not a SupervisedTrainer of MONAI; call semi.loss in your own update "
+                "function instead"
             )
         if loss != self.semi.loss:
             raise ReSegError(
-                "the whole loss is that of SemiSupervised: give the trainer loss_function=semi.loss, and your own loss "
-                "to SemiSupervised(task_loss=...)"
+                "SemiSupervised computes the whole loss: pass loss_function=semi.loss to the trainer, and your own "
+                "loss to SemiSupervised(task_loss=...)"
             )
         if unwrap(network) is not self.semi.model:
-            raise ReSegError("SemiSupervised is around another model than the trainer's network; build both with one")
+            raise ReSegError(
+                "SemiSupervised was built for another model than the trainer's network; build both with the same model"
+            )
 
         def run(inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
             returned: list[Any] = []
@@ -178,7 +181,7 @@ class SemiSupervisedHandler:
         self._remove = remove
 
     def start_epoch(self, engine: SupervisedTrainer) -> None:
-        """Set the random states of the checkpoint, if one was loaded since."""
+        """Restore the random states of the checkpoint, if one was loaded."""
         if self._random is not None:
             restore_random_states(self._random)
             self._random = None
@@ -188,7 +191,7 @@ class SemiSupervisedHandler:
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on beside network, optimizer and trainer."""
+        """All that a run needs to resume, except network, optimizer and trainer."""
         alone = world_size() == 1
         return {
             "kind": "SemiSupervisedHandler",
@@ -199,7 +202,7 @@ class SemiSupervisedHandler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
             ReSegError: the state is of another kind, or does not fit.
@@ -214,7 +217,7 @@ class SemiSupervisedHandler:
 
 def _check_kind(handler: object, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
-        raise ReSegError(f"{type(handler).__name__} is made with a {kind.__name__}, got {type(value).__name__}")
+        raise ReSegError(f"{type(handler).__name__} needs a {kind.__name__}, got {type(value).__name__}")
 
 
 def _when_the_loss_is_there(engine: SupervisedTrainer, handler: ReSegHandler | DeepSupervisionHandler) -> None:
@@ -224,6 +227,6 @@ def _when_the_loss_is_there(engine: SupervisedTrainer, handler: ReSegHandler | D
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, handler)
     except ValueError as error:
         raise ReSegError(
-            f"{type(engine).__name__} has no event LOSS_COMPLETED, it is no SupervisedTrainer of MONAI; add "
+            f"{type(engine).__name__} has no event LOSS_COMPLETED, so it is not a SupervisedTrainer of MONAI; add "
             "reseg.alignment_loss(label) to the loss in your own update function instead"
         ) from error

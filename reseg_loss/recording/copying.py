@@ -1,4 +1,4 @@
-"""The user's own module inside its wrappers, and copies of it."""
+"""The user's own module inside its wrappers, and copies of that module."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .hooks import NO_REPLICAS, drop_recorders
 
 
 def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
-    """A copy that runs what the model runs, without its gradients and our hooks.
+    """A copy that computes what the model computes, without its gradients and our hooks.
 
-    `purpose` and `otherwise` (what else can be done) are for the messages.
+    `purpose` and `otherwise` (an alternative for the user) are for the messages.
 
     Raises:
         ReSegError: the model cannot be copied, or a copy would run another forward.
@@ -30,7 +30,7 @@ def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
     if patched:
         raise ReSegError(
             f"the forward of {', '.join(patched)} was replaced on the object (model.forward = ...), and a copy would "
-            f"run the original's; use torch.compile(model) or model.compile(), patch afterwards, or {otherwise}"
+            f"call the original object's; use torch.compile(model) or model.compile(), patch afterwards, or {otherwise}"
         )
     # results of a past forward that modules hold (old weight_norm, deep supervision heads), which only a graph needs
     held = (t for module in model.modules() for value in vars(module).values() for _, t in tensors(value))
@@ -39,9 +39,9 @@ def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
         copied = copy.deepcopy(model, detached)
     except Exception as error:
         raise ReSegError(
-            f"{type(model).__name__} cannot be copied for {purpose}, for {_uncopyable(model)} cannot "
-            f"({type(error).__name__}: {error}). If a forward in training left its results there, run one without "
-            "gradients, `with torch.no_grad(): model(image)`, or build this before the first forward; otherwise "
+            f"{type(model).__name__} cannot be copied for {purpose}, because {_uncopyable(model)} cannot be copied "
+            f"({type(error).__name__}: {error}). If a training forward left its results there, run one without "
+            "gradients, `with torch.no_grad(): model(image)`, or build this before the first forward. Otherwise "
             f"remove it, or {otherwise}"
         ) from error
     drop_recorders(copied)
@@ -51,7 +51,7 @@ def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
 
 
 def _uncopyable(model: nn.Module) -> str:
-    """The attributes of modules that cannot be copied."""
+    """The names of the modules' attributes that cannot be copied."""
     found = []
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -69,9 +69,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def compiler_of(model: Any) -> Callable[[Any], Any] | None:
-    """What compiles another function as a model or its wrapper is compiled; None where it is not.
+    """A function that compiles others in the way that a model or its wrapper is compiled; None if it is not compiled.
 
-    Of `model.compile(...)` torch does not tell the options, and takes its default ones.
+    For `model.compile(...)` torch does not expose the options, so the default ones are used.
     """
     while isinstance(model, nn.Module):
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -88,14 +88,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel and torch.compile.
 
     Raises:
-        ReSegError: not a module, or wrapped in something whose forward hooks cannot serve a loss.
+        ReSegError: this is not a module, or it is wrapped in something whose forward hooks cannot be used for a loss.
     """
     while True:
         check_module(model)
         if isinstance(model, nn.DataParallel):
             raise ReSegError(NO_REPLICAS)
         if type(model).__name__ == "FullyShardedDataParallel":
-            raise ReSegError("FullyShardedDataParallel flattens the model; use fully_shard (FSDP2)")
+            raise ReSegError(
+                "FullyShardedDataParallel flattens the model's parameters and is not supported; use fully_shard (FSDP2)"
+            )
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):

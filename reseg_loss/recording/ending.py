@@ -1,4 +1,4 @@
-"""The logits of a model that ends in a sigmoid or softmax module: what that module took in."""
+"""The logits of a model that ends in a sigmoid or softmax module: the input of that module."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .hooks import Recorder, is_of_a_step
 
 
 class Ending:
-    """A hook on the module that a model's output comes out of. The output stays as it is.
+    """A hook on the module that makes a model's output. The output stays as it is.
 
     Args:
         model: the model, without wrappers.
         path: of the module in it.
-        grad: forwards with gradients count, or those without (of a mean teacher).
+        grad: True records forwards with gradients, False those without (of a mean teacher).
 
     Raises:
-        ReSegError: there is no such module, or it is no sigmoid or softmax.
+        ReSegError: there is no such module, or it is not a sigmoid or softmax.
     """
 
     def __init__(self, model: nn.Module, path: str, *, grad: bool = True) -> None:
         module = dict(model.named_modules()).get(path)
         if module is None:
-            raise ReSegError(f"{type(model).__name__} has no module {path!r}, whose input the logits are")
+            raise ReSegError(f"{type(model).__name__} has no module {path!r}, whose input would be the logits")
         if not is_activation(module):
             raise ReSegError(
-                f"{path!r} is a {type(module).__name__}; where output= is 'in:' and a module's path, that is the "
-                "sigmoid or softmax that the model ends in"
+                f"{path!r} is a {type(module).__name__}; the path after 'in:' in output= must be that of the sigmoid "
+                "or softmax module that the model ends in"
             )
         self.path, self._hook, self._looked = path, _Keep(grad), False
         self._hook.active = True
@@ -41,32 +41,34 @@ class Ending:
         self._finalizer = weakref.finalize(self, self._handle.remove)
 
     def logits(self, output: Tensor) -> Tensor:
-        """What the module took in when it made the model's `output`, once.
+        """The module's input in the forward that made the model's `output`. Each forward can be asked for once.
 
         Raises:
-            ReSegError: the module did not run in training since the last call, or made something else.
+            ReSegError: the module did not run in training since the last call, or its output is not `output`.
         """
         kept, several = self._hook.kept, self._hook.several
         self.forget()
         if kept is None:
             raise ReSegError(
-                f"the module {self.path!r}, whose input the logits are, did not run in training since the last call. "
-                "In a compiled model it must be hooked before the first call, and a copy of a model has no hooks: "
-                "build this before, or anew"
+                f"the module {self.path!r}, whose input is the logits, did not run in training since the last call. "
+                "In a compiled model it must be hooked before the first call: build this loss before that. A copy of a "
+                "model has no hooks: build a new loss for it"
             )
         taken, made = kept
         if made is not output and several:
             raise ReSegError(
-                f"several training forwards have run the module {self.path!r}, whose input the logits are, since the "
-                "last call: ask for the loss of a forward before the next"
+                f"several training forwards have run the module {self.path!r}, whose input is the logits, since the "
+                "last call: compute the loss of each forward before the next one"
             )
         if made is not output and not self._same(made, output):
             raise ReSegError(
-                f"the model's output is {outline(output)}, and not what its module {self.path!r}, whose input the "
-                f"logits are, made: {outline(made)}. Pass output= with the path to the logits"
+                f"the model's output, {outline(output)}, is not the output of its module {self.path!r}, "
+                f"{outline(made)}, whose input is the logits. Pass output= with the path to the logits"
             )
         if not isinstance(taken, Tensor) or taken.shape != output.shape:
-            raise ReSegError(f"the module {self.path!r} made {outline(output)} of {outline(taken)}: no logits")
+            raise ReSegError(
+                f"the module {self.path!r} got {outline(taken)} and returned {outline(output)}: its input is not logits"
+            )
         return taken
 
     def forget(self) -> None:
@@ -74,13 +76,13 @@ class Ending:
         self._hook.kept, self._hook.several = None, False
 
     def remove(self) -> None:
-        """Take the hook off. May be called twice."""
+        """Remove the hook. May be called twice."""
         self._handle.remove()
         self._hook.active = False
         self.forget()
 
     def _same(self, made: Any, output: Tensor) -> bool:
-        """Whether a tensor has the output's values: a wrapper may hand on another (DistributedDataParallel does)."""
+        """Whether a tensor has the output's values: a wrapper may return a new one (DistributedDataParallel does)."""
         if not isinstance(made, Tensor) or made.shape != output.shape:
             return False
         if not readable(output.device, first=not self._looked):
@@ -90,7 +92,7 @@ class Ending:
 
 
 class _Keep(Recorder):
-    """Keeps what its module took in and gave back in training."""
+    """Keeps its module's input and output in training."""
 
     def __init__(self, grad: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Taking features out of a model while it trains: the extractor, which sets the hooks and reads what they recorded."""
+"""Reading features of a model while it trains: the extractor sets the hooks and reads what they recorded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .hooks import (
 
 
 class Features(NamedTuple):
-    """Features of the selected levels, the finest first, each (B, C, *spatial) at the current input's size."""
+    """Features of the selected levels, finest first, each (B, C, *spatial) for the current input's size."""
 
     encoder: tuple[Tensor, ...]
     decoder: tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class Features(NamedTuple):
 
 @dataclass
 class Recorded:
-    """What one recorded forward leaves: its features, its image and the autocast state it ran in."""
+    """The content of one recorded forward: its features, its image and the autocast state that it ran in."""
 
     features: Features
     image: Tensor
@@ -52,27 +52,27 @@ class Recorded:
 
 
 class FeatureExtractor:
-    """Forward hooks on a model's taps, as a context manager or as `attach()` and `remove()`.
+    """Forward hooks on a model's taps. Use it as a context manager, or with `attach()` and `remove()`.
 
-    One training forward is recorded between the root's pre- and post-hook, when the root is in training with
-    gradients on; `pop()` reads it. Outputs of the model, its parameters and state_dict keys stay as they are.
+    It records one forward of the model in training mode with gradients on; `pop()` reads its features. The model's
+    outputs, parameters and state_dict keys stay as they are.
 
     Args:
         model: the model, or its DistributedDataParallel or torch.compile wrapper.
-        example_input: an image batch (B, C, *spatial), or a tuple or dict of the model's arguments, for one dry
-            forward that finds the taps and their layouts. A `TapPlan` needs none.
-        taps: {"encoder": [...], "decoder": [...], "bottleneck": ...}, the finest level first, as `Tap` or its string
-            form `[in:]module.path[key]...[@call]`; or a `TapPlan`. What is not named is found.
+        example_input: an image batch (B, C, *spatial), or a tuple or dict of the model's arguments. One dry forward on
+            it finds the taps and their layouts. Not needed with a `TapPlan`.
+        taps: {"encoder": [...], "decoder": [...], "bottleneck": ...}, finest level first, each a `Tap` or its string
+            form `[in:]module.path[key]...[@call]`; or a `TapPlan`. Kinds that are left out are found automatically.
         levels: strides of the levels to select; see `TapPlan.select`.
         encoder: "skip" taps what the skip connection carries, "block" the last block of the level.
         when: "training" records as above; "always" records every forward (for a frozen teacher).
-        decoder_only: record the decoder alone; the other features are then empty. In a compiled model each feature
-            that is recorded costs a gradient, wanted or not.
+        decoder_only: record only the decoder; the other features are then empty. In a compiled model each recorded
+            feature costs a gradient, whether it is used or not.
 
     Raises:
         TapError: a tap is unknown, or the model has no levels that can be paired.
         ReSegError: the model is wrapped in nn.DataParallel, there is neither an example nor a plan, or `when` or
-            `decoder_only` is something else.
+            `decoder_only` has another value.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class FeatureExtractor:
     ) -> None:
         if when not in ("training", "always") or not isinstance(decoder_only, bool):
             raise ReSegError(
-                f"when={when!r} and decoder_only={decoder_only!r}; when is 'training' or 'always', decoder_only a bool"
+                f"when={when!r} and decoder_only={decoder_only!r}; when must be 'training' or 'always', and "
+                "decoder_only a bool"
             )
         self._model = unwrap(model)
         self._recording = Recording(when == "training")
@@ -99,7 +100,9 @@ class FeatureExtractor:
         elif example_input is not None:
             self._plan = find_taps(self._model, example_input, taps=taps, levels=levels, encoder=encoder)
         else:
-            raise ReSegError("to find the taps pass example_input=, an image batch as the model takes it, or a TapPlan")
+            raise ReSegError(
+                "the taps are not known: pass example_input=, an image batch as the model takes it, or taps= a TapPlan"
+            )
         self._recording.clone = frozenset(str(tap) for tap in self.taps if tap.mutated)
         for tap in self.taps:
             module = module_of(self._model, tap)
@@ -125,7 +128,7 @@ class FeatureExtractor:
 
     @property
     def enabled(self) -> bool:
-        """Whether forwards are recorded at all; switching it off forgets what was."""
+        """Whether forwards are recorded at all. Switching it off drops what was recorded."""
         return self._recording.enabled
 
     @enabled.setter
@@ -135,7 +138,7 @@ class FeatureExtractor:
             self.forget()
 
     def attach(self) -> FeatureExtractor:
-        """Set the hooks (before the first compiled call, if the model is compiled). Returns self."""
+        """Set the hooks. If the model is compiled, do this before its first call. Returns self."""
         if self._handles:
             raise ReSegError("the extractor is attached already")
         recording, model = self._recording, self._model
@@ -159,7 +162,7 @@ class FeatureExtractor:
         return self
 
     def remove(self) -> None:
-        """Take the hooks off and forget what was recorded; the model is as it was. May be called twice."""
+        """Remove the hooks and drop what was recorded; the model is as it was. May be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -178,7 +181,7 @@ class FeatureExtractor:
 
     @property
     def waiting(self) -> bool:
-        """Whether a recorded forward was not read yet."""
+        """Whether a recorded forward has not been read yet."""
         return self._recording.done is not None or self._recording.several
 
     def forget(self) -> None:
@@ -189,7 +192,7 @@ class FeatureExtractor:
     def record(self) -> Iterator[None]:
         """Record only the forward inside the block, for loops with several forwards a step.
 
-        Unread forwards are forgotten on entering; forwards after the block are ignored until `pop()`.
+        Entering the block drops unread forwards. Forwards after the block are ignored until `pop()`.
         """
         self.forget()
         try:
@@ -200,13 +203,13 @@ class FeatureExtractor:
         self._recording.held = self.waiting
 
     def features_of(self, forward: Callable[[], Any]) -> Features:
-        """The features of one forward, which is ended after its last tap; at other times nothing is recorded.
+        """The features of one forward, which is stopped after its last tap. At other times nothing is recorded.
 
         Args:
-            forward: calls the model once. Its result is not used.
+            forward: a function that calls the model once. Its result is not used.
 
         Raises:
-            ReSegError, TapError: as `pop`.
+            ReSegError, TapError: as in `pop`.
         """
         self.enabled, self._recording.wanted = True, len({str(tap) for tap in self.taps})
         try:
@@ -220,49 +223,49 @@ class FeatureExtractor:
         """The features of the one forward recorded since the last call.
 
         Raises:
-            ReSegError: no forward, or several, were recorded.
+            ReSegError: no forward was recorded, or several were.
             TapError: a tap did not fire, fired without gradients, has another layout than before, or its module was
-                wrapped or replaced since the hooks were set.
+                wrapped or replaced after the hooks were set.
         """
         return self.take().features
 
     def take(self) -> Recorded:
-        """As `pop`, with the image and the autocast state of the forward."""
+        """Like `pop`, with the image and the autocast state of the forward."""
         recording = self._recording
         forward, several = recording.done, recording.several
         recording.forget()
         if several:
             raise ReSegError(
-                "several training forwards were recorded since the last call; mark the one that belongs to the label "
-                "with `with reseg.record():` (of deep supervision, its own `record()`)"
+                "several training forwards were recorded since the last call; run the one that belongs to the label "
+                "inside `with reseg.record():` (for deep supervision, inside its own `record()`)"
             )
         if forward is None and not self.attached:
             raise ReSegError(
-                "there are no hooks on the model: call attach() of this extractor (`.extractor`) before the forward. A "
-                "model that is copied or loaded whole together with its attributes gets none of its own accord"
+                "there are no hooks on the model: call attach() of this extractor (`.extractor`) before the forward. "
+                "When a model is copied or unpickled together with its attributes, the copy gets no hooks automatically"
             )
         recording.check(self._model, settled=forward is None or forward["settled"])
         if forward is None:
             raise ReSegError(
                 "no training forward was recorded since the last call. Call the model itself (not model.forward) once, "
-                "in train(), with gradients on (checkpointing all of it needs use_reentrant=False) and at a weight "
-                "other than 0. If it is compiled, its first call must come after the hooks are set: build this "
-                "before, or call torch._dynamo.reset() now"
+                "in train() mode, with gradients on (if the whole model is checkpointed, pass use_reentrant=False) and "
+                "at a weight other than 0. If it is compiled, its first call must come after the hooks are set: build "
+                "this loss before that call, or call torch._dynamo.reset() now"
             )
         missing = [name for name in map(str, self.taps) if name not in forward["seen"]]
         if missing:
             raise TapError(
                 f"taps did not fire in this forward: {', '.join(missing)}. Their modules were not called (or not "
                 "through __call__, or not as often as @call says), or were compiled and run before the hooks were set. "
-                "If another model of this class was compiled before, without hooks, its code is used for this one, "
-                "too: call torch._dynamo.reset() once the hooks are set"
+                "If another model of this class was compiled earlier without hooks, its code is reused for this one: "
+                "call torch._dynamo.reset() after the hooks are set"
             )
         without = [name for name, (*_, grad) in forward["seen"].items() if forward["grad"] and not grad]
         if without:
             raise TapError(
                 f"taps ran without gradients although they are on for the model: {', '.join(without)}. "
-                "If that is activation checkpointing, pass use_reentrant=False; if it is no_grad around a frozen "
-                "encoder, freeze it with requires_grad_(False) instead"
+                "If the reason is activation checkpointing, pass use_reentrant=False. If it is no_grad around a frozen "
+                "encoder, freeze the encoder with requires_grad_(False) instead"
             )
         assert forward["autocast"] is not None  # a tap has fired
         return Recorded(self._read(forward), forward["image"], forward["autocast"])
@@ -274,15 +277,15 @@ class FeatureExtractor:
             kept, tensor, version, _ = forward["seen"][str(tap)]
             if kept is tensor and version is not None and tensor._version != version:
                 raise TapError(
-                    f"{tap} was overwritten in place after it was recorded (by an in-place activation or dropout?), "
-                    "which it was not in the example's forward; tap the module that overwrites it, or name the taps, "
-                    f"this one as Tap({tap.module!r}, ..., mutated=True), so that a clone is kept"
+                    f"{tap} was overwritten in place after it was recorded (by an in-place activation or dropout?). "
+                    "This did not happen in the forward of the example. Tap the module that overwrites it, or pass "
+                    f"taps= with this one as Tap({tap.module!r}, ..., mutated=True), so that a clone is kept"
                 )
             # MetaTensor and other subclasses would make every later operation slow
             plain = kept if type(kept) is Tensor else kept.as_subclass(Tensor)
             x = to_channels_first(plain, tap.layout, image, tap.stride)
             if x.shape[1] != tap.channels:
-                raise TapError(f"{tap} has {x.shape[1]} channels, it had {tap.channels} when the taps were found")
+                raise TapError(f"{tap} has {x.shape[1]} channels, but had {tap.channels} when the taps were found")
             return x
 
         selected = self.plan.selected
@@ -293,7 +296,7 @@ class FeatureExtractor:
 
     @property
     def taps(self) -> list[Tap]:
-        """Every tap that is recorded, once."""
+        """Every recorded tap, once."""
         selected = self._plan.selected
         taps = [level.decoder for level in selected]
         if not self._decoder_only:

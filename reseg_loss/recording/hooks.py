@@ -1,4 +1,4 @@
-"""The hooks by which a forward of a model leaves its features behind, and what they write to."""
+"""The hooks that record a model's features in a forward, and the object that they write to."""
 
 # ruff: noqa: D102 - what a hook does when it is called, its class says
 
@@ -14,7 +14,7 @@ from ..common.dryrun import image_of, is_dry
 from ..errors import ReSegError, TapError, outline
 from ..taps import Tap
 
-NO_REPLICAS = """nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel, a process per GPU:
+NO_REPLICAS = """nn.DataParallel runs replicas whose features are lost; use DistributedDataParallel, one process a GPU:
     torch.distributed.init_process_group()
     device = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(device)
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 class Recording:
-    """What the hooks of one extractor share. It holds no module, so the hooks make no reference cycle."""
+    """The state that the hooks of one extractor share. It holds no module, so the hooks make no reference cycle."""
 
     def __init__(self, training_only: bool) -> None:
         self.training_only = training_only
@@ -68,31 +68,30 @@ class Recording:
         self.several = self.held = False
 
     def settle(self, model: nn.Module) -> None:
-        """Move the taps' hooks behind those that were set since: what these change, the model goes on with."""
+        """Move the taps' hooks behind hooks that were set later, because the model continues with what those return."""
         for place in self.places:
             module = self._carrier(model, place)
             if module is not None and not _is_last(getattr(module, place.kind), place.key):
                 getattr(module, place.kind).move_to_end(place.key)
 
     def check(self, model: nn.Module, settled: bool) -> None:
-        """Raise a TapError unless what the hooks record is what the model goes on with.
+        """Raise a TapError unless the recorded tensors are those that the model continues with.
 
-        `settled` is whether their order was made right before the forward.
+        `settled` says whether the order of the hooks was corrected before the forward.
         """
         for place in self.places:
             module = self._carrier(model, place)
             if module is None:
                 raise TapError(
-                    f"{place.tap}: {place.path!r} of the model is no longer the module that was hooked. It (or one "
-                    "around it) was wrapped, replaced or moved, or its hooks were taken off, as adapters (LoRA), "
-                    "quantization and convert_sync_batchnorm do, for instance. Make such changes first, and build "
-                    "what reads the features (ReSegWrapper, DeepSupervision, FeatureExtractor) afterwards"
+                    f"{place.tap}: {place.path!r} of the model is no longer the module that was hooked. It, or a "
+                    "module around it, was wrapped, replaced or moved, or its hooks were removed. Adapters (LoRA), "
+                    "quantization and convert_sync_batchnorm do this, for instance. Make such changes first, and build "
+                    "the loss or FeatureExtractor afterwards"
                 )
             if not settled and not _is_last(getattr(module, place.kind), place.key, sharded=True):
                 raise TapError(
-                    f"{place.tap}: a hook was set on {place.path!r} later than ours, and whether a compiled model "
-                    "runs it, and in which order, cannot be told. Set it before what reads the features "
-                    "(ReSegWrapper, DeepSupervision, FeatureExtractor) is built"
+                    f"{place.tap}: a hook was set on {place.path!r} after ours. In a compiled model it is unknown "
+                    "whether that hook runs, and in which order. Set it before you build the loss or FeatureExtractor"
                 )
             if place.kind == "_forward_hooks":
                 refuse_backward_hooks(module, place.tap)
@@ -115,7 +114,7 @@ class Recording:
         return module if getattr(hook, "recording", None) is self else None
 
     def finish(self) -> None:
-        """The running forward has ended: it waits, unless another does already."""
+        """The running forward has ended: it now waits to be read, unless another one waits already."""
         finished, self.open = self.open, None
         if self.several or self.done is not None:
             self.done, self.several = None, True  # keep no features that nobody may read
@@ -124,17 +123,17 @@ class Recording:
 
 
 def is_of_a_step() -> bool:
-    """Whether a forward in training is one of a step: neither a checkpointed one, inside backward, nor a dry run."""
+    """Whether a forward in training belongs to a step: it is neither a recomputation inside backward nor a dry run."""
     # which a compiled graph never is
     return torch.compiler.is_compiling() or (torch._C._current_graph_task_id() == -1 and not is_dry())
 
 
 class AllSeen(Exception):  # noqa: N818
-    """Ends a forward of which every tap was recorded."""
+    """Stops a forward once every tap is recorded."""
 
 
 class Recorder:
-    """A hook of an extractor; inert in a copied or pickled model, so that no copy writes into the original's."""
+    """A hook of an extractor. In a copied or pickled model it does nothing, so that no copy writes to the original."""
 
     def __init__(self, recording: Recording | None = None) -> None:
         self.recording = recording
@@ -144,7 +143,7 @@ class Recorder:
 
 
 class RootEnter(Recorder):
-    """Before the model: opens a forward, if it is one to record."""
+    """Before the model: opens a forward, if it has to be recorded."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording = self.recording
@@ -186,7 +185,7 @@ class RootExit(Recorder):
 class RootFailed(Recorder):
     """Always called, after `RootExit`: a forward that is still open then has raised.
 
-    A hook that looked at its output to tell would make torch.compile guard on it.
+    (A hook that decided this by the output would make torch.compile guard on the output.)
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -233,7 +232,7 @@ class OutputHook(_TapHook):
 
 
 class InputHook(_TapHook):
-    """Before a module: records what it takes in."""
+    """Before a module: records its inputs."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # so that in:module is the first argument, in:module[1] the second, in:module[name] a named one
@@ -241,7 +240,7 @@ class InputHook(_TapHook):
 
 
 def drop_recorders(module: nn.Module) -> None:
-    """Take the hooks of extractors off a copied module, where they are inert."""
+    """Remove the hooks of extractors from a copied module, where they do nothing."""
     for part in module.modules():
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             for key in [key for key, hook in getattr(part, name).items() if isinstance(hook, Recorder)]:
@@ -250,7 +249,7 @@ def drop_recorders(module: nn.Module) -> None:
 
 
 def refuse_backward_hooks(module: nn.Module, tap: str) -> None:
-    """Raise a TapError if torch hands on another tensor than the one that forward hooks see, for backward hooks."""
+    """Raise a TapError if backward hooks make torch pass on a different tensor from the one that forward hooks see."""
     everywhere = nn.modules.module
     if (
         module._backward_pre_hooks
@@ -259,14 +258,14 @@ def refuse_backward_hooks(module: nn.Module, tap: str) -> None:
         or (everywhere._global_backward_hooks and everywhere._global_is_full_backward_hook)
     ):
         raise TapError(
-            f"{tap}: its module has a full backward hook (of its own or of all modules), which would not see this "
-            "loss's gradient, for torch gives the model another tensor than forward hooks get. Remove it, or tap what "
-            "the next module takes in, as in:module.path"
+            f"{tap}: its module has a full backward hook (its own or a global one), which would not see this loss's "
+            "gradient, because torch passes the model a different tensor from the one that forward hooks get. Remove "
+            "the hook, or tap the input of the next module, written in:module.path"
         )
 
 
 def _is_last(hooks: Any, key: int, sharded: bool = False) -> bool:
-    """Whether one of our hooks has only others of ours behind it; with `sharded` also those of fully_shard."""
+    """Whether only other hooks of ours come after one of our hooks; with `sharded` also those of fully_shard."""
     for other in reversed(hooks):
         if other == key:
             return True
@@ -277,7 +276,7 @@ def _is_last(hooks: Any, key: int, sharded: bool = False) -> bool:
 
 
 def _shards(hook: Any) -> bool:
-    """Whether a hook is one of FSDP2, which gathers weights and gives back the output, at most in another dtype."""
+    """Whether a hook is FSDP2's, which gathers weights and returns the output, at most in another dtype."""
     return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
 
 
@@ -295,5 +294,5 @@ def _element(value: Any, keys: tuple[int | str, ...], name: str) -> Tensor:
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise TapError(f"{name}: there is no [{key}] in {outline(value)}") from error
     if not isinstance(value, Tensor):
-        raise TapError(f"{name} is no tensor but {outline(value)}; name the element, as in {name}[0]")
+        raise TapError(f"{name} is not a tensor but {outline(value)}; name the element, for instance {name}[0]")
     return value

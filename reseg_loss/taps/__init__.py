@@ -1,9 +1,9 @@
-"""Where the encoder, the bottleneck and the decoder of a U-shaped model are, found from one dry forward.
+"""Find the encoder, the bottleneck and the decoder of a U-shaped model from one dry forward.
 
-The steps, one module each: `trace` what the forward does, follow what lies along the `axes` of its tensors, view it
-as a `graph` of feature maps, find the `trunk` from an output down to the bottleneck, see which `skips` join it, and
-`choose` one pair of taps per level. Besides: `locate` finds the hook that sees a node, `named` serves taps that the
-user names, `tap` holds the result.
+The steps, one module each: `trace` what the forward does, follow the meaning of the `axes` of its tensors, view it as
+a `graph` of feature maps, find the `trunk` from an output down to the bottleneck, see which `skips` join it, and
+`choose` one pair of taps per level. In addition, `locate` finds the hook that sees a node, `named` handles taps that
+the user names, and `tap` holds the result.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ def find_taps(
     The model runs once, in evaluation mode and without gradients, and is left as it was.
 
     Args:
-        model: any module that goes down in resolution and up again, with skip connections; unwrapped.
-        example_input: what the forward takes: an image (B, C, H, W) or (B, C, D, H, W), a tuple of positional or a
-            mapping of keyword arguments. Its size should be that of training.
-        taps: taps to use instead of finding them: "encoder" and "decoder" (lists, finest first) and "bottleneck", each
-            tap a `Tap` or its text, `[in:]module.path[key]...[@call]`. If "encoder" and "decoder" are both named, they
-            are the levels, pair by pair; one alone replaces the taps found at its sizes.
+        model: any module that goes down in resolution and up again, with skip connections; without wrappers.
+        example_input: what the forward takes: an image (B, C, H, W) or (B, C, D, H, W), a tuple of positional
+            arguments, or a mapping of keyword arguments. The image should have the size of training.
+        taps: taps to use instead of finding them: "encoder" and "decoder" (lists, finest first) and "bottleneck". Each
+            is a `Tap` or its text, `[in:]module.path[key]...[@call]`. If both "encoder" and "decoder" are given, they
+            are the levels, pair by pair. If only one is given, it replaces the found taps of the same sizes.
         levels: the strides of the levels to select; see `TapPlan.select`.
         encoder: "skip" taps the tensor that the skip connection carries, "block" the encoder's last block of the level.
 
     Raises:
-        TapError: the model has no such shape, or a named tap does not exist or does not fit.
-        ReSegError: there is no image in `example_input`, or the model fails on it, is lazy or no module.
+        TapError: the model does not have this shape, or a named tap does not exist or does not fit.
+        ReSegError: there is no image in `example_input`; or the model fails on it, has lazy parameters, or is not a
+            module.
     """
     return look(model, example_input, taps=taps, levels=levels, encoder=encoder)[0]
 
@@ -62,9 +63,9 @@ def look(
     levels: Sequence[int | Sequence[int]] | None = None,
     encoder: Literal["skip", "block"] = "skip",
 ) -> tuple[TapPlan, Trace]:
-    """What `find_taps` finds, and the forward that it was found in: what the model returned, and by which operators."""
+    """The result of `find_taps`, and the traced forward: what the model returned, and by which operators."""
     if encoder not in ("skip", "block"):
-        raise TapError(f"encoder={encoder!r}: it is 'skip' or 'block'")
+        raise TapError(f"encoder={encoder!r}: it must be 'skip' or 'block'")
     named = parse_taps(taps)
     trace = trace_forward(model, example_input)
     graph = Graph(trace)
@@ -76,7 +77,7 @@ def look(
 
 
 def _plan(graph: Graph, model: nn.Module, named: Mapping[str, list[Tap]], encoder: Literal["skip", "block"]) -> TapPlan:
-    """The plan of what is named, and found where it is not, every level selected."""
+    """The plan with the named taps, and found ones where none are named; every level is selected."""
     seen = {kind: [resolve(graph, model, tap) for tap in entries] for kind, entries in named.items()}
     if len(seen) == len(KINDS):
         return pair_up(seen["encoder"], seen["decoder"], seen["bottleneck"][0])

@@ -1,4 +1,4 @@
-"""Print the U of a model: `python -m reseg_loss.taps MODULE:FACTORY [NAME=VALUE ...] --shape 1,3,224,224`."""
+"""Print the levels of a model: `python -m reseg_loss.taps MODULE:FACTORY [NAME=VALUE ...] --shape 1,3,224,224`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import find_taps
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build a model, find its taps, print them; the exit status."""
+    """Build a model, find its taps and print them; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m reseg_loss.taps", description=__doc__)
     parser.add_argument("factory", help="MODULE:FACTORY, a class or a function that returns the model")
     parser.add_argument("keywords", nargs="*", metavar="NAME=VALUE", help="its arguments, such as num_classes=3")
@@ -52,7 +52,7 @@ def _integers(text: str, option: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise _UsageError(f"{option} {text}: these are whole numbers from 1 on with commas between, as in 1,3,224,224")
+        raise _UsageError(f"{option} {text}: expected whole numbers >= 1, separated by commas, such as 1,3,224,224")
     return numbers
 
 
@@ -60,7 +60,7 @@ def _keyword(text: str) -> tuple[str, Any]:
     """A name and its value: a Python literal, or else a string."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise _UsageError(f"{text!r} is no argument of the model: write NAME=VALUE, as in num_classes=3")
+        raise _UsageError(f"{text!r} is not an argument of the model: write NAME=VALUE, such as num_classes=3")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -79,7 +79,7 @@ def _factory(text: str) -> Callable[..., Any]:
         if module != missing and not module.startswith(f"{missing}."):
             raise _UsageError(f"{module} needs the module {missing!r}, which is not installed") from None
         raise _UsageError(
-            f"there is no module {missing!r}, neither in {os.getcwd()} nor among what is installed"
+            f"there is no module {missing!r}, neither in {os.getcwd()} nor among the installed packages"
         ) from None
     if not hasattr(imported, name):
         raise _UsageError(f"{module} has no {name!r}.{did_you_mean(name, vars(imported))}")
@@ -93,7 +93,8 @@ def _built(factory: Callable[..., Any], text: str, keywords: dict[str, Any]) -> 
         inspect.signature(factory).bind(**keywords)
     except TypeError as error:
         raise _UsageError(
-            f"{text} cannot be called so: {error}. It takes {inspect.signature(factory)}; give arguments as NAME=VALUE"
+            f"{text} cannot be called with these arguments: {error}. It takes {inspect.signature(factory)}; pass "
+            "arguments as NAME=VALUE"
         ) from None
     except ValueError:
         pass  # a callable that does not show its signature

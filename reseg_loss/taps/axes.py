@@ -1,9 +1,10 @@
-"""Step 2: what lies along each axis of every tensor, by the operators that made it.
+"""Step 2: find out what each axis of every tensor means, from the operators that made it.
 
-An axis holds pieces, outermost first: that of tokens holds the rows of the image and its columns, that of a batch of
-windows holds the batch, rows of windows and columns of windows. Views regroup pieces, permutations move them,
-convolutions and matrix products make new ones. So a tensor's layout follows from its operator and its sources. Shapes
-are asked only behind an operator that hides what it does (a kernel of the user's, an indexing); `follow` says where.
+An axis holds pieces, outermost first. A token axis holds the rows and the columns of the image. The first axis of a
+batch of windows holds the batch, the rows of windows and the columns of windows. Views regroup pieces, permutations
+move them, convolutions and matrix products make new ones. So a tensor's layout follows from its operator and its
+sources. Shapes are used only after an operator that hides what it does (a custom kernel, an indexing); `follow` says
+where.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Given(NamedTuple):
 
 
 def follow(trace: Trace) -> tuple[list[layouts.Grid | None], dict[int, str]]:
-    """How every node lies over the image, if it does, and the operators behind which shapes told it, by node."""
+    """The layout of every node over the image, or None; and by node, the operators that made shapes necessary."""
     batch, image = trace.image[0], trace.image[2:]
     known: list[Axes | None] = []
     grids: list[layouts.Grid | None] = []
@@ -81,7 +82,7 @@ def follow(trace: Trace) -> tuple[list[layouts.Grid | None], dict[int, str]]:
 
 
 def _grid_of(axes: Axes | None, batch: int, image: Size) -> layouts.Grid | None:
-    """How a tensor of such axes lies over the image; None for what is no feature map: attention, windows, vectors."""
+    """The layout over the image of a tensor with these axes; None if it is attention, windows or a vector."""
     if not axes or _length(axes[0]) != batch or any(piece.label != BATCH for piece in axes[0]):
         return None
     rest = [axis[0].parts[1] if _has_class_token(axis) else axis for axis in axes[1:]]
@@ -103,12 +104,12 @@ def _grid_of(axes: Axes | None, batch: int, image: Size) -> layouts.Grid | None:
 
 
 def _letters(dims: int) -> dict[str, tuple[int, ...]]:
-    """The axes of the image that lie along one of a tensor, by its letter in the names of layouts."""
+    """For each letter in the names of layouts, the axes of the image that this axis of a tensor holds."""
     return {"L": tuple(range(dims)), **{letter: (axis,) for axis, letter in enumerate("DHW"[-dims:])}}
 
 
 def _axes_of(grid: layouts.Grid, batch: int) -> Axes:
-    """The axes of a tensor that lies over the image in this way."""
+    """The axes of a tensor with this layout over the image."""
     space = [Piece(axis, size) for axis, size in enumerate(grid.spatial)]
     named = {letter: tuple(space[k] for k in along) for letter, along in _letters(len(space)).items()}
     named |= {"N": (Piece(BATCH, batch),), "C": (Piece(CHANNEL, grid.channels),)}
@@ -135,12 +136,12 @@ def _unknown(n: int) -> Axis:
 
 
 def _is_unknown(axis: Axis) -> bool:
-    """Whether it cannot be said what an axis is: of space, or of channels."""
+    """Whether it is unknown what an axis is: space or channels."""
     return bool(axis) and all(piece.label in (UNKNOWN, JOINED, MIXED) for piece in axis)
 
 
 def _is_hidden(axis: Axis) -> bool:
-    """Whether an operator hid what an axis is, so that a shape may tell it."""
+    """Whether an operator hid what an axis is, so that the shape has to be used."""
     return bool(axis) and all(piece.label == UNKNOWN for piece in axis)
 
 
@@ -149,7 +150,7 @@ def _joined(axes: Sequence[Axis]) -> Piece:
 
 
 def _has_class_token(axis: Axis) -> bool:
-    """Whether one element of no place stands before the cells."""
+    """Whether one element without a place, such as a class token, comes before the cells."""
     parts = axis[0].parts if len(axis) == 1 and axis[0].label == JOINED else ()
     return len(parts) == 2 and _length(parts[0]) == 1 and _is_cells(parts[1])
 
@@ -163,7 +164,7 @@ def _has_cells(axis: Axis) -> bool:
 
 
 def _outermost(axes: Sequence[Axis]) -> dict[int | str, int] | None:
-    """The step of the outermost piece of each axis of the image; None if one, or the batch, lies there twice."""
+    """The step of the outermost piece of each axis of the image; None if an axis, or the batch, occurs twice."""
     spans: dict[int | str, list[tuple[int, int]]] = {}
     for piece in (piece for axis in axes for piece in axis):
         if piece.label == BATCH and piece.size > 1:
@@ -178,7 +179,7 @@ def _outermost(axes: Sequence[Axis]) -> dict[int | str, int] | None:
 
 
 def _is_space(axis: Axis, outer: dict[int | str, int]) -> bool:
-    """Whether an axis runs over whole rows, columns or both; parts in windows and patches are as channels are."""
+    """Whether an axis runs over whole rows, columns or both; parts inside windows and patches count as channels."""
     return _is_cells(axis) and any(piece.step == outer[piece.label] for piece in axis)
 
 
@@ -187,7 +188,7 @@ def _guess(
 ) -> Axes | None:
     """Axes by shape: those of a source of the same shape, or of the likeliest layout on a grid that was seen before.
 
-    Of axes that are known in part, the unknown ones must be space.
+    If some axes are known, the unknown ones must be spatial.
     """
     same = (found for s in node.sources if (found := known[s]) is not None and _shape(found) == node.shape)
     if axes is None and (first := next(same, None)):
@@ -217,7 +218,7 @@ def _is_spatial(operator: str) -> bool:
 
 
 def _axes(node: Node, known: list[Axes | None], image: Size) -> Axes | None:
-    """The axes of a node by its operator; None if that hides them."""
+    """The axes of a node, from its operator; None if the operator hides them."""
     namespace, _, name = node.operator.rpartition("::")
     if name == "input":
         return _channels_first(node.shape) if len(node.shape) == len(image) else None
@@ -243,7 +244,7 @@ def _axes(node: Node, known: list[Axes | None], image: Size) -> Axes | None:
 
 
 def _resized(axis: Axis, n: int) -> Axis:
-    """A part of an axis, or more of it."""
+    """An axis with another length."""
     if _length(axis) == n:
         return axis
     label = axis[0].label if len(axis) == 1 else UNKNOWN
@@ -251,9 +252,9 @@ def _resized(axis: Axis, n: int) -> Axis:
 
 
 def _spatial(node: Node, sources: list[Axes], image: Size) -> Axes | None:
-    """Of a convolution, a pooling or an interpolation: channels first.
+    """Axes after a convolution, a pooling or an interpolation: channels first.
 
-    The places keep their axes of the image where these are known, as in a 3D net that convolves slice by slice.
+    Spatial axes keep their axes of the image if these are known, as in a 3D net that convolves slice by slice.
     """
     declared = _channels_first(node.shape) if len(node.shape) == len(image) else None
     source = next((axes for axes in sources if len(axes) == len(node.shape)), None)
@@ -284,14 +285,14 @@ def _mapped(axes: Axes, k: int, n: int) -> Axis:
 
 
 def _elementwise(node: Node, sources: list[Axes]) -> Axes | None:
-    """Of an operator that broadcasts what it takes in, or keeps its shape, as a norm does."""
+    """Axes after an operator that broadcasts its inputs, or keeps their shape, like a norm."""
     shapes = [_shape(axes) for axes in sources]
     fits = all(n in (1, wide) for shape in shapes for n, wide in zip(reversed(shape), reversed(node.shape)))
     return _merged(sources, node.shape) if fits and max(map(len, shapes)) == len(node.shape) else None
 
 
 def _merged(sources: Sequence[Axes], shape: Size) -> Axes:
-    """For every axis, what the first source that knows it says."""
+    """For every axis, the entry of the first source that knows it."""
     merged = []
     for back, n in zip(range(len(shape), 0, -1), shape):
         given = [axes[-back] for axes in sources if len(axes) >= back and axes[-back] and _length(axes[-back]) == n]
@@ -301,7 +302,7 @@ def _merged(sources: Sequence[Axes], shape: Size) -> Axes:
 
 
 def _reduced(axes: Axes, node: Node) -> Axes | None:
-    """Of an operator that takes axes away: a mean, or the choice of one index."""
+    """Axes after an operator that removes axes: a mean, or the selection of one index."""
     gone = _dims(axes, node)
     left = tuple(axis for k, axis in enumerate(axes) if k not in gone)
     return left if _shape(left) == node.shape else None
@@ -315,7 +316,7 @@ def _dims(axes: Axes, node: Node) -> set[int]:
 
 
 def _resized_all(node: Node, sources: list[Axes]) -> Axes | None:
-    """Of an operator that changes sizes at most, as padding does."""
+    """Axes after an operator that changes at most the sizes, like padding."""
     alike = [axes for axes in sources if len(axes) == len(node.shape)]
     near = next((axes for axes in alike if _shape(axes) == node.shape), alike[0] if alike else None)
     return None if near is None else tuple(_resized(axis, n) for axis, n in zip(near, node.shape))
@@ -365,7 +366,7 @@ def _regrouped(axes: Axes, shape: Size) -> tuple[Axes, bool]:
 
 
 def _as_one(axis: Axis, belong: Callable[[Piece, Piece], bool]) -> Axis:
-    """The axis with neighbouring pieces that belong together as one."""
+    """The axis, with neighbouring pieces that belong together merged into one."""
     found: list[Piece] = []
     for piece in axis:
         if found and belong(found[-1], piece):
@@ -465,7 +466,7 @@ def _stack(given: list[Given], node: Node) -> Axes:
 
 
 def _product(given: list[Given], node: Node) -> Axes | None:
-    """Of a matrix product: the rows of one factor, the columns of the other."""
+    """Axes after a matrix product: the rows of one factor, the columns of the other."""
     a, b = given[-2:]  # behind what is added
     if a.constant and b.axes:
         return *b.axes[:-2], _mapped(b.axes, -2, node.shape[-2]), b.axes[-1]

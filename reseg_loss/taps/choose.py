@@ -1,4 +1,4 @@
-"""Step 6: one encoder and one decoder tap per level, the bottleneck, and what to say when there is no U."""
+"""Step 6: one encoder and one decoder tap per level, the bottleneck, and the message if there is no U."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .trunk import Trunk
 
 
 def choose_taps(graph: Graph, shape: Shape | None, encoder: Literal["skip", "block"]) -> TapPlan:
-    """The plan for a shape, every level in it.
+    """The plan for a shape, with all its levels.
 
     Raises:
-        TapError: fewer than two levels, a second descent, or a bottleneck that no hook sees or of a single cell.
+        TapError: there are fewer than two levels, or the resolution goes down a second time, or no hook sees the
+            bottleneck, or the bottleneck has a single cell.
     """
     if shape is None or shape.score() < 1:
-        what = "no decoder was found that goes up in resolution and takes in skip features"
+        what = "no decoder was found that goes up in resolution and receives skip features"
         if any(side % 32 for side in graph.image):  # which is all that such a model's features have in common
             what += f". If the model pads inside, show it an example whose sides are multiples of 32, not {graph.image}"
         raise TapError(_explain(graph, what))
@@ -35,19 +36,19 @@ def choose_taps(graph: Graph, shape: Shape | None, encoder: Literal["skip", "blo
     _check_single_descent(trunk)
     bottleneck = _bottleneck(trunk)
     if bottleneck is None:
-        raise TapError(_explain(graph, f"no hook sees the bottleneck, of size {trunk.size}"))
+        raise TapError(_explain(graph, f"no hook can see the bottleneck, of size {trunk.size}"))
     if len(levels) < 2:
         pairs = "; ".join(f"{level.spatial}: {level.encoder} and {level.decoder}" for level in levels) or "none"
-        what = f"two levels with an encoder and a decoder feature are needed, found {len(levels)} ({pairs})"
+        what = f"two levels with an encoder and a decoder feature are needed, but {len(levels)} found ({pairs})"
         raise TapError(_explain(graph, what, notes))
     if _widest_vanished(graph) >= bottleneck.channels:
         what = f"the example input, of size {graph.image}, is too small: a feature map shrinks to a single cell"
-        raise TapError(_explain(graph, what + "; use the size of training"))
+        raise TapError(_explain(graph, what + "; use the image size of training"))
     return TapPlan(tuple(levels), bottleneck, tuple(notes))
 
 
 def _level(trunk: Trunk, floor: Floor, kind: Literal["skip", "block"]) -> tuple[Level | None, str]:
-    """A level, or why there is none; and what to know of it."""
+    """A level, or None; and a note on it, or on why it was left out."""
     graph = trunk.graph
     name = f"level {'x'.join(map(str, floor.size))}"
     where = f"{name} left out: "
@@ -65,18 +66,18 @@ def _level(trunk: Trunk, floor: Floor, kind: Literal["skip", "block"]) -> tuple[
         return None, where + f"no skip connection, and {encoder} and {decoder} differ in channels ({channels})"
     note = ""
     if encoder is skip_tap and skip is not None and is_one_of_several(trunk, floor, skip):
-        note = f"{name}: several features of the encoder make the skip, which no hook sees; {encoder} is one of them"
+        note = f"{name}: the skip combines several encoder features, and no hook can see it; {encoder} is one of them"
     return Level(encoder.stride, floor.size, encoder, decoder), note
 
 
 def _heavy(calls: list[tuple[Call, int]]) -> list[tuple[Call, int]]:
-    """Those with parameters, and not much fewer of them than the largest: blocks, not norms and activations."""
+    """The calls with at least 20 % of the parameters of the largest one: blocks, not norms and activations."""
     most = max((call.parameters for call, _ in calls), default=0)
     return [(call, node) for call, node in calls if call.parameters >= 0.2 * most and call.parameters > 0]
 
 
 def _block(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
-    """The last block of the encoder at a level, with the norm or activation that completes it."""
+    """The encoder's last block at a level, including the norm or activation that completes it."""
     graph = trunk.graph
     made = [
         (call, node)
@@ -94,7 +95,7 @@ def _block(trunk: Trunk, size: Size, channels: int | None) -> Tap | None:
 
 
 def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
-    """The decoder's last feature of a level after the merge and before the head, as wide as the encoder's if any is."""
+    """A level's last decoder feature after the merge and before the head; as wide as the encoder's if possible."""
     graph, merged, head = trunk.graph, floor.merged(), _head_start(trunk)
     body = [node for node in merged if node < head and not is_raw_join(trunk, node)]
     made = [(node, tap) for node in body if (tap := tap_at(graph, node, inputs=False, views=False))]
@@ -109,9 +110,9 @@ def _decoder(trunk: Trunk, floor: Floor, encoder: Tap) -> Tap | None:
 
 
 def _head_start(trunk: Trunk) -> int:
-    """The first node of the head: the last module with parameters on the way to the output.
+    """The first node of the head, which is the last module with parameters on the way to the output.
 
-    Without it the head would be a decoder's feature in smp's FPN with vgg11_bn and in U-KAN.
+    Without this, the head would count as a decoder feature in smp's FPN with vgg11_bn and in U-KAN.
     """
     for node in trunk.path[:-1]:
         owner = trunk.folded.owner(node)
@@ -121,9 +122,9 @@ def _head_start(trunk: Trunk) -> int:
 
 
 def _inner(trunk: Trunk, floor: Floor, seen: list[int]) -> Tap | None:
-    """The last block at this level within the module that leaves it, where that module does most of the level's work.
+    """The last block at this level inside the module that leaves the level, if that module does most of its work.
 
-    Such a module upsamples at its end, as the stages of Swin-UNet do. `seen` are the level's nodes that modules return.
+    Such a module upsamples at its end, like the stages of Swin-UNet. `seen` are the level's nodes that modules return.
     """
     graph = trunk.graph
     above = trunk.path.index(floor.trunk[0]) - 1
@@ -148,7 +149,7 @@ def _inner(trunk: Trunk, floor: Floor, seen: list[int]) -> Tap | None:
 
 
 def _bottleneck(trunk: Trunk) -> Tap | None:
-    """The deepest feature: the end of the trunk, or where that is a concatenation or unseen, an operand of it."""
+    """The deepest feature: the end of the trunk, or one of its operands if it is a concatenation or no hook sees it."""
     graph, end = trunk.graph, trunk.graph.before_going_up(trunk.bottleneck)
     joined = graph.nodes[end].operator == "aten::cat"
     tap = tap_at(graph, end, inputs=not joined)
@@ -177,7 +178,7 @@ def _bottleneck(trunk: Trunk) -> Tap | None:
 
 
 def _check_single_descent(trunk: Trunk) -> None:
-    """Raises TapError if the resolution goes down again after it has gone up."""
+    """Raise a TapError if the resolution goes down again after it has gone up."""
     graph, leading = trunk.graph, trunk.graph.ancestors(trunk.graph.outputs)
     for node, pure in trunk.pure.items():
         size = graph.size(node)
@@ -187,11 +188,11 @@ def _check_single_descent(trunk: Trunk) -> None:
             above = graph.size(source)
             if above and above != size and not trunk.pure[source] and covers(above, size):
                 what = f"the resolution goes down again after going up ({above} to {size}, in {graph.where(node)})"
-                raise TapError(_explain(graph, what + ": U-Nets in a row, or several branches; pass the U-Net inside"))
+                raise TapError(_explain(graph, what + ": several U-Nets or branches; pass the inner U-Net alone"))
 
 
 def _widest_vanished(graph: Graph) -> int:
-    """The most channels of a map that a convolution or a max pooling shrank from a few cells to one."""
+    """The largest number of channels of any map that a convolution or max pooling shrank from a few cells to one."""
     rank, widest = len(graph.image) + 2, 0
     for node in graph.nodes:
         shrinks = node.operator.startswith(("aten::convolution", "aten::max_pool"))
@@ -202,7 +203,7 @@ def _widest_vanished(graph: Graph) -> int:
 
 
 def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
-    """`what` is wrong, and how to name taps by hand, with the modules that return a feature map, by size."""
+    """The message: `what` is wrong, how to name taps by hand, and the modules that return a feature map, by size."""
     listed: list[tuple[Size, int, Tap]] = []
     for call in graph.calls[1:]:
         around = {graph.size(node) for _, node in graph.calls[call.parent].outputs[:1]} if call.parent else set()
@@ -227,6 +228,6 @@ def _explain(graph: Graph, what: str, notes: list[str] | None = None) -> str:
             "Name the taps by hand: taps={'encoder': [...], 'decoder': [...], 'bottleneck': '...'}, finest first, one "
             "encoder and one decoder tap per level, of the same size. Modules that return a feature map, by size:",
             *(rows or ["  none"]),
-            "Without any taps, CutMixConsistency trains every segmentation network, if deep= is left out.",
+            "CutMixConsistency needs no taps if deep= is left out, so it works with every segmentation network.",
         ]
     )

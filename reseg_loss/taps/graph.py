@@ -1,4 +1,4 @@
-"""Step 3: the trace as a graph over feature maps, in which calls can be folded to one node or opened."""
+"""Step 3: the trace as a graph of feature maps, in which calls can be folded into one node or opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def covers(fine: Size, coarse: Size) -> bool:
 
 
 def reached(start: Iterable[int], sources: Callable[[int], Iterable[int]]) -> set[int]:
-    """`start` and all that lies behind it."""
+    """`start` and everything that it was computed from."""
     seen, todo = set(start), list(start)
     while todo:
         new = [source for source in sources(todo.pop()) if source not in seen]
@@ -30,7 +30,7 @@ def reached(start: Iterable[int], sources: Callable[[int], Iterable[int]]) -> se
 
 
 def _edge(node: int, sources: Callable[[int], Iterable[int]], inside: Callable[[int], bool]) -> list[int]:
-    """The nearest nodes behind a node that are not `inside`; those that are, it looks through."""
+    """The nearest sources of a node that are not `inside`; it looks through those that are."""
     found: list[int] = []
     seen, todo = {node}, [node]
     while todo:
@@ -42,7 +42,7 @@ def _edge(node: int, sources: Callable[[int], Iterable[int]], inside: Callable[[
 
 
 class Graph:
-    """What finding taps asks of a trace: sizes of nodes, where they come from, which calls return or take them."""
+    """A trace with what the tap finder needs: sizes and sources of nodes, and the calls that return or take them."""
 
     def __init__(self, trace: Trace) -> None:
         self.nodes, self.calls, self.trace = trace.nodes, trace.calls, trace
@@ -59,11 +59,11 @@ class Graph:
         self._grids, self.hidden = follow(trace)
 
     def grid(self, node: int) -> layouts.Grid | None:
-        """How a node lies over the image; None for what is no feature map: attention, windows, pooled vectors."""
+        """A node's layout over the image; None if it is not a feature map but attention, windows or a pooled vector."""
         return self._grids[node]
 
     def read(self, node: int, layout: str) -> layouts.Grid | None:
-        """How a node lies over the image in a layout that the user gives."""
+        """A node's layout over the image, read in the layout that the user passed; None if that does not fit."""
         grid = self._grids[node]
         if grid is not None and grid.layout == layout:
             return grid
@@ -76,13 +76,13 @@ class Graph:
         return grid.spatial if (grid := self.grid(node)) else None
 
     def channels(self, node: int) -> int:
-        """The channels of a node, 0 if it is no feature map."""
+        """The channels of a node; 0 if it is not a feature map."""
         return grid.channels if (grid := self.grid(node)) else 0
 
     def before_going_up(self, node: int) -> int:
-        """What a bare 1x1 convolution takes in, if all that follows it is interpolation; else the node itself.
+        """The input of a bare 1x1 convolution, if only interpolation follows it; else the node itself.
 
-        The two commute, so such a convolution is a part of going up, whichever comes first.
+        The two commute, so such a convolution belongs to the upsampling, whichever comes first.
         """
         made = self.nodes[node]
         weight = made.arguments.get("weight")
@@ -93,11 +93,11 @@ class Graph:
         return made.sources[0] if goes_up and self.size(made.sources[0]) == self.size(node) else node
 
     def ancestors(self, nodes: Iterable[int]) -> set[int]:
-        """`nodes` and all that they were computed from."""
+        """`nodes` and everything that they were computed from."""
         return reached(nodes, lambda node: self.nodes[node].sources)
 
     def descendants(self, node: int) -> set[int]:
-        """`node` and all that was computed from it."""
+        """`node` and everything that was computed from it."""
         seen = {node}
         for later in self.nodes[node + 1 :]:
             if not seen.isdisjoint(later.sources):
@@ -114,7 +114,7 @@ class Graph:
 
     @cached_property
     def lineage(self) -> list[tuple[int, ...]]:
-        """For every node the calls in which it was made, the model's first; none for inputs."""
+        """For every node, the calls in which it was made, starting with the model's; empty for inputs."""
         lineage: list[tuple[int, ...]] = [()] * len(self.nodes)
         for call in self.calls:  # in order of their start, so inner calls come later
             if call.start < call.end:
@@ -127,7 +127,7 @@ class Graph:
         return [inner.index for inner in self.inside(call) if inner.parent == call and inner.start < inner.end]
 
     def inside(self, call: int) -> list[Call]:
-        """All calls made within a call, itself not included."""
+        """All calls made within a call, not including itself."""
         # calls are in order of their start, so what comes after it up to the next call outside
         return [*takewhile(lambda inner: inner.parent >= call, self.calls[call + 1 :])]
 
@@ -145,11 +145,11 @@ class Folded:
         self._sources: dict[int, tuple[int, ...]] = {}
 
     def owner(self, node: int) -> int | None:
-        """The folded call that made a node; None if an opened call did so itself."""
+        """The folded call that made a node; None if an opened call made it directly."""
         return next((call for call in self.graph.lineage[node] if call not in self.opened), None)
 
     def sources(self, node: int) -> tuple[int, ...]:
-        """The feature maps, and inputs of the model, from which a node's folded call computed it."""
+        """The feature maps and model inputs from which a node's folded call computed it."""
         if node not in self._sources:
             graph = self.graph
             found = _edge(node, self._direct, lambda n: n not in graph.inputs and graph.size(n) is None)

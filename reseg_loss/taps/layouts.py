@@ -1,4 +1,4 @@
-"""Any feature layout to channels-first, at the size of the current input.
+"""Convert any feature layout to channels-first, for the size of the current input.
 
 Layout names: NCHW and NCDHW (channels first), NHWC and NDHWC (channels last), NLC (tokens), CLS+NLC (tokens after
 one class token), NCL (tokens last), NHW and NDHW (a map without a channel axis).
@@ -24,7 +24,7 @@ MAX_STRIDE = 256
 
 
 class Grid(NamedTuple):
-    """How a tensor of a given shape lies over the image."""
+    """The layout of a tensor over the image."""
 
     spatial: tuple[int, ...]
     channels: int
@@ -33,10 +33,10 @@ class Grid(NamedTuple):
 
 
 def strides(spatial: Sequence[int], image: Sequence[int]) -> tuple[int, ...] | None:
-    """Integer strides per axis by which `spatial` is a feature map of `image`, or None.
+    """The integer stride per axis that makes `spatial` a feature map of `image`, or None.
 
-    A stride fits when the size is the image's divided by it, rounded either way. The same stride on every axis and
-    powers of two are preferred; different strides are accepted when each is a power of two.
+    A stride fits if the size is the image's divided by it, rounded up or down. The same stride on every axis and powers
+    of two are preferred. Different strides are accepted if each is a power of two.
     """
     sizes = list(zip(spatial, image))
     if len(spatial) != len(image) or max(spatial) < 2 or not all(1 <= size <= full for size, full in sizes):
@@ -50,7 +50,7 @@ def strides(spatial: Sequence[int], image: Sequence[int]) -> tuple[int, ...] | N
 
 
 def token_grids(image: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """{number of tokens: grid} for the power-of-two strides of `image`, the finest first where counts agree."""
+    """{number of tokens: grid} for the power-of-two strides of `image`; if counts agree, the finest grid."""
     grids: dict[int, tuple[int, ...]] = {}
     for stride in (1, 2, 4, 8, 16, 32, 64):
         for grid in (tuple(s // stride for s in image), tuple(-(-s // stride) for s in image)):
@@ -62,9 +62,9 @@ def token_grids(image: Sequence[int]) -> dict[int, tuple[int, ...]]:
 def readings(
     shape: tuple[int, ...], batch: int, image: tuple[int, ...], grids: dict[int, tuple[int, ...]] | None = None
 ) -> list[Grid]:
-    """Every way in which a tensor of `shape` lies over a batch of images of size `image`, the likeliest first.
+    """Every layout that fits a tensor of `shape` for a batch of images of size `image`, the likeliest first.
 
-    Several are as likely where channels and sizes are equal: (B, 64, 64, 64) of 256x256 images is NCHW or NHWC.
+    Several are equally likely if channels and sizes are equal: (B, 64, 64, 64) of 256x256 images is NCHW or NHWC.
     `grids` adds token counts to those of `token_grids(image)`, for models with uncommon strides.
     """
     dims = len(image)
@@ -89,7 +89,7 @@ def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> t
     """The grid of `count` tokens at `stride` over an image of the current size.
 
     Raises:
-        ReSegError: no grid, or more than one, has that many cells.
+        ReSegError: no grid has that many cells, or several do.
     """
     choices = [(full // s, -(-full // s)) for full, s in zip(image, stride)]
     for grid in zip(*choices):  # all rounded down, or all up
@@ -98,8 +98,8 @@ def grid_of_tokens(count: int, image: Sequence[int], stride: Sequence[int]) -> t
     mixed = {grid for grid in itertools.product(*choices) if math.prod(grid) == count}
     if len(mixed) != 1:
         raise ReSegError(
-            f"{count} tokens do not tell their grid at stride {tuple(stride)} over an image of size {tuple(image)}; "
-            "pad the images to a multiple of the stride"
+            f"the grid of {count} tokens at stride {tuple(stride)} cannot be determined for an image of size "
+            f"{tuple(image)}; pad the images to a multiple of the stride"
         )
     return mixed.pop()
 
@@ -108,11 +108,11 @@ def to_channels_first(x: Tensor, layout: str, image: Sequence[int], stride: Sequ
     """`x` as (B, C, *spatial), a view where possible; `image` is the current input's spatial size.
 
     Raises:
-        ReSegError: unknown layout, a rank that contradicts it, or tokens whose grid cannot be told.
+        ReSegError: the layout is unknown, the rank contradicts it, or the grid of tokens cannot be determined.
     """
     dims = len(image)
     if layout not in LAYOUTS:
-        raise ReSegError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+        raise ReSegError(f"unknown layout {layout!r}; the layouts are {', '.join(LAYOUTS)}")
     rank = 3 if layout in TOKEN_LAYOUTS else dims + 1 if layout in NO_CHANNELS.values() else dims + 2
     if x.ndim != rank:
         raise ReSegError(f"a tensor of shape {tuple(x.shape)} is not {layout} over {dims} spatial axes")

@@ -16,9 +16,9 @@ _SAME_VALUES = {
 
 
 def tap_at(graph: Graph, node: int, inputs: bool = True, views: bool = True) -> Tap | None:
-    """The tap that yields `node`: preferably a module's output, else (with `inputs`) what a module takes in.
+    """The tap that yields `node`: preferably a module's output, else (with `inputs`) a module's input.
 
-    With `views` the output may also be one that `node` is only a view or a copy of. None if no hook sees the node.
+    With `views`, `node` may also be a view or a copy of that output. None if no hook sees the node.
     """
     source = node
     while True:
@@ -36,7 +36,7 @@ def tap_at(graph: Graph, node: int, inputs: bool = True, views: bool = True) -> 
 
 
 def tap_of(graph: Graph, call: Call, keys: Keys, node: int, is_input: bool, grid: Grid | None = None) -> Tap:
-    """The tap for what `call` returned, or took in, under `keys`; `grid` is how it lies over the image, if given."""
+    """The tap for the output or input of `call` under `keys`; `grid` is its layout over the image, if known."""
     grid = grid or graph.grid(node)
     assert grid is not None, "callers ask only for feature maps"
     if is_input and keys == (0,):

@@ -1,4 +1,4 @@
-"""Taps that the user names: what their modules are, and the U they make."""
+"""Taps that the user names: their modules, and the plan that they make."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def module_of(model: nn.Module, tap: Tap) -> nn.Module:
 
 
 def name_of(model: nn.Module, tap: Tap) -> str:
-    """The name of a tap's module, without the `module.` of DistributedDataParallel unless it is a part of the name.
+    """The name of a tap's module, without DistributedDataParallel's `module.` unless that is a part of the name.
 
     Raises:
         TapError: the model has no such module; close matches are named.
@@ -38,39 +38,41 @@ def name_of(model: nn.Module, tap: Tap) -> str:
             return name
     raise TapError(
         f"the model has no module {tap.module!r}.{did_you_mean(tap.module, modules)} "
-        "Paths are those of model.named_modules()"
+        "Use the paths of model.named_modules()"
     )
 
 
 def parse_taps(taps: Mapping[str, Any] | None) -> dict[str, list[Tap]]:
-    """{"encoder": [...], "decoder": [...], "bottleneck": [one]} as Taps, from strings or Taps; absent ones left out.
+    """{"encoder": [...], "decoder": [...], "bottleneck": [one]} as Taps, from strings or Taps; absent kinds left out.
 
     Raises:
-        TapError: no mapping, an unknown kind, or a string that is no tap.
+        TapError: `taps` is not a mapping, has an unknown kind, or a string that is not a tap.
     """
     if taps is not None and not isinstance(taps, Mapping):
-        raise TapError(f"taps is a mapping, got {type(taps).__name__}; pass an image as example_input=")
+        raise TapError(f"taps must be a mapping, got {type(taps).__name__}; pass an image as example_input=")
     parsed: dict[str, list[Tap]] = {}
     for kind, named in (taps or {}).items():
         if kind not in KINDS:
             raise TapError(f"taps has no kind {kind!r}; the kinds are 'encoder', 'decoder' and 'bottleneck'")
         entries = named if isinstance(named, (list, tuple)) else [named]
         if not entries or (kind == "bottleneck" and len(entries) > 1):
-            raise TapError(f"taps[{kind!r}] names {len(entries)} taps; it needs {'one' if entries else 'at least one'}")
+            raise TapError(
+                f"taps[{kind!r}] names {len(entries)} taps; it must name {'exactly' if entries else 'at least'} one"
+            )
         seen = [tap if isinstance(tap, Tap) else Tap.parse(tap) for tap in entries]
         parsed[kind] = [replace(tap, module=bare(tap.module)) for tap in seen]
     return parsed
 
 
 def pair_up(encoder: Sequence[Tap], decoder: Sequence[Tap], bottleneck: Tap) -> TapPlan:
-    """The plan of named taps, all levels selected.
+    """The plan of named taps, with all levels selected.
 
     Raises:
-        TapError: numbers or sizes of encoder and decoder differ, or they are not named finest first.
+        TapError: encoder and decoder differ in number or size, or the taps are not named finest first.
     """
     if len(encoder) != len(decoder):
         raise TapError(
-            f"{len(encoder)} encoder taps and {len(decoder)} decoder taps are named; levels need one of each"
+            f"{len(encoder)} encoder taps and {len(decoder)} decoder taps are named; every level needs one of each"
         )
     for e, d in zip(encoder, decoder):
         if e.spatial != d.spatial:
@@ -85,24 +87,24 @@ def pair_up(encoder: Sequence[Tap], decoder: Sequence[Tap], bottleneck: Tap) -> 
 
 
 def resolve(graph: Graph, model: nn.Module, tap: Tap) -> Tap:
-    """A named tap with its tensor's shape, as the dry forward in `graph` showed it.
+    """A named tap with its tensor's shape, as seen in the dry forward of `graph`.
 
     Raises:
-        TapError: the module, the call or the key does not exist, or the tensor there is no feature map.
+        TapError: the module, the call or the key does not exist, or the tensor there is not a feature map.
     """
     call, keys, node = _slot(graph, model, tap)
     grid = graph.read(node, tap.layout) if tap.layout else graph.grid(node)
     if grid is None:
         shape, given = graph.nodes[node].shape, f" in layout {tap.layout}" if tap.layout else ""
         raise TapError(
-            f"tap {tap}: a tensor of shape {shape} is no feature map{given} of an image of size {graph.image}"
+            f"tap {tap}: a tensor of shape {shape} is not a feature map{given} of an image of size {graph.image}"
         )
     found = tap_of(graph, call, keys, node, tap.is_input, grid)
     return replace(found, module=name_of(model, tap), mutated=tap.mutated or found.mutated)
 
 
 def told_by_shape(graph: Graph, model: nn.Module, plan: TapPlan, given: Iterable[Tap]) -> list[str]:
-    """Notes on taps whose layout a shape told, as their operators do not say it; not on those that have it `given`."""
+    """Notes on taps whose layout was inferred from the shape, except those whose layout is `given`."""
     named = {str(tap) for tap in given if tap.layout}
     behind: dict[str, list[str]] = {}
     for tap in (*(tap for level in plan.levels for tap in (level.encoder, level.decoder)), plan.bottleneck):
@@ -110,8 +112,8 @@ def told_by_shape(graph: Graph, model: nn.Module, plan: TapPlan, given: Iterable
         if operator and str(tap) not in named:
             behind.setdefault(operator, []).append(f"{tap} ({tap.layout})")
     return [
-        f"told by shape, as {'a kernel' if operator == 'opaque' else operator} before hides what it does: "
-        f"{', '.join(taps)}. If a layout is not right, give it: Tap(..., layout=...)"
+        f"layout inferred from the shape, because {'a kernel' if operator == 'opaque' else operator} before it hides "
+        f"what it does: {', '.join(taps)}. If a layout is wrong, pass the right one: Tap(..., layout=...)"
         for operator, taps in behind.items()
     ]
 
@@ -128,7 +130,7 @@ def _slot(graph: Graph, model: nn.Module, tap: Tap) -> tuple[Call, Keys, int]:
         inner = ", only modules inside it; name one of those" if list(module.children()) else ""
         raise TapError(f"tap {tap}: the forward never calls {tap.module!r} itself{inner}")
     if tap.call >= len(calls):
-        raise TapError(f"tap {tap}: {tap.module!r} is called {len(calls)} time(s) in a forward, counted from @0")
+        raise TapError(f"tap {tap}: a forward calls {tap.module!r} {len(calls)} time(s), and counting starts at @0")
     call = calls[tap.call]
     slots = call.inputs if tap.is_input else call.outputs
     wanted = tap.keys or (slots[0][0] if tap.is_input and slots else ())
@@ -149,20 +151,22 @@ def replaced(plan: TapPlan, side: Literal["encoder", "decoder"], taps: Sequence[
     by_size = {tap.spatial: tap for tap in taps}
     for tap in taps:
         if by_size[tap.spatial] is not tap:
-            raise TapError(f"{side} taps {tap} and {by_size[tap.spatial]} are both of size {tap.spatial}; name one")
+            raise TapError(
+                f"{side} taps {tap} and {by_size[tap.spatial]} both have size {tap.spatial}; name only one of them"
+            )
         if tap.spatial not in {level.spatial for level in plan.levels}:
             other = "decoder" if side == "encoder" else "encoder"
             found = ", ".join(f"{getattr(level, other)} {level.spatial}" for level in plan.levels)
             raise TapError(
-                f"{side} tap {tap} is of size {tap.spatial}, at which no {other} feature was found (found: {found}); "
-                f"name the {other} taps too"
+                f"{side} tap {tap} has size {tap.spatial}, but no {other} feature of that size was found (found: "
+                f"{found}); name the {other} taps, too"
             )
     levels = [replace(level, **{side: by_size.get(level.spatial, getattr(level, side))}) for level in plan.levels]
     return replace(plan, levels=tuple(levels))
 
 
 def _matches(wanted: Keys, keys: Keys, slots: list[tuple[Keys, int]]) -> bool:
-    """Whether `wanted` is written for `keys`: negative positions count from the end, '0' and 0 are the same key."""
+    """Whether `wanted` means `keys`: negative positions count from the end, and '0' and 0 are the same key."""
     if len(wanted) != len(keys):
         return False
     for depth, (ask, key) in enumerate(zip(wanted, keys)):

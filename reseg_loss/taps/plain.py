@@ -43,7 +43,7 @@ def same_taps(a: TapPlan, b: TapPlan) -> bool:
 
 
 def refuse_other_channels(mine: TapPlan, theirs: TapPlan) -> None:
-    """Raise a ReSegError where the taps of two plans have one name and other channels: they are of two models."""
+    """Raise a ReSegError if a tap of the same name has different channels in two plans: they are of two models."""
     here = {str(tap): tap.channels for tap in _taps(mine)}
     for tap in _taps(theirs):
         if here.get(str(tap), tap.channels) != tap.channels:

@@ -1,4 +1,4 @@
-"""Step 5: where other tensors join the trunk, and what of the encoder they carry; modules are opened to see more."""
+"""Step 5: find where other tensors join the trunk, and what they carry of the encoder; modules are opened as needed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .trunk import Trunk, find_trunk
 
 
 class Standing(IntEnum):
-    """How a tensor stands to the encoder, that which is the skip first."""
+    """How a tensor is related to the encoder; the likeliest skip comes first."""
 
-    ADAPTER = 0  # convolutions or the like made it of the encoder's, on the way of the skip
+    ADAPTER = 0  # convolutions or the like computed it from the encoder's feature, inside the skip connection
     ENCODER = 1  # the bottleneck was computed from it
-    OTHER = 2  # merely not computed from the bottleneck: norms on the way of the skip, UNETR's upsampled tokens
+    OTHER = 2  # only not computed from the bottleneck: norms in the skip connection, UNETR's upsampled tokens
 
 
 class Candidate(NamedTuple):
-    """A tensor that a skip may stand for."""
+    """A tensor that may be the skip."""
 
     standing: Standing
     node: int
@@ -37,7 +37,7 @@ class Floor:
     merges: list[int] = field(default_factory=list)
 
     def merged(self) -> list[int]:
-        """The trunk's nodes that hold everything merged at this level; all of them where nothing is."""
+        """The trunk's nodes that contain everything merged at this level; all nodes if nothing is merged."""
         return self.trunk[: min(self.trunk.index(node) for node in self.merges) + 1] if self.merges else self.trunk
 
 
@@ -49,12 +49,12 @@ class Shape:
     floors: dict[Size, Floor]
 
     def score(self) -> int:
-        """How many levels a skip joins."""
+        """The number of levels with a skip."""
         return sum(bool(floor.skips) for floor in self.floors.values())
 
 
 def find_shape(graph: Graph) -> Shape | None:
-    """The trunk and its skips, with as many modules opened as reveals more levels, and no more."""
+    """The trunk and its skips. Modules are opened only as long as that reveals more levels."""
     opened = frozenset({0})
     shape = _analyse(graph, opened)
     while True:
@@ -68,7 +68,7 @@ def find_shape(graph: Graph) -> Shape | None:
 def _open(
     graph: Graph, call: int, opened: frozenset[int], base: Shape | None, depth: int = 0
 ) -> tuple[frozenset[int], Shape] | None:
-    """Open `call`, and what is in it, until that improves on `base`."""
+    """Open `call` and the calls inside it until the result improves on `base`."""
     sizes = {graph.size(node) for inner in graph.inside(call) for _, node in inner.outputs}
     if depth > 8 or len(sizes - {None}) < 2:
         return None
@@ -82,7 +82,7 @@ def _open(
 
 
 def _openable(shape: Shape) -> Iterator[int]:
-    """The folded calls on the trunk, then those at the level of the bottleneck behind it."""
+    """The folded calls on the trunk, then those before the bottleneck at its level."""
     graph, folded = shape.trunk.graph, shape.trunk.folded
     todo, seen, given = list(shape.trunk.path), set(shape.trunk.path), set()
     for node in todo:
@@ -97,9 +97,9 @@ def _openable(shape: Shape) -> Iterator[int]:
 
 
 def _is_deeper_encoder(base: Shape | None, shape: Shape) -> bool:
-    """Whether a deeper bottleneck is more of the encoder, not a small pyramid inside the bottleneck.
+    """Whether a deeper bottleneck belongs to the encoder, and is not a small pyramid inside the bottleneck.
 
-    The encoder is at least as wide there as at the level above, and pools by a factor, not to a given number of bins.
+    An encoder is at least as wide there as at the level above, and pools by a factor, not to a given number of bins.
     """
     if base is None or base.score() < 1 or shape.trunk.size == base.trunk.size:
         return True
@@ -132,7 +132,7 @@ def _analyse(graph: Graph, opened: frozenset[int]) -> Shape | None:
 
 
 def _encoder_side(trunk: Trunk, operand: int, size: Size) -> list[Candidate]:
-    """The tensors behind an operand, at its level, that the bottleneck has no part in (this undoes gates)."""
+    """The sources of an operand, at its level, that do not depend on the bottleneck (this looks through gates)."""
     graph, seen, todo = trunk.graph, {operand}, [operand]
     found: list[Candidate] = []
     chain = True  # no other way led around what was found so far, as one does around a gate
@@ -150,14 +150,14 @@ def _encoder_side(trunk: Trunk, operand: int, size: Size) -> list[Candidate]:
 
 
 def _fuses(trunk: Trunk, node: int) -> bool:
-    """Whether a node is made of several of the encoder's features of its size: of two encoders, one is not enough."""
+    """Whether a node combines several encoder features of its size, as in models with two encoders."""
     graph, sources = trunk.graph, trunk.folded.sources(node)
     parts = [source for source in sources if source in trunk.encoder and graph.size(source) == graph.size(node)]
     return trunk.pure.get(node, False) and len(parts) > 1
 
 
 def _adapts(trunk: Trunk, node: int) -> bool:
-    """Whether a node is more than a norm or an activation of the encoder's, and nothing upsampled, as in UNet++."""
+    """Whether a node is more than a norm or an activation of an encoder feature, and not upsampled as in UNet++."""
     owner = trunk.folded.owner(node)
     call = None if owner is None else trunk.graph.calls[owner]
     made = trunk.graph.nodes[call.start : call.end] if call else [trunk.graph.nodes[node]]
@@ -166,17 +166,17 @@ def _adapts(trunk: Trunk, node: int) -> bool:
 
 
 def is_one_of_several(trunk: Trunk, floor: Floor, skip: int) -> bool:
-    """Whether no hook sees the skip that several features of the encoder make, of which `skip` is one."""
+    """Whether `skip` is one of several encoder features that are combined into a skip that no hook sees."""
     return any(skip in trunk.folded.sources(c.node) and _fuses(trunk, c.node) for c in floor.skips)
 
 
 def pick_skip(trunk: Trunk, floor: Floor) -> int | None:
-    """The skip of a level: what carries the encoder's feature there, as near to where it joins as there is."""
+    """The skip of a level: the tensor that carries the encoder's feature, as close as possible to where it joins."""
     candidates = [c for c in floor.skips if tap_at(trunk.graph, c.node)]
     return min(candidates, key=lambda candidate: candidate.standing).node if candidates else None
 
 
 def is_raw_join(trunk: Trunk, node: int) -> bool:
-    """A bare concatenation that holds an encoder's tensor as it is; a block's own branches make none."""
+    """Whether a node is a bare concatenation with an unchanged encoder tensor, not one of a block's own branches."""
     operator, sources = trunk.graph.nodes[node].operator, trunk.graph.nodes[node].sources
     return operator in ("aten::cat", "aten::stack") and not trunk.decoder.issuperset(sources)

@@ -1,4 +1,4 @@
-"""What a tap is, how it is written, and the U that a set of taps makes."""
+"""What a tap is, how it is written, and the plan that a set of taps makes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Tap:
 
     Attributes:
         module: path of the module in the root, as in `named_modules()`.
-        spatial: spatial size of the tensor at the example input; empty while not yet seen.
-        channels: its number of channels; 0 while not yet seen.
-        layout: its layout, one of `taps.layouts.LAYOUTS`; empty while not yet seen. One that is given stays: a
-            shape alone, without an example, does not tell NCHW from NHWC where channels and sides are as many.
-        stride: image size over `spatial`, per axis; empty while not yet seen.
-        keys: path into a tuple, list, dict or dataclass. For an input the first key is the argument's position or
+        spatial: spatial size of the tensor for the example input; empty until it is seen in a forward.
+        channels: its number of channels; 0 until it is seen.
+        layout: its layout, one of `taps.layouts.LAYOUTS`; empty until it is seen. A layout that you pass is kept: if
+            the number of channels equals the sides, the shape alone cannot tell NCHW from NHWC.
+        stride: image size divided by `spatial`, per axis; empty until it is seen.
+        keys: path into a tuple, list, dict or dataclass. For an input, the first key is the argument's position or
             name; no key means the first argument.
         call: which call of the module within one forward, counted from 0.
-        is_input: tap what the module takes in, not what it returns.
-        mutated: the tensor is overwritten in place later in the forward, so the extractor keeps a clone. May be given
-            where that happens in training only.
+        is_input: tap the module's input, not its output.
+        mutated: the tensor is overwritten in place later in the forward, so the extractor keeps a clone. Pass True if
+            this happens only in training.
     """
 
     module: str
@@ -45,7 +45,7 @@ class Tap:
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, str):
-            raise TapError(f"module={self.module!r}: it is the path of a module, as in named_modules()")
+            raise TapError(f"module={self.module!r}: it must be the path of a module, as in named_modules()")
 
     def __str__(self) -> str:
         keys = "".join(f"[{k}]" for k in self.keys)
@@ -53,7 +53,7 @@ class Tap:
 
     @classmethod
     def parse(cls, text: str) -> Tap:
-        """The tap that `text` names, not yet seen.
+        """The tap that `text` names, not yet seen in a forward.
 
         Raises:
             TapError: `text` is not of the form `[in:]module.path[key]...[@call]`.
@@ -61,7 +61,7 @@ class Tap:
         match = _SYNTAX.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise TapError(
-                f"{text!r} is no tap: write [in:]module.path[key]...[@call], "
+                f"{text!r} is not a tap: write [in:]module.path[key]...[@call], "
                 "for example 'encoder.layer1', 'encoder[2]' or 'in:decoder.up[0]@1'"
             )
         keys = tuple(int(k) if re.fullmatch(r"-?\d+", k) else k for k in re.findall(r"\[([^\[\]]+)\]", match["keys"]))
@@ -76,12 +76,15 @@ def _is_stride(stride: Any) -> bool:
 def check_strides(levels: Any) -> None:
     """Raise a TapError unless it is a list of strides, each a whole number or one per axis."""
     if not isinstance(levels, Sequence) or not all(map(_is_stride, levels)):
-        raise TapError(f"levels={levels!r}: it is a list of strides, whole numbers or one per axis, as levels=[2, 4]")
+        raise TapError(
+            f"levels={levels!r}: it must be a list of strides, each a whole number or one number per axis, such as "
+            "levels=[2, 4]"
+        )
 
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the U: its encoder and decoder tap, at the same spatial size."""
+    """One resolution of the U: its encoder and decoder taps, which have the same spatial size."""
 
     stride: tuple[int, ...]
     spatial: tuple[int, ...]
@@ -92,7 +95,10 @@ class Level:
 
 @dataclass(frozen=True)
 class TapPlan:
-    """Every level found, finest first, and the bottleneck. `notes` says what was left out, or told by shape."""
+    """Every level found, finest first, and the bottleneck.
+
+    `notes` says which levels were left out, and which layouts were inferred from the shape alone.
+    """
 
     levels: tuple[Level, ...]
     bottleneck: Tap
@@ -107,11 +113,12 @@ class TapPlan:
         """The same plan with other levels selected.
 
         Args:
-            strides: which levels: an int (the largest stride over the axes) or one int per axis. None is the default
-                choice: the three finest levels below full resolution; where fewer than two exist, full resolution too.
+            strides: which levels: for each an int (the largest stride over the axes) or one int per axis. None is the
+                default choice: the three finest levels below full resolution. If there are fewer than two of those,
+                full resolution counts, too.
 
         Raises:
-            TapError: no level has one of these strides, or they are no strides.
+            TapError: no level has one of these strides, or they are not strides.
         """
         if strides is None:
             below = [level for level in self.levels if max(level.stride) > 1]
@@ -129,7 +136,7 @@ class TapPlan:
         return replace(self, levels=tuple(replace(level, selected=level in chosen) for level in self.levels))
 
     def draw(self, title: str = "") -> str:
-        """The U as text, one line a level; `*` marks the selected ones."""
+        """The U as text, one line per level; `*` marks the selected levels."""
         rows = [("stride", "size", "encoder", "decoder")]
         for level in self.levels:
             rows.append((*_lies(level, level.selected), _describe(level.encoder), _describe(level.decoder)))

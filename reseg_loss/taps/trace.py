@@ -39,7 +39,7 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one tensor held at one moment: the result of an operator, and the nodes it was computed from."""
+    """The content of a tensor at one moment: the result of an operator, and the nodes that it was computed from."""
 
     index: int
     sources: tuple[int, ...]
@@ -69,7 +69,7 @@ class Call:
 
 @dataclass
 class Trace:
-    """A forward pass. `calls[0]` is the model itself, calls and nodes are in order of time."""
+    """A forward pass. `calls[0]` is the model itself; calls and nodes are in chronological order."""
 
     image: tuple[int, ...]  # shape of the input image, batch and channels included
     nodes: list[Node]
@@ -78,7 +78,7 @@ class Trace:
     output: Any  # what the model returned
 
     def activation(self, output: Tensor) -> str | None:
-        """The activation to probabilities that an output (or a view of one) ends in; None without one."""
+        """The activation to probabilities that an output (or a view of one) ends in; None if there is none."""
         held = output.untyped_storage().data_ptr()
         returned = dict(self.calls[0].outputs)
         node = next(returned[k] for k, t in tensors(self.output) if t.untyped_storage().data_ptr() == held)
@@ -87,20 +87,20 @@ class Trace:
         return ACTIVATION_OPERATORS.get(operator.rstrip("_"))
 
     def common_activation(self) -> str | None:
-        """The `activation` of what the model returned in the image's size; None where any of it ends in none."""
+        """The `activation` of the model's full-size outputs; None if any of them ends in none."""
         size = self.image[2:]
         return of_all(self.activation(t) for _, t in tensors(self.output) if tuple(t.shape[2:]) == size)
 
     def mutated(self, node: int, since: int) -> bool:
-        """Whether the storage of `node` is written to by a later node, from node `since` on."""
+        """Whether a later node, from node `since` on, writes to the storage of `node`."""
         return any(write > node and write >= since for write in self.writes.get(self.nodes[node].storage, ()))
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every submodule by the name that taps use: a leading `module.` and the `_orig_mod` of compiled modules removed.
+    """Every submodule by the name that taps use: without a leading `module.` and the `_orig_mod` of compiled modules.
 
-    Of a compiled module and the module inside it, which share a name, the compiled one is listed. A module reachable
-    under several names is listed under each.
+    A compiled module and the module inside it share a name; the compiled one is listed. A module with several names is
+    listed under each.
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -116,11 +116,11 @@ def bare(path: str) -> str:
 
 
 def trace_forward(model: nn.Module, example_input: Any) -> Trace:
-    """Run `model` once, leaving no mark on it, and write down what it did.
+    """Run `model` once, without leaving a trace on it, and record what it did.
 
     Raises:
-        ReSegError: no image among the inputs, the model fails on them, or it is no module that takes hooks, or has lazy
-            parameters.
+        ReSegError: there is no image among the inputs, the model fails on them, is not a module that takes hooks, or
+            has lazy parameters.
     """
     check_module(model)
     image = image_of(example_input)
@@ -151,7 +151,7 @@ def refs(value: Any) -> list[Ref]:
 
 
 class _Tracer(TorchDispatchMode):
-    """Names tensors by storage (weakly), offset, shape, stride and type, so views and in-place writes are followed."""
+    """Identifies tensors by storage (weakly), offset, shape, stride and dtype, to follow views and in-place writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def _plain(self, value: Any) -> Any:
-        """An argument without what it would keep alive."""
+        """An argument as a plain value that keeps no tensor alive."""
         if isinstance(value, Tensor):
             node = self._find(value)
             return Ref(node if node is not None and self.nodes[node].dynamic else None, tuple(value.shape))
@@ -230,7 +230,7 @@ class _Tracer(TorchDispatchMode):
         return value if isinstance(value, (int, float, str)) else None
 
     def enter(self, name: str, parameters: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The forward pre-hook that opens a call of a module, which has a name and so many parameters."""
+        """The forward pre-hook that opens a call of a module with this name and number of parameters."""
         given = tensors({**dict(enumerate(args)), **kwargs})
         inputs = [(keys, node) for keys, tensor in given if (node := self._find(tensor)) is not None]
         index, parent, count = len(self.calls), self._stack[-1] if self._stack else -1, self._counts[id(module)]

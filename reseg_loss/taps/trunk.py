@@ -1,4 +1,4 @@
-"""Step 4: the trunk, the path from an output down the decoder to the bottleneck."""
+"""Step 4: find the trunk, which is the path from an output down the decoder to the bottleneck."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Trunk:
     """The decoder's backbone.
 
     Attributes:
-        folded: the graph it was found in.
+        folded: the graph that it was found in.
         path: its nodes, from the output to the bottleneck.
-        pure: for every feature map the output depends on, whether it only ever went down (or stayed) in resolution.
+        pure: for every feature map that the output depends on, whether the resolution never went up on the way to it.
     """
 
     folded: Folded
@@ -24,7 +24,7 @@ class Trunk:
 
     @property
     def graph(self) -> Graph:
-        """The graph, nothing folded."""
+        """The graph with nothing folded."""
         return self.folded.graph
 
     @property
@@ -41,21 +41,21 @@ class Trunk:
 
     @cached_property
     def encoder(self) -> set[int]:
-        """All nodes the bottleneck was computed from, itself included."""
+        """All nodes that the bottleneck was computed from, including itself."""
         return self.graph.ancestors([self.bottleneck])
 
     @cached_property
     def decoder(self) -> set[int]:
-        """All nodes computed from the bottleneck, itself included."""
+        """All nodes computed from the bottleneck, including itself."""
         return self.graph.descendants(self.bottleneck)
 
 
 def find_trunk(folded: Folded) -> Trunk | None:
-    """The best path from an output backward, never to a finer level, to the first pure node.
+    """The best path from an output backward to the first pure node that never enters a finer level.
 
-    Best is: most levels, then the deeper bottleneck (the last layer of UNETR, whose skips leave earlier layers of one
-    size), then the longer path (that through the pyramid, in smp's FPN with resnet50). None if no output has such a
-    path.
+    The best path has the most levels. Among equals it has the deeper bottleneck (as in UNETR, whose skips leave earlier
+    layers of the same size), and then it is the longer path (as in smp's FPN with resnet50, where it goes through the
+    pyramid). None if no output has such a path.
     """
     graph = folded.graph
     pure: dict[int, bool] = {}

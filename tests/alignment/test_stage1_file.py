@@ -275,7 +275,7 @@ def test_what_cannot_go_on_is_refused(tmp_path):
     fit(path, optimizer=sgd())
     with pytest.raises(ReSegError, match=r"the optimizer torch.optim.adam.Adam, .* written with torch.optim.sgd.SGD"):
         fit(path, epochs=2)
-    with pytest.raises(ReSegError, match=r"groups have \[1, 1\] parameters, in its file they have \[\d+\]"):
+    with pytest.raises(ReSegError, match=r"groups have \[1, 1\] parameters, but in its file they have \[\d+\]"):
         fit(path, epochs=2, optimizer=lambda p: torch.optim.SGD([{"params": [next(p)]}, {"params": [next(p)]}], 0.1))
 
 
@@ -303,7 +303,7 @@ def test_loss_scaling_can_be_switched_on_and_off_on_resuming(tmp_path, caplog):
 
 def test_schedules_that_want_a_metric_or_are_none_are_refused():
     for make, words in (
-        (lambda o: lr_scheduler.ReduceLROnPlateau(o), r"ReduceLROnPlateau\.step\(\) wants arguments"),
+        (lambda o: lr_scheduler.ReduceLROnPlateau(o), r"ReduceLROnPlateau\.step\(\) needs arguments"),
         (lambda o: None, r"returned NoneType, which has no step\(\)"),
     ):
         with pytest.raises(ReSegError, match=words):
@@ -367,7 +367,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_first_batch(tmp_path,
         (tmp_path / "file" / "stage1.pt", "cannot be written"),
         (tmp_path / ("n" * 250), "cannot be written"),
         (tmp_path / ("n" * 300), "cannot be written"),
-        (io.BytesIO(), "is the path of a file, got BytesIO"),
+        (io.BytesIO(), "must be the path of a file, got BytesIO"),
         ("/dev/null", "is a device"),
     ):
         with pytest.raises(ReSegError, match=words):
@@ -406,7 +406,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "stage1.pt"
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{path} could not be written (OSError: File too large); the file that was there is kept\n"
+    assert done.stdout == f"{path} could not be written (OSError: File too large); the previous file is kept\n"
     assert list(tmp_path.iterdir()) == [path]
     assert torch.load(path, weights_only=True) == {"a": 1}
 
@@ -485,11 +485,12 @@ def test_a_file_of_another_version_is_told_from_others(tmp_path):
     fit(path)
     state = torch.load(path, weights_only=True)
     torch.save({**state, "format": 0}, path)
-    with pytest.raises(ReSegError, match="of another version of this library"):
+    with pytest.raises(ReSegError, match="by another version of this library"):
         fit(path)
     torch.save({"a": np.float64(1)}, path)
     with pytest.raises(
-        ReSegError, match=r"no file of stage 1, which would overwrite it: it holds more than plain values .*numpy"
+        ReSegError,
+        match=r"not a file of stage 1, and stage 1 would overwrite it: it holds more than plain values .*numpy",
     ):
         fit(path)
 
@@ -499,5 +500,5 @@ def test_a_file_that_lacks_an_entry_is_refused(missing, tmp_path):
     path = tmp_path / "stage1.pt"
     fit(path)
     torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != missing}, path)
-    with pytest.raises(ReSegError, match=f"has no '{missing}'; it is not whole"):
+    with pytest.raises(ReSegError, match=f"has no '{missing}'; it is incomplete"):
         fit(path, epochs=2)

@@ -152,11 +152,11 @@ def test_a_function_turns_any_batch_into_image_and_label():
         assert fit([item], batch=unpack).ready
         with pytest.raises(ReSegError, match=r"fit_recon\(batch=\.\.\.\)"):
             fit([item])
-    with pytest.raises(ReSegError, match=r"from a batch to \(image, label\); it returned Tensor"):
+    with pytest.raises(ReSegError, match=r"batch= must return \(image, label\); it returned Tensor"):
         fit([(image, label)], batch=lambda b: b[0])
-    with pytest.raises(ReSegError, match=r"a label is a tensor.* got a str"):
+    with pytest.raises(ReSegError, match=r"a label must be a dense tensor.* got a str"):
         fit([(image, label)], batch=lambda b: (b[0], "label"))
-    with pytest.raises(ReSegError, match="batch= is a function"):
+    with pytest.raises(ReSegError, match="batch= must be a function"):
         fit([(image, label)], batch=4)
 
 

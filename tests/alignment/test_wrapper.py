@@ -148,9 +148,9 @@ def test_a_state_before_the_teacher_exists_and_one_of_a_trainable_teacher():
     fresh.load_state_dict(saved(training))
     assert not fresh.ready, "a run that was killed in stage 1 must not go on with half a teacher"
     fresh.freeze_teacher()
-    with pytest.raises(ReSegError, match="before the end of stage 1, which is over here"):
+    with pytest.raises(ReSegError, match="before the end of stage 1, but stage 1 is over here"):
         fresh.load_state_dict(saved(training))
-    with pytest.raises(ReSegError, match="no state that state_dict"):
+    with pytest.raises(ReSegError, match=r"not the state_dict\(\)"):
         fresh.load_state_dict({})
 
 
@@ -194,7 +194,7 @@ def test_models_with_other_outputs(form, kwargs):
 
 def test_a_model_without_an_image_sized_output_is_refused():
     with pytest.raises(
-        ReSegError, match=r"no float output of the image's size \(8, 8\), for 2 images, among \[0\] \(2, 3, 4, 4\)"
+        ReSegError, match=r"no float tensor of the image's size \(8, 8\) for 2 images, only \[0\] \(2, 3, 4, 4\)"
     ):
         select_output([torch.zeros(2, 3, 4, 4)], 2, (8, 8))
     with pytest.raises(ReSegError, match="output="):
@@ -337,7 +337,7 @@ def test_what_the_copy_keeps_is_named_once(caplog):
     with caplog.at_level(logging.INFO, logger="reseg_loss"):
         ReSegWrapper(Positioned(), example_input=batch()[0])
     assert [r.getMessage() for r in caplog.records if "keeps" in r.getMessage()] == [
-        "the teacher keeps the model's values of position: no reset_parameters draws them"
+        "the teacher keeps the model's values of position: no reset_parameters covers them"
     ]
 
 
@@ -516,10 +516,10 @@ def test_what_cannot_work_is_refused_at_once():
         ({"weight": "a"}, "weight='a'"),
         ({"teacher": model}, "shares parameters with it"),
         ({"teacher": nn.Sequential(model.encoder[0], nn.Conv2d(4, 1, 1))}, "shares parameters with it"),
-        ({"example_input": ({"image": image},)}, "more than the image"),
-        ({"example_input": (image, 1.0)}, "more than the image"),
+        ({"example_input": ({"image": image},)}, "not just an image"),
+        ({"example_input": (image, 1.0)}, "not just an image"),
         ({"example_input": image, "output": "mask"}, "'mask'"),
-        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; it is a finite number"),
+        ({"encoder_to_decoder": [1.0, 0.5]}, r"encoder_to_decoder=\[1.0, 0.5\]; it must be a finite number"),
     ):
         with pytest.raises(ReSegError, match=message):
             ReSegWrapper(model, **kwargs)

@@ -260,7 +260,7 @@ def test_more_steps_may_be_asked_for_and_less_than_are_done_are_refused():
     done = batches(*listed(2), steps=6)
     done.load_state_dict(data.state_dict())
     assert [*done] == []
-    with pytest.raises(ReSegError, match="of step 6, and steps=5 counts from the start"):
+    with pytest.raises(ReSegError, match="from step 6, but steps=5; steps= counts from the start"):
         batches(*listed(2), steps=5).load_state_dict(data.state_dict())
 
 
@@ -295,11 +295,15 @@ def test_a_loader_with_a_state_of_its_own_is_not_asked_again_for_what_was_used()
         other.load_state_dict(through_file(data.state_dict()))
         assert loader.seen == []
         assert [numbers(part[2])[0] for part in other] == whole[at:]
-    with pytest.raises(ReSegError, match="unlabelled loader has no state_dict of its own, that of the state had one"):
+    with pytest.raises(
+        ReSegError, match="unlabelled loader has no state_dict of its own, but the state's loader had one"
+    ):
         batches(*listed(2), steps=8).load_state_dict(data.state_dict())
     data = batches(*listed(2), steps=8)
     run(data, 1)
-    with pytest.raises(ReSegError, match="unlabelled loader has a state_dict of its own, that of the state had none"):
+    with pytest.raises(
+        ReSegError, match="unlabelled loader has a state_dict of its own, but the state's loader had none"
+    ):
         batches(listed(2)[0], Stateful(3), steps=8).load_state_dict(data.state_dict())
 
 
@@ -375,9 +379,9 @@ def test_a_function_takes_a_labelled_batch_of_another_form():
     others = [{"scan": image, "mask": label} for image, label in labelled]
     found = [*batches(others, unlabelled, steps=2, batch=lambda b: (b["scan"], b["mask"]))]
     assert all(torch.equal(part[0], image) for part, (image, _) in zip(found, labelled, strict=True))
-    with pytest.raises(ReSegError, match=r"give batches\(batch=...\) a function to \(image, label\): batch=lambda b"):
+    with pytest.raises(ReSegError, match=r"pass batches\(batch=...\) a function that .*: batch=lambda b"):
         next(iter(batches(others, unlabelled, steps=2)))
-    with pytest.raises(ReSegError, match=r"from a batch to \(image, label\); it returned Tensor"):
+    with pytest.raises(ReSegError, match=r"batch= must return \(image, label\); it returned Tensor"):
         next(iter(batches(others, unlabelled, steps=2, batch=lambda b: b["scan"])))
 
 
@@ -393,13 +397,13 @@ def test_an_unlabelled_batch_without_an_image_is_refused(wrong):
 def test_what_cannot_be_gone_round_is_refused():
     labelled, unlabelled = listed(2)
     for steps in (0, -1, 1.5, True, "3", None):
-        with pytest.raises(ReSegError, match=re.escape(f"steps={steps!r}; it is a whole number >= 1")):
+        with pytest.raises(ReSegError, match=re.escape(f"steps={steps!r}; it must be a whole number >= 1")):
             batches(labelled, unlabelled, steps=steps)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ReSegError, match="labelled is a loader that yields batches, got int"):
+    with pytest.raises(ReSegError, match="labelled must be a loader that yields batches, got int"):
         batches(3, unlabelled, steps=1)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ReSegError, match="unlabelled is a loader that yields batches, got NoneType"):
+    with pytest.raises(ReSegError, match="unlabelled must be a loader that yields batches, got NoneType"):
         batches(labelled, None, steps=1)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ReSegError, match="batch= is a function"):
+    with pytest.raises(ReSegError, match="batch= must be a function"):
         batches(labelled, unlabelled, steps=1, batch="image")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ReSegError, match="the same loader; make two"):
         batches(unlabelled, unlabelled, steps=1)
@@ -417,7 +421,7 @@ def test_an_empty_loader_and_an_iterator_that_has_ended_are_told_of():
         next(iter(batches(DataLoader(Slices(3, True), 4, drop_last=True), unlabelled, steps=1)))
     data = batches(iter(labelled), unlabelled, steps=2)
     assert len([*data]) == 2  # as many as it has
-    with pytest.raises(ReSegError, match=r"the labelled loader gives nothing in round 2: it is an iterator"):
+    with pytest.raises(ReSegError, match=r"the labelled loader yields nothing in round 2: it is an iterator"):
         [*batches(iter(labelled), unlabelled, steps=3)]
 
 
@@ -430,13 +434,13 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     run(data, 3)
     state = data.state_dict()
     refused = {
-        "no state that state_dict": {"step": 3},
+        "not the state_dict": {"step": 3},
         "of a CutMixConsistency": {**state, "kind": "CutMixConsistency"},
         "format 2, not 1": {**state, "format": 2},
         "has no 'step'": {key: value for key, value in state.items() if key != "step"},
         "'step' of this state of a batches is '3'": {**state, "step": "3"},
         "used=-1": {**state, "labelled": {**state["labelled"], "used": -1}},
-        "unlabelled loader ends after 4 batches, of which the state had used 9": {
+        "unlabelled loader ends after 4 batches, but the state had used 9": {
             **state, "unlabelled": {**state["unlabelled"], "used": 9},
         },
     }  # fmt: skip
@@ -451,7 +455,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         assert_same_rng(before)
         assert other.step == 0
     assert [numbers(part[0]) for part in other] == expected
-    with pytest.raises(ReSegError, match=r"labelled loader has 0 torch.Generator of its own, that of the state had 1"):
+    with pytest.raises(
+        ReSegError, match=r"labelled loader has 0 torch.Generator of its own, but the state's loader had 1"
+    ):
         fresh(own=False).load_state_dict(state)
-    with pytest.raises(ReSegError, match="labelled loader ends after 1 batches, of which the state had used 3"):
+    with pytest.raises(ReSegError, match="labelled loader ends after 1 batches, but the state had used 3"):
         fresh(n=2).load_state_dict(state)

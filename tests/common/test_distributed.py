@@ -148,9 +148,9 @@ def test_uneven_batches_under_join_train_with_unlabelled_images_in_the_model_its
 
 def test_what_is_reduced_beside_the_model_is_refused_under_join_on_every_process(found):
     says = {
-        "deep": "the heads of deep supervision are reduced beside it",
-        "held by another module": "the heads of deep supervision are reduced beside it",
-        "unlabelled": "two forwards a step",
+        "deep": "the heads of deep supervision are reduced separately",
+        "held by another module": "the heads of deep supervision are reduced separately",
+        "unlabelled": "this loss runs the model twice a step",
     }
     for messages in both(found, worker.join_refused):
         assert messages.keys() == says.keys()

@@ -87,7 +87,7 @@ def test_a_model_whose_weights_are_not_finite_is_named(make):
     step = make(model)
     with torch.no_grad():
         next(model.encoder.parameters())[0] = float("nan")
-    with pytest.raises(ReSegError, match="the model gives NaN or infinite values for images that are finite"):
+    with pytest.raises(ReSegError, match="the model returns NaN or infinite values for finite images"):
         step(*batch())
 
 
@@ -116,7 +116,7 @@ def test_a_label_that_is_all_ignored_is_named_where_the_loss_is_nan_there():
     image, label = batch()
     step = heads(UNet(), ignoring)  # without ignore_index of its own
     step(image, label)
-    with pytest.raises(ReSegError, match=r"NaN or infinite for the head decoder_1.*ignore_index= of DeepSupervision"):
+    with pytest.raises(ReSegError, match=r"NaN or infinite for the head decoder_1.*ignore_index= to DeepSupervision"):
         step(image, torch.full_like(label, IGNORED))
     assert heads(UNet(), ignoring, ignore_index=IGNORED)(image, torch.full_like(label, IGNORED)) == 0
 
@@ -128,9 +128,9 @@ def test_a_model_that_is_moved_to_another_dtype_is_named_and_what_is_beside_it_c
     mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
     model.double()
     model(image)
-    with pytest.raises(ReSegError, match=r"features are torch.float64, the heads .* by ds.to\(torch.float64\)"):
+    with pytest.raises(ReSegError, match=r"features are torch.float64, but the heads .*: ds.to\(torch.float64\)"):
         ds.loss(label, task_loss)
-    with pytest.raises(ReSegError, match=r"mean teacher's torch.float32.* by this loss's to\(torch.float64\)"):
+    with pytest.raises(ReSegError, match=r"mean teacher's are torch.float32.*: call to\(torch.float64\) of this loss"):
         mixed.loss(image, ignoring)
     for each in (ds, mixed):
         each.to(torch.float64)
@@ -139,7 +139,7 @@ def test_a_model_that_is_moved_to_another_dtype_is_named_and_what_is_beside_it_c
     assert mixed.loss(image, ignoring) >= 0
     model.bfloat16()
     mixed.to(torch.bfloat16)
-    with pytest.raises(ReSegError, match=r"bfloat16 parameters, in which the small steps"):
+    with pytest.raises(ReSegError, match=r"bfloat16 parameters, and the small steps"):
         mixed.update()
 
 
@@ -201,9 +201,9 @@ def test_a_label_that_the_task_loss_fails_on_is_shown_with_the_logits(label):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (None, "task_loss is a function of logits and label, got NoneType"),
-        (lambda x, y: None, "task_loss gave NoneType, and a scalar is needed"),
-        (lambda x, y: F.cross_entropy(x, y, ignore_index=IGNORED, reduction="none"), "gave a tensor of shape"),
+        (None, "task_loss must be a function of logits and label, got NoneType"),
+        (lambda x, y: None, "task_loss returned NoneType; it must return a scalar"),
+        (lambda x, y: F.cross_entropy(x, y, ignore_index=IGNORED, reduction="none"), "returned a tensor of shape"),
     ],
 )
 def test_what_is_no_task_loss_is_named_by_both_at_any_call(loss, message):
@@ -231,10 +231,10 @@ def test_losses_without_gradients_are_refused(context):
 def test_a_perturbation_that_is_not_finite_is_named_and_a_weight_that_is_no_number():
     image, _ = batch()
     mixed = CutMixConsistency(UNet(), rampup_steps=None, ignore_index=IGNORED, perturb=lambda x: x / 0)
-    with pytest.raises(ReSegError, match="perturb= gave NaN or infinite values"):
+    with pytest.raises(ReSegError, match="perturb= returned NaN or infinite values"):
         mixed.loss(image, ignoring)
     for weight in (float("nan"), -1.0, "1"):
-        with pytest.raises(ReSegError, match="it is a finite number"):
+        with pytest.raises(ReSegError, match="it must be a finite number"):
             mixed.loss(image, ignoring, weight=weight)  # pyright: ignore[reportArgumentType]
 
 
@@ -243,7 +243,7 @@ def test_a_loss_that_cannot_leave_a_value_out_is_told_that_another_may_be_given(
         return 1 - (logits.softmax(1) * F.one_hot(label.clamp_max(2), 3).movedim(-1, 1)).mean()
 
     mixed = CutMixConsistency(UNet(), rampup_steps=None, ignore_index=IGNORED)
-    with pytest.raises(ReSegError, match="give another here: it need not be the same"):
+    with pytest.raises(ReSegError, match="pass another loss here: it need not be the same"):
         mixed.loss(batch()[0], dice)
 
 
@@ -261,20 +261,20 @@ def test_a_model_with_images_that_are_not_finite_is_still_copied_and_tapped():
 
 NAN = float("nan")
 WRONG_KINDS: list[tuple[str, Callable[[UNet], Any]]] = [
-    ("rampup_steps=nan; it is a whole number >= 1", lambda m: unlabelled_with(m, rampup_steps=NAN)),
-    ("threshold='0.9'; it is a finite number >= 0 and <= 1", lambda m: unlabelled_with(m, threshold="0.9")),
-    ("ema_decay=None; it is a finite number >= 0 and < 1", lambda m: unlabelled_with(m, ema_decay=None)),
-    ("ignore_index=1.5; it is a whole number", lambda m: unlabelled_with(m, ignore_index=1.5)),
-    ("deep= is the model's DeepSupervision, got UNet", lambda m: unlabelled_with(m, deep=m)),
-    ("num_classes='3'; it is a whole number >= 1", lambda m: DeepSupervision(m, num_classes="3")),  # pyright: ignore
-    ("ignore_index=inf; it is a whole number", lambda m: DeepSupervision(m, ignore_index=float("inf"))),  # pyright: ignore
-    ("level_weights=0.5; give one for each", lambda m: DeepSupervision(m, level_weights=0.5)),  # pyright: ignore
-    ("'decoder_0' is no head", lambda m: DeepSupervision(m, batch()[0]).weight_of("decoder_0")),
-    ("epochs=1.5; it is a whole number >= 1", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1.5)),  # pyright: ignore
-    ("steps=nan; it is a whole number", lambda m: ReSegWrapper(m).fit_recon([batch()], steps=NAN)),  # pyright: ignore
+    ("rampup_steps=nan; it must be a whole number >= 1", lambda m: unlabelled_with(m, rampup_steps=NAN)),
+    ("threshold='0.9'; it must be a finite number >= 0 and <= 1", lambda m: unlabelled_with(m, threshold="0.9")),
+    ("ema_decay=None; it must be a finite number >= 0 and < 1", lambda m: unlabelled_with(m, ema_decay=None)),
+    ("ignore_index=1.5; it must be a whole number", lambda m: unlabelled_with(m, ignore_index=1.5)),
+    ("deep= must be the model's DeepSupervision, got UNet", lambda m: unlabelled_with(m, deep=m)),
+    ("num_classes='3'; it must be a whole number >= 1", lambda m: DeepSupervision(m, num_classes="3")),  # pyright: ignore
+    ("ignore_index=inf; it must be a whole number", lambda m: DeepSupervision(m, ignore_index=float("inf"))),  # pyright: ignore
+    ("level_weights=0.5; pass one weight for each", lambda m: DeepSupervision(m, level_weights=0.5)),  # pyright: ignore
+    ("there is no head 'decoder_0'", lambda m: DeepSupervision(m, batch()[0]).weight_of("decoder_0")),
+    ("epochs=1.5; it must be a whole number >= 1", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1.5)),  # pyright: ignore
+    ("steps=nan; it must be a whole number", lambda m: ReSegWrapper(m).fit_recon([batch()], steps=NAN)),  # pyright: ignore
     ("a loader that yields batches, got int", lambda m: ReSegWrapper(m).fit_recon(3, epochs=1)),  # pyright: ignore
     ("got 'adam'", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer="adam")),  # pyright: ignore
-    ("it made None", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer=lambda p: None)),  # pyright: ignore
+    ("it returned None", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, optimizer=lambda p: None)),  # pyright: ignore
     ("zero byte", lambda m: ReSegWrapper(m).fit_recon([batch()], epochs=1, checkpoint="a\0b")),
     ("got int", lambda m: ReSegWrapper(3)),  # pyright: ignore
 ]
@@ -297,14 +297,14 @@ def test_a_weight_tensor_with_axes_is_refused():
 
 def test_nothing_is_built_in_inference_mode():
     for make in (alignment, heads, unlabelled):
-        with torch.inference_mode(), pytest.raises(ReSegError, match="build this outside it"):
+        with torch.inference_mode(), pytest.raises(ReSegError, match="build this outside inference mode"):
             make(UNet())
 
 
 def test_a_label_that_is_none_leaves_no_forward_behind():
     model, (image, label) = UNet(), batch()
     step = alignment(model)
-    with pytest.raises(ReSegError, match="a label is a tensor"):
+    with pytest.raises(ReSegError, match="a label must be a dense tensor"):
         step(image, None)  # pyright: ignore[reportArgumentType]
     assert step(image, label) > 0
 

@@ -97,7 +97,7 @@ def test_lists_and_batches():
 )
 @pytest.mark.parametrize("what", ["a label", "an image"])
 def test_what_is_no_dense_tensor_of_real_numbers_is_no_label(what, bad):
-    with pytest.raises(ReSegError, match=f"^{what} is a tensor, dense and of real numbers"):
+    with pytest.raises(ReSegError, match=f"^{what} must be a dense tensor of real numbers"):
         plain_label(bad, what)
 
 

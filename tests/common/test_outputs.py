@@ -107,7 +107,7 @@ def test_a_model_that_returns_logits_too_is_served():
 def test_pseudo_labels_of_probabilities_are_refused_and_output_names_the_logits():
     image, _ = batch()
     mixed = CutMixConsistency(Both(classes=3), rampup_steps=None, ignore_index=IGNORED)
-    with pytest.raises(ReSegError, match=r"ends in a softmax, and pseudo-labels are taken from logits \(output="):
+    with pytest.raises(ReSegError, match=r"ends in a softmax, and pseudo-labels are made from logits \(output="):
         mixed.loss(image, ignoring)
     mixed = CutMixConsistency(Both(classes=3), rampup_steps=None, ignore_index=IGNORED, output="logits")
     mixed.loss(image, ignoring)
@@ -179,7 +179,7 @@ def test_the_recipe_for_a_model_that_ends_in_an_activation_works(kind):
 
     model = Ends()
     keys = list(model.state_dict())
-    with pytest.raises(ReSegError, match=r"return logits while self\.training") as error:
+    with pytest.raises(ReSegError, match=r"return the logits while self\.training") as error:
         DeepSupervision(model, batch()[0])
     recipe = "model.set_submodule('end.0', nn.Identity())"
     assert (recipe in str(error.value)) == (kind == "module")
@@ -224,7 +224,7 @@ def test_coarse_logits_alone_are_brought_to_the_images_size():
     ],
 )
 def test_a_size_that_does_not_tell_is_refused(output):
-    with pytest.raises(ReSegError, match=r"no float output of the image's size \(16, 16\), for 2 images, among"):
+    with pytest.raises(ReSegError, match=r"no float tensor of the image's size \(16, 16\) for 2 images, only"):
         full_size(output, 2, (16, 16))
 
 
@@ -289,5 +289,5 @@ def test_a_loss_of_probabilities_is_made_one_of_logits(module, same):
     assert torch.equal(loss_of_logits(mean, model, "1")(logits, label), mean(same(logits), label))
     assert loss_of_logits(mean, model, None) is mean
     assert not ran
-    with pytest.raises(ReSegError, match="task_loss is a function"):
+    with pytest.raises(ReSegError, match="task_loss must be a function"):
         loss_of_logits(3, model, "1")  # pyright: ignore

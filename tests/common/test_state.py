@@ -133,7 +133,7 @@ def test_states_of_each_other_are_told_apart(make, other):
     if make is other:
         holder.load_state_dict(state)
         return
-    assert refused(holder, state) == f"this state is of a {names[other]}, and a {names[make]} is to load it"
+    assert refused(holder, state) == f"this state is of a {names[other]}, but it is loaded into a {names[make]}"
 
 
 @of_all
@@ -183,5 +183,5 @@ def test_a_task_loss_is_asked_again_under_the_ignore_index_of_a_state():
     mixed = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED)
     mixed.loss(batch()[0], leaves_255_out)
     mixed.load_state_dict(saved(CutMixConsistency(UNet(), rampup_steps=None, ignore_index=-1)))
-    with pytest.raises(ReSegError, match="it must leave the label value -1 out"):
+    with pytest.raises(ReSegError, match="it must ignore the label value -1"):
         mixed.loss(batch()[0], leaves_255_out)

@@ -219,7 +219,7 @@ def test_a_call_of_update_while_it_trains_and_other_wrong_uses_are_refused(tmp_p
 
     trainer = made(tmp_path)
     trainer.__class__ = Twice
-    with pytest.raises(ReSegError, match=r"Twice calls update\(\) after each step of the optimizer"):
+    with pytest.raises(ReSegError, match=r"Twice calls update\(\) after each optimizer step"):
         trainer.train()
     trainer.semi.update()
 
@@ -233,7 +233,7 @@ def test_a_call_of_update_while_it_trains_and_other_wrong_uses_are_refused(tmp_p
     with pytest.raises(ReSegError, match="another model than the Trainer's"):
         SemiSupervisedTrainer(segformer(), semi=trainer.semi, **arguments)
     mixed = CutMixConsistency(trainer.model, rampup_steps=None, ignore_index=255)
-    with pytest.raises(ReSegError, match="semi= is a SemiSupervised, got CutMixConsistency"):
+    with pytest.raises(ReSegError, match="semi= must be a SemiSupervised, got CutMixConsistency"):
         SemiSupervisedTrainer(trainer.model, semi=mixed, **arguments)  # pyright: ignore[reportArgumentType]
 
     trainer = made(tmp_path, save_strategy="steps", save_steps=2)

@@ -255,7 +255,7 @@ def test_gradient_accumulation_counts_every_batch(tmp_path):
 def test_wrong_uses_say_what_to_do(tmp_path):
     with pytest.raises(ReSegError, match=r"write self.reseg = ReSegWrapper\(self.net\)"):
         fit(Bare(), tmp_path, [ReSegCallback(steps=1)])
-    with pytest.raises(ReSegError, match="epochs= or steps="):
+    with pytest.raises(ReSegError, match="exactly one of epochs= and steps="):
         fit(segmenter(), tmp_path, [ReSegCallback()])
     module = segmenter()
     fit(module, tmp_path, [ReSegCallback(steps=2)], epochs=1)
@@ -370,7 +370,7 @@ def test_a_call_of_update_in_the_module_raises_during_training_only(tmp_path):
             self.semi.update()
 
     module = Twice()
-    with pytest.raises(ReSegError, match=r"ReSegCallback calls update\(\) after each step of the optimizer; take out"):
+    with pytest.raises(ReSegError, match=r"ReSegCallback calls update\(\) after each optimizer step; remove"):
         trainer_of(tmp_path, ReSegCallback()).fit(module, two_loaders())
     module.semi.update()
 
@@ -483,7 +483,7 @@ def test_uses_that_would_save_or_validate_something_else_are_refused(tmp_path):
     trainer_of(tmp_path, only, ReSegCallback(validate_average=False), max_epochs=1).fit(few_labels(), two_loaders())
     module = few_labels()
     module.other = CutMixConsistency(module.net, rampup_steps=None, ignore_index=IGNORED)
-    with pytest.raises(ReSegError, match="two mean teachers average one model"):
+    with pytest.raises(ReSegError, match="two mean teachers average the same model"):
         trainer_of(tmp_path, ReSegCallback()).fit(module, two_loaders())
 
     class Others(FewLabels):

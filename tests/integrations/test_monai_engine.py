@@ -339,7 +339,7 @@ def test_the_mean_teacher_follows_after_each_step_of_the_optimizer(monkeypatch):
             engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: few.semi.update())
 
     few = FewLabels(handlers=[Twice()])
-    with pytest.raises(ReSegError, match=r"SemiSupervisedHandler calls update\(\) after each step"):
+    with pytest.raises(ReSegError, match=r"SemiSupervisedHandler calls update\(\) after each optimizer step"):
         few.run()
 
 
@@ -374,18 +374,18 @@ def test_the_evaluator_sees_the_mean_teacher_and_saves_its_best(tmp_path):
 
 
 def test_wrong_uses_with_unlabelled_images_say_what_to_do():
-    with pytest.raises(ReSegError, match=r"give the trainer loss_function=semi.loss,.*task_loss="):
+    with pytest.raises(ReSegError, match=r"pass loss_function=semi.loss.*task_loss="):
         FewLabels(loss_function=dice_ce).run()
     other = FewLabels()
     few = FewLabels()
     few.trainer.network = other.net
     with pytest.raises(ReSegError, match="another model than the trainer's network"):
         few.run()
-    with pytest.raises(ReSegError, match="SemiSupervisedHandler is made with a SemiSupervised, got UNet"):
+    with pytest.raises(ReSegError, match="SemiSupervisedHandler needs a SemiSupervised, got UNet"):
         SemiSupervisedHandler(few.net, unlabelled_images())  # pyright: ignore[reportArgumentType]
     engine = Engine(lambda engine, x: None)
     few.handler.attach(engine)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ReSegError, match=r"use semi.loss in your own update function"):
+    with pytest.raises(ReSegError, match=r"call semi.loss in your own update function"):
         engine.run([0])
-    with pytest.raises(ReSegError, match="state is of a SemiSupervised, and a SemiSupervisedHandler is to load"):
+    with pytest.raises(ReSegError, match="state is of a SemiSupervised, but it is loaded into a SemiSupervisedHandler"):
         few.handler.load_state_dict(few.semi.state_dict())

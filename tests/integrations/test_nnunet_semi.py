@@ -181,9 +181,9 @@ def test_images_are_preprocessed_as_nnunet_does_it(folders, monkeypatch, tmp_pat
     shutil.copy(raw / "imagesTr" / "case_003_0000.nii.gz", raw / "imagesUn")
     refused("case_003: in imagesUn and in imagesTr")
     os.rename(raw / "imagesUn" / "case_003_0000.nii.gz", raw / "imagesUn" / "other_0001.nii.gz")
-    refused(f"other in {raw / 'imagesUn'}: not the 1 channels that dataset.json names")
+    refused(f"other in {raw / 'imagesUn'}: these do not have the 1 channels of dataset.json")
     shutil.rmtree(raw / "imagesUn")
-    refused("imagesUn has no images; they are named as those of imagesTr, NAME_0000.nii.gz and so on")
+    refused("imagesUn has no images; name them as in imagesTr: NAME_0000.nii.gz and so on")
     refused("the plans have no configuration 4d; they have 2d, 3d_fullres", "-c", "4d")
     refused("OtherPlans.json does not exist; run nnUNetv2_plan_and_preprocess first", "-p", "OtherPlans")
     shutil.rmtree(done / "nnUNetPlans_2d")
@@ -201,7 +201,7 @@ def test_patients_by_their_ids():
         "TCGA-02-0006": ["TCGA-02-0006_a"], "TCGA-02-0009": ["TCGA-02-0009"],
     }  # fmt: skip
     assert patients(["nobody"]) == {"nobody": ["nobody"]}
-    with pytest.raises(ReSegError, match="no regular expression"):
+    with pytest.raises(ReSegError, match="not a regular expression"):
         patients(heart, "(")
 
 
@@ -212,7 +212,7 @@ def test_folds_of_patients_and_warnings_where_they_are_not(tmp_path):
     cases = [f"p{who}_{frame}" for who in range(7) for frame in "ab"]
     file, pattern = tmp_path / "splits_final.json", r".*?\d+"
     (told,) = warnings_of(cases, ["other1_a"], file, pattern)
-    assert told.startswith("several cases seem to be of one patient: p0, p1, p2, p3, p4 and 2 more. nnU-Net draws its")
+    assert told.startswith("several cases seem to be of one patient: p0, p1, p2, p3, p4 and 2 more. nnU-Net splits")
     write_splits(patients(cases), file)
     folds = json.loads(file.read_text())
     assert len(folds) == 5
@@ -228,9 +228,9 @@ def test_folds_of_patients_and_warnings_where_they_are_not(tmp_path):
     file.write_text(json.dumps(folds))
     (told,) = warnings_of(cases, [], file, pattern)
     assert re.match(r".*splits_final.json has cases of one patient on both sides of a fold.*: p\d\. Move", told)
-    with pytest.raises(ReSegError, match="has other folds, which trainings may follow"):
+    with pytest.raises(ReSegError, match="has other folds, and trainings may use them"):
         write_splits(patients(cases), file)
-    with pytest.raises(ReSegError, match="5 folds need as many patients, there are 2: p0, p1"):
+    with pytest.raises(ReSegError, match="5 folds need at least 5 patients, but there are 2: p0, p1"):
         write_splits(patients(cases[:4]), tmp_path / "none.json")
     # ids that all start alike tell no patients
     assert warnings_of(["site1_a", "site1_b"], ["site1_c"], tmp_path / "none.json", pattern) == []
@@ -264,7 +264,7 @@ def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch,
     plans = json.loads(file.read_text())
     plans["configurations"]["2d"]["normalization_schemes"] = ["CTNormalization"]
     file.write_text(json.dumps(plans))
-    with pytest.raises(ReSegError, match="were preprocessed by other plans than these: run `python -m reseg_loss"):
+    with pytest.raises(ReSegError, match="were preprocessed with other plans: run `python -m reseg_loss"):
         make().on_train_start()
 
 
@@ -426,7 +426,7 @@ def test_losses_that_cannot_leave_voxels_out_are_refused(folders, monkeypatch, t
     for other in (nnUNetTrainerDiceLoss, nnUNetTrainerCELoss):
         made = make()
         monkeypatch.setattr(made, "_build_loss", lambda made=made, other=other: other._build_loss(made))  # noqa: SLF001 - nnU-Net's
-        with pytest.raises(ReSegError, match="loss cannot leave out voxels without a sure pseudo-label"):
+        with pytest.raises(ReSegError, match="loss cannot ignore voxels without a sure pseudo-label"):
             made.on_train_start()
 
 
@@ -462,7 +462,7 @@ def test_weight_0_and_a_run_without_images_are_the_stock_trainers_to_the_bit(
         make(configuration).on_train_start()
     monkeypatch.delenv("nnUNet_raw")  # as on a machine that has what is preprocessed alone
     none = tiny.train(make(configuration, batch=4))
-    assert f"are used after `python -m reseg_loss.integrations.nnunet prepare {tiny.DATASET}`" in log_of(none)
+    assert f"run `python -m reseg_loss.integrations.nnunet prepare {tiny.DATASET}`" in log_of(none)
     for other in (made, none):
         assert equal(other.network, stock.network)
         for key in ("train_losses", "val_losses", "ema_fg_dice"):
@@ -557,7 +557,7 @@ def test_final_checkpoints_predict_with_the_mean_teacher_and_go_on_with_the_stud
     without = make(resume=True)
     without.unlabelled_weight = 0
     without.load_checkpoint(str(Path(made.output_folder) / "checkpoint_final.pth"))
-    with pytest.raises(ReSegError, match="begun with unlabelled images, and has none now"):
+    with pytest.raises(ReSegError, match="started with unlabelled images, but has none now"):
         without.on_train_start()
 
 

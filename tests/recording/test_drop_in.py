@@ -356,7 +356,7 @@ def test_a_refused_call_forgets_the_forward_that_waited_for_it():
         reseg.alignment_loss(label)
     assert not held(reseg.extractor)
     model.train()(image)
-    with pytest.raises(ReSegError, match="a label is a tensor"):
+    with pytest.raises(ReSegError, match="a label must be a dense tensor"):
         reseg.alignment_loss(None)
     assert not held(reseg.extractor)
     model(image)

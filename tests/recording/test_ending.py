@@ -57,9 +57,9 @@ def test_only_the_forward_of_the_output_counts():
     assert torch.equal(ending.logits(second).softmax(1), second)
     assert not torch.equal(first, second)
     model(IMAGE)
-    refused(ending, out + 1, "not what its module 'end'")
+    refused(ending, out + 1, "not the output of its module 'end'")
     model(IMAGE)
-    refused(ending, out[:1], "not what its module 'end'")
+    refused(ending, out[:1], "not the output of its module 'end'")
     out = model(IMAGE)
     assert ending.logits(out.clone()).shape == out.shape  # a wrapper may hand on another tensor of its values
 
@@ -92,7 +92,7 @@ def test_copies_are_inert_and_hooks_go():
     model, ending = hooked()
     other = copy.deepcopy(model)
     out = other(IMAGE)
-    refused(ending, out, "a copy of a model has no hooks")
+    refused(ending, out, "A copy of a model has no hooks")
     ending.remove()
     ending.remove()
     refused(ending, model(IMAGE), "did not run")

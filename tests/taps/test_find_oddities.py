@@ -287,7 +287,7 @@ def test_opaque_kernels_are_bridged() -> None:
     assert str(plan.bottleneck) == "down.3"
     assert len(plan.notes) == 1
     assert plan.notes[0].startswith(
-        "told by shape, as a kernel before hides what it does: down.0 (NCHW), fuse.0 (NCHW)"
+        "layout inferred from the shape, because a kernel before it hides what it does: down.0 (NCHW), fuse.0 (NCHW)"
     )
 
 
@@ -299,8 +299,8 @@ def test_a_layout_that_is_given_is_not_told_by_shape() -> None:
     }
     plan = find_taps(Small(act=Opaque), torch.randn(2, 3, 32, 32), taps=named)
     assert plan.notes == (
-        "told by shape, as a kernel before hides what it does: fuse.1 (NCHW). "
-        "If a layout is not right, give it: Tap(..., layout=...)",
+        "layout inferred from the shape, because a kernel before it hides what it does: fuse.1 (NCHW). "
+        "If a layout is wrong, pass the right one: Tap(..., layout=...)",
     )
 
 
@@ -336,7 +336,7 @@ def test_of_two_encoders_whose_sum_no_hook_sees_one_is_tapped_and_the_plan_says_
     plan = found(TwoEncoders(modules=False))
     assert names(plan) == NAMES
     assert str(plan.bottleneck) == "in:up.2"
-    said = "level 16x16: several features of the encoder make the skip, which no hook sees; down.1 is one of them"
+    said = "level 16x16: the skip combines several encoder features, and no hook can see it; down.1 is one of them"
     assert said in plan.notes
 
 
@@ -1081,7 +1081,7 @@ def test_the_list_in_an_error_shows_elements_of_tuples_and_the_error_what_still_
     message = str(raised.value)
     assert "16x16: blocks.0[0]\n" in message
     assert "8x8: blocks.1[0]\n" in message
-    assert "CutMixConsistency trains every segmentation network, if deep= is left out" in message
+    assert "CutMixConsistency needs no taps if deep= is left out" in message
 
 
 def test_one_level_is_not_enough_and_the_error_shows_it() -> None:
@@ -1131,10 +1131,10 @@ def test_keys_from_the_end_and_calls() -> None:
     [
         ({"encoder": ["down.7"]}, r"no module 'down.7'.* Did you mean .*'down"),
         ({"encoder": ["down"]}, "never calls 'down' itself, only modules inside it"),
-        ({"encoder": ["pool@3"]}, r"'pool' is called 3 time\(s\)"),
+        ({"encoder": ["pool@3"]}, r"a forward calls 'pool' 3 time\(s\)"),
         ({"encoder": ["down.0[1]"]}, r"'down.0' returns  \(2, 4, 32, 32\); choose"),
-        ({"encoder": ["down.0", "down.0.0"]}, "are both of size"),
-        ({"encoder": ["down.3"]}, r"of size \(4, 4\), at which no decoder feature was found"),
+        ({"encoder": ["down.0", "down.0.0"]}, "both have size"),
+        ({"encoder": ["down.3"]}, r"has size \(4, 4\), but no decoder feature of that size was found"),
         ({"encoder": ["down.0", "down.1"], "decoder": ["fuse.0"]}, "2 encoder taps and 1 decoder taps"),
         (
             {"encoder": ["down.0"], "decoder": ["fuse.1"]},
@@ -1142,7 +1142,7 @@ def test_keys_from_the_end_and_calls() -> None:
         ),
         ({"encodr": ["down.0"]}, "encodr"),
         ({"bottleneck": "in down"}, "no module 'in down'"),
-        *(({"bottleneck": bad}, "is no tap: write") for bad in ("down.3]", 3, None, [None])),
+        *(({"bottleneck": bad}, "is not a tap: write") for bad in ("down.3]", 3, None, [None])),
     ],
 )
 def test_wrong_names(taps: dict[str, Any], message: str) -> None:
@@ -1157,7 +1157,7 @@ def test_key_of_a_list_is_needed() -> None:
 
 def test_not_a_feature_map() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
-    with pytest.raises(TapError, match=r"shape \(2, 5\) is no feature map"):
+    with pytest.raises(TapError, match=r"shape \(2, 5\) is not a feature map"):
         find_taps(model, torch.randn(IMAGE), taps={"bottleneck": "1"})
 
 
@@ -1214,11 +1214,14 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["no_such_module:Small"], "there is no module 'no_such_module'"),
         (["test_find_oddities"], "not of the form MODULE:FACTORY"),
         (["test_find_oddities:Smal"], "has no 'Smal'. Did you mean 'Small'"),
-        (["test_find_oddities:conv"], "cannot be called so: missing a required argument: 'cin'. It takes (cin: "),
+        (
+            ["test_find_oddities:conv"],
+            "cannot be called with these arguments: missing a required argument: 'cin'. It takes (cin: ",
+        ),
         (["test_find_oddities:Small", "wide=3"], "unexpected keyword argument 'wide'. It takes (width: "),
-        (["test_find_oddities:Small", "3"], "'3' is no argument of the model: write NAME=VALUE"),
-        (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: these are whole numbers"),
-        (["test_find_oddities:Small", "--shape=1,-3,32,32"], "--shape 1,-3,32,32: these are whole numbers from 1 on"),
+        (["test_find_oddities:Small", "3"], "'3' is not an argument of the model: write NAME=VALUE"),
+        (["test_find_oddities:Small", "--shape", "1x3x32x32"], "--shape 1x3x32x32: expected whole numbers"),
+        (["test_find_oddities:Small", "--shape=1,-3,32,32"], "--shape 1,-3,32,32: expected whole numbers >= 1"),
         (["test_find_oddities:NAMES"], "is list, not a class or a function"),
         (["test_find_oddities:Output", "features=1"], "returned Output, not a torch.nn.Module"),
     ],
@@ -1315,7 +1318,7 @@ def test_a_layout_and_a_mark_of_the_users_stay() -> None:
     assert plan.levels[0].encoder.mutated
     assert torch.equal(features.decoder[0], kept[-1].movedim(-1, 1))
     named["bottleneck"] = Tap("stages.2", layout="NLC")
-    with pytest.raises(TapError, match="no feature map in layout NLC"):
+    with pytest.raises(TapError, match="not a feature map in layout NLC"):
         features_of(model, named, image)
 
 

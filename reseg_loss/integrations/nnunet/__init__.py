@@ -1,1 +1,1 @@
-"""nnU-Net v2: two trainers for `-tr`, once the line of `python -m reseg_loss.integrations.nnunet` is run."""
+"""nnU-Net v2: two trainers for `-tr`. First run the line that `python -m reseg_loss.integrations.nnunet` prints."""

@@ -1,4 +1,4 @@
-"""Show nnU-Net our trainers: `eval "$(python -m reseg_loss.integrations.nnunet)"`; and `prepare` unlabelled images."""
+"""Let nnU-Net find our trainers, `eval "$(python -m reseg_loss.integrations.nnunet)"`; `prepare` unlabelled images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...errors import ReSegError
 
 
 def folder() -> Path:
-    """Where nnU-Net finds the trainers."""
+    """The folder in which nnU-Net finds the trainers."""
     return Path(__file__).with_name("ext")
 
 
 def print_lines() -> None:
-    """The folder joins those that nnUNet_extTrainer names already. PowerShell's line is for readers, not for `eval`."""
+    """Add the folder to those in nnUNet_extTrainer. The PowerShell line is for readers, not for `eval`."""
     named = os.environ.get("nnUNet_extTrainer", "").split(os.pathsep)  # noqa: SIM112
     paths = os.pathsep.join(dict.fromkeys([*filter(None, named), str(folder())]))
     print(f"export nnUNet_extTrainer={shlex.quote(paths)}")
@@ -30,22 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m reseg_loss.integrations.nnunet",
-        description="Without a command: print the line that shows nnU-Net our trainers.",
+        description="Without a command: print the line that lets nnU-Net find our trainers.",
     )
     command = parser.add_subparsers(dest="command").add_parser(
-        "prepare", help="preprocess images without labels (nnUNet_raw/DATASET/imagesUn) by nnU-Net's plans"
+        "prepare", help="preprocess images without labels (nnUNet_raw/DATASET/imagesUn) with nnU-Net's plans"
     )
     command.add_argument("dataset", help="its id or name")
     command.add_argument("-p", dest="plans", default="nnUNetPlans", help="the plans' name (%(default)s)")
     command.add_argument("-c", dest="configurations", nargs="+", help="default: all that nnU-Net has preprocessed")
-    command.add_argument("-np", dest="processes", type=int, help="at a time (as many as nnU-Net's own)")
+    command.add_argument("-np", dest="processes", type=int, help="number of processes (default: nnU-Net's own number)")
     command.add_argument(
         "--patient-splits",
         nargs="?",
         const=True,
         metavar="PATTERN",
-        help="write a splits_final.json that keeps a patient's cases together; PATTERN is a regular expression for the "
-        "start of an id that names the patient, by default all up to its first number",
+        help="write a splits_final.json that keeps each patient's cases together; PATTERN is a regular expression for "
+        "the start of an id that names the patient (default: everything up to and including the first number)",
     )
     given = parser.parse_args(arguments)
     if given.command is None:

@@ -1,4 +1,4 @@
-"""nnU-Net's checkpoints with changed entries, and the trainer that they are predicted with."""
+"""nnU-Net's checkpoints with changed entries, and the trainer that predicts with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def finish(partial: str, filename: str, changes: dict[str, Any]) -> None:
 
 
 def trainer_to_predict_with(mine: Any, ours: type) -> str:
-    """The name of the trainer that `ours` builds on in `mine`, unless a subclass of `ours` has a network of its own."""
+    """The name of the trainer that `ours` extends in `mine`, unless a subclass of `ours` builds its own network."""
     base = mine.__mro__[mine.__mro__.index(ours) + 1]
     same = base.build_network_architecture is mine.build_network_architecture
     return base.__name__ if same else mine.__name__

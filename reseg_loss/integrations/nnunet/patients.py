@@ -1,4 +1,4 @@
-"""Which cases are of one patient, by their ids, and splits that keep a patient's cases together."""
+"""Which cases belong to one patient, judged by their ids, and splits that keep a patient's cases together."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -18,15 +18,15 @@ FOLDS = 5
 
 
 def patients(identifiers: Iterable[str], pattern: str = UP_TO_A_NUMBER) -> dict[str, list[str]]:
-    """Ids by patient: what `pattern` matches at an id's start, the whole id if it does not. All are sorted.
+    """Ids by patient. The patient is what `pattern` matches at an id's start, or the whole id. All are sorted.
 
     Raises:
-        ReSegError: `pattern` is no regular expression.
+        ReSegError: `pattern` is not a regular expression.
     """
     try:
         start = re.compile(pattern)
     except re.error as error:
-        raise ReSegError(f"the patients' pattern {pattern!r} is no regular expression: {error}") from error
+        raise ReSegError(f"the pattern for patients {pattern!r} is not a regular expression: {error}") from error
     groups: dict[str, list[str]] = defaultdict(list)
     for identifier in sorted(identifiers):
         match = start.match(identifier)
@@ -35,22 +35,24 @@ def patients(identifiers: Iterable[str], pattern: str = UP_TO_A_NUMBER) -> dict[
 
 
 def split_between(groups: dict[str, list[str]], file: Path) -> list[str]:
-    """Patients of several cases that a splits_final.json has on both sides of a fold."""
+    """Patients with several cases that a splits_final.json has on both sides of a fold."""
     folds = json.loads(file.read_text())
     sides = [tuple(set(fold[side]) for side in ("train", "val")) for fold in folds]
     return [who for who, cases in groups.items() if any(all(side & set(cases) for side in fold) for fold in sides)]
 
 
 def write_splits(groups: dict[str, list[str]], file: Path) -> None:
-    """A splits_final.json of nnU-Net's own kind, drawn of patients in place of cases.
+    """Write a splits_final.json as nnU-Net does, but split by patient and not by case.
 
     Raises:
-        ReSegError: there is another one already, or there are too few patients.
+        ReSegError: there is a different one already, or there are too few patients.
     """
     if len(groups) < FOLDS:
-        raise ReSegError(f"{FOLDS} folds need as many patients, there are {len(groups)}: {', '.join(groups)}")
+        raise ReSegError(
+            f"{FOLDS} folds need at least {FOLDS} patients, but there are {len(groups)}: {', '.join(groups)}"
+        )
     folds = generate_crossval_split(list(groups), seed=12345, n_splits=FOLDS)
     splits = [{side: sorted(c for who in whose for c in groups[str(who)]) for side, whose in f.items()} for f in folds]
     if file.exists() and json.loads(file.read_text()) != splits:
-        raise ReSegError(f"{file} has other folds, which trainings may follow; move it away to have these")
+        raise ReSegError(f"{file} has other folds, and trainings may use them; move it away to get these folds")
     file.write_text(json.dumps(splits, indent=4))

@@ -1,4 +1,4 @@
-"""Preprocess a data set's images without labels by nnU-Net's own plans."""
+"""Preprocess a data set's images without labels with nnU-Net's own plans."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -33,15 +33,16 @@ def prepare(
     processes: int | None = None,
     patient_splits: str | bool = False,
 ) -> None:
-    """Preprocess imagesUn for the configurations that nnU-Net has preprocessed, and look whose images they are.
+    """Preprocess imagesUn for the configurations that nnU-Net has preprocessed, and check which patients they are of.
 
     Args:
         dataset: id or name.
-        plans_name: the plans, as nnU-Net's -p.
-        configurations: some of the plans'; None takes all that nnU-Net has preprocessed.
-        processes: at a time; None takes nnU-Net's number.
-        patient_splits: True writes a splits_final.json that keeps a patient's cases together; a string, too, and is a
-            regular expression for the start of an id that names the patient (else all up to its first number).
+        plans_name: the plans, as in nnU-Net's -p.
+        configurations: some of the plans' configurations; None takes all that nnU-Net has preprocessed.
+        processes: number of processes; None takes nnU-Net's number.
+        patient_splits: True writes a splits_final.json that keeps each patient's cases together. A string does so, too,
+            and is a regular expression for the start of an id that names the patient. The default is everything up to
+            and including the first number.
 
     Raises:
         ReSegError: there are no such images or plans, images lack channels, or an id is also in imagesTr.
@@ -58,7 +59,10 @@ def prepare(
     first = str(done / chosen[0].data_identifier)
     labelled = infer_dataset_class(first).get_identifiers(first)
     if both := set(cases) & set(labelled):
-        raise ReSegError(f"{named(both)}: in imagesUn and in imagesTr, so an image with a label would count as without")
+        raise ReSegError(
+            f"{named(both)}: in imagesUn and in imagesTr, so labelled images would count as unlabelled ones; remove "
+            "them from imagesUn"
+        )
     splits_file = done / "splits_final.json"
     pattern = patient_splits if isinstance(patient_splits, str) else UP_TO_A_NUMBER
     if patient_splits:
@@ -73,7 +77,7 @@ def prepare(
 
 
 def _configurations(plans: Any, names: Sequence[str] | None, done: Path) -> list[Any]:
-    """Those asked for, or that nnU-Net has preprocessed; of several with the same images one."""
+    """The configurations asked for, or those that nnU-Net has preprocessed; one of several with the same images."""
     known = plans.available_configurations
     for name in names or ():
         if name not in known:
@@ -89,7 +93,7 @@ def find_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]
     """The files of each image, in the order of channels.
 
     Raises:
-        ReSegError: there are none, or not all channels of one.
+        ReSegError: there are no images, or one of them lacks channels.
     """
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
     cases: dict[str, dict[int, str]] = defaultdict(dict)
@@ -97,33 +101,33 @@ def find_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]
         if match := pattern.fullmatch(file.name):
             cases[match[1]][int(match[2])] = str(file)
     if not cases:
-        raise ReSegError(f"{folder} has no images; they are named as those of imagesTr, NAME_0000{ending} and so on")
+        raise ReSegError(f"{folder} has no images; name them as in imagesTr: NAME_0000{ending} and so on")
     wrong = [case for case, files in cases.items() if sorted(files) != list(range(channels))]
     if wrong:
-        raise ReSegError(f"{named(wrong)} in {folder}: not the {channels} channels that dataset.json names")
+        raise ReSegError(f"{named(wrong)} in {folder}: these do not have the {channels} channels of dataset.json")
     return {case: [files[channel] for channel in range(channels)] for case, files in cases.items()}
 
 
 def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path, pattern: str) -> list[str]:
-    """What would let a fold's training see its validation patients, to judge by the ids."""
+    """Warnings about whatever would let a fold's training see its validation patients, judged by the ids."""
     own, others, found = patients(labelled, pattern), patients(unlabelled, pattern), []
     if len({*own, *others}) == 1:
         return []  # all ids start alike: the pattern does not tell patients
     several = {who: cases for who, cases in own.items() if len(cases) > 1}
     if not splits.exists() and several:
         found.append(
-            f"several cases seem to be of one patient: {named(several)}. nnU-Net draws its folds of cases, so a fold's "
-            "validation has patients of its training; --patient-splits draws the folds of patients"
+            f"several cases seem to be of one patient: {named(several)}. nnU-Net splits folds by case, so a fold's "
+            "validation has patients of its training; --patient-splits splits folds by patient"
         )
     elif splits.exists() and (leaked := split_between(several, splits)):
         found.append(
-            f"{splits} has cases of one patient on both sides of a fold, to judge by their names: {named(leaked)}. "
-            "Move it away and pass --patient-splits for folds that are drawn of patients"
+            f"{splits} has cases of one patient on both sides of a fold, judging by their names: {named(leaked)}. Move "
+            "it away and pass --patient-splits to split folds by patient"
         )
     if both := own.keys() & others.keys():
         found.append(
             f"patients of imagesTr seem to have images in imagesUn, too: {named(both)}. All folds train on these, "
-            "without labels, also the fold that validates on the patient"
+            "without labels, including the fold that validates on the patient"
         )
     return found
 
@@ -131,7 +135,7 @@ def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path
 def preprocess(
     cases: dict[str, list[str]], folder: Path, plans: Any, configuration: Any, about: Any, processes: int
 ) -> None:
-    """All images of one configuration, into an empty folder; the record, written last, says that it is whole."""
+    """All images of one configuration, into an empty folder; the record, written last, marks it as complete."""
     record_of(folder).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -152,7 +156,7 @@ def preprocess(
 
 
 def preprocess_case(output: str, files: list[str], plans: Any, configuration: Any, about: Any) -> None:
-    """One image by nnU-Net's preprocessor, with the places of each class that its loader looks up: none."""
+    """One image with nnU-Net's preprocessor, with an empty list of places for each class, as its loader needs them."""
     configuration.preprocessor_class(verbose=False).run_case_save(output, files, None, plans, configuration, about)
     labels = plans.get_label_manager(about)
     keys = labels.foreground_regions if labels.has_regions else labels.foreground_labels

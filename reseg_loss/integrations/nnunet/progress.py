@@ -1,4 +1,4 @@
-"""Values of an epoch in nnU-Net's logger, and a plot of them."""
+"""Log an epoch's values with nnU-Net's logger, and plot them."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -14,10 +14,10 @@ PLOT = "progress_unlabelled.png"  # nnU-Net's own plot has no place for more
 
 
 def log(logger: Any, values: Mapping[str, float], epoch: int) -> None:
-    """Log values beside nnU-Net's: in its checkpoints, and in Weights & Biases where that is on.
+    """Log values along with nnU-Net's own: in its checkpoints, and in Weights & Biases if that is on.
 
-    Its local logger refuses names that it does not know, and wants one value an epoch; epochs without one are NaN.
-    Where a newer nnU-Net keeps its values elsewhere, this does nothing: they are in the log file, too.
+    Its local logger refuses unknown names, and needs one value per epoch; epochs without a value get NaN. If a newer
+    nnU-Net keeps its values elsewhere, this does nothing; they are in the log file, too.
     """
     known = _entries(logger)
     if known is None:
@@ -29,7 +29,7 @@ def log(logger: Any, values: Mapping[str, float], epoch: int) -> None:
 
 
 def plot(logger: Any, names: Sequence[str], folder: str) -> None:
-    """Draw what was logged, each in a panel of its own, beside nnU-Net's progress.png."""
+    """Plot the logged values, each in its own panel, next to nnU-Net's progress.png."""
     known = _entries(logger)
     if known is None:
         return

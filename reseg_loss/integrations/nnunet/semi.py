@@ -1,4 +1,4 @@
-"""nnU-Net's trainer with unlabelled images: a mean teacher labels them, the network learns that on mixed images."""
+"""nnU-Net's trainer with unlabelled images: a mean teacher labels them, the network learns these on mixed images."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -30,15 +30,15 @@ STUDENT = "reseg_student"  # in checkpoints
 class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
     """`nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerSemi`, after `prepare DATASET`.
 
-    Validation and checkpoints have the mean teacher's weights as the network's, and checkpoints name the stock
-    trainer: they predict where this library is not installed. They hold the network in training beside, for `--c`. At
-    weight 0 or without unlabelled images this is the stock trainer.
+    Validation uses the mean teacher's weights, and checkpoints hold them as the network's. Checkpoints name the stock
+    trainer, so they can predict where this library is not installed. They also hold the network in training, for `--c`.
+    At weight 0 or without unlabelled images this is the stock trainer.
 
     Attributes:
-        unlabelled_weight: a factor of the unlabelled loss, at its full size.
-        rampup: the share of all epochs over which it grows to that (`reseg_loss.mixing.ramp_up`).
-        threshold: the probability from which on a pseudo-label is sure.
-        ema_decay: of the mean teacher, per step.
+        unlabelled_weight: a factor of the unlabelled loss, after the ramp.
+        rampup: the share of all epochs over which the loss grows to that weight (`reseg_loss.mixing.ramp_up`).
+        threshold: a pseudo-label is sure if its probability is at least this.
+        ema_decay: decay of the mean teacher, per step.
     """
 
     unlabelled_weight: float = 1.0
@@ -61,8 +61,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         if images is None:
             if self.student_of_checkpoint is not None:
                 raise ReSegError(
-                    "this run was begun with unlabelled images, and has none now: prepare them again, with an "
-                    "unlabelled_weight other than 0, or begin anew without --c"
+                    "this run was started with unlabelled images, but has none now: prepare them again and use an "
+                    "unlabelled_weight other than 0, or start over without --c"
                 )
             super().on_train_start()
             return
@@ -86,7 +86,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         )
 
     def unlabelled_images(self) -> unlabelled.Images | None:
-        """What `prepare` has preprocessed, and cases of imagesTr with the label "ignore" alone; None without any."""
+        """The images from `prepare`, and cases of imagesTr whose label is only "ignore"; None if there are none."""
         dataset = Path(self.preprocessed_dataset_folder_base)
         sources = unlabelled.prepared(dataset, self.plans_manager, self.configuration_manager)
         if not sources:
@@ -95,8 +95,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         if sources:
             return unlabelled.Images(sources)
         self.print_to_log_file(
-            f"No unlabelled images: this training is nnU-Net's own. Images of {dataset.name}/imagesUn in nnUNet_raw "
-            f'are used after `{unlabelled.PREPARE} {dataset.name}`, and so are cases whose label is "ignore" alone'
+            f"No unlabelled images: this training is nnU-Net's own. To use images in {dataset.name}/imagesUn of "
+            f'nnUNet_raw, run `{unlabelled.PREPARE} {dataset.name}`. Cases whose label is only "ignore" are used, too'
         )
         return None
 
@@ -112,11 +112,11 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
 
     @cached_property
     def without_labels(self) -> set[str]:
-        """Cases of imagesTr whose label is "ignore" alone."""
+        """Cases of imagesTr whose label is only "ignore"."""
         return unlabelled.without_labels(self.dataset_class(self.preprocessed_dataset_folder), self.label_manager)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's own step, on its batch and mixed unlabelled images in one."""
+        """nnU-Net's own step, on its batch together with mixed unlabelled images."""
         if self.mean_teacher is None:
             return super().train_step(batch)
         images = next(self.dataloader_unlabelled)["data"].to(self.device, non_blocking=True)
@@ -134,7 +134,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         return {**outputs, **{name: value.item() for name, value in zip(LOGGED, values)}}
 
     def perturb(self, images: Tensor) -> Tensor:
-        """Other intensities of mixed images, (B, C, *spatial); it must leave everything where it is."""
+        """Change the intensities of mixed images, (B, C, *spatial). It must not move anything in them."""
         return random_intensities(images)
 
     def factor(self) -> float:
@@ -143,7 +143,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         return self.unlabelled_weight * ramp_up(self.current_epoch, epochs if epochs > 0 else None)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        """Log the unlabelled loss and the share of sure voxels beside the loss, which contains them."""
+        """Log the unlabelled loss, which the logged loss contains, and the share of sure voxels."""
         super().on_train_epoch_end(train_outputs)
         if self.mean_teacher is None:
             return
@@ -165,7 +165,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         self._exchange_weights()
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
-        """Train on with the network's own."""
+        """Continue training with the network's own weights."""
         self._exchange_weights()
         super().on_validation_epoch_end(val_outputs)
 
@@ -176,7 +176,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
             progress.plot(self.logger, LOGGED, self.output_folder)
 
     def on_train_end(self) -> None:
-        """Leave the mean teacher's weights in the network, which nnU-Net validates then."""
+        """Leave the mean teacher's weights in the network, because nnU-Net validates it next."""
         super().on_train_end()
         if self.mean_teacher is not None:
             self._exchange_weights()
@@ -184,7 +184,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
             unlabelled.stop(self.dataloader_unlabelled)
 
     def save_checkpoint(self, filename: str) -> None:
-        """As the stock trainer under its name, the mean teacher's weights as the network's, and atomically."""
+        """Save as the stock trainer under its name, with the mean teacher's weights as the network's, atomically."""
         partial = f"{filename}.stock"
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
@@ -196,7 +196,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
             finish(partial, filename, changes)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        """The mean teacher's weights into the network, to validate or predict; `on_train_start` does the rest."""
+        """Load the mean teacher's weights into the network, to validate or predict; `on_train_start` does the rest."""
         super().load_checkpoint(filename_or_checkpoint)
         checkpoint = filename_or_checkpoint
         if isinstance(checkpoint, str):
@@ -204,7 +204,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         self.student_of_checkpoint = checkpoint.get(STUDENT)
 
     def _exchange_weights(self) -> None:
-        """The network's weights and buffers become the mean teacher's, and the other way round, in place."""
+        """Swap the weights and buffers of the network and the mean teacher, in place."""
         if self.mean_teacher is None:
             return
         with torch.no_grad():
@@ -219,7 +219,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         return int(max(self.label_manager.all_labels)) + 1 if own is None else own
 
     def _unlabelled_loss(self) -> nn.Module:
-        """The same kind of loss as of the labelled images, built for labels with an ignore value."""
+        """The same kind of loss as for the labelled images, built for labels with an ignore value."""
         own, labels = self.label_manager, {**self.dataset_json["labels"], "ignore": self._ignored()}
         self.label_manager = self.plans_manager.get_label_manager({**self.dataset_json, "labels": labels})
         try:

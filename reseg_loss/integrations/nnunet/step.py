@@ -17,14 +17,14 @@ NOT_SURE = 255  # of a region, before it becomes the channel of what is ignored
 
 
 def shares(batch_size: int) -> tuple[int, int]:
-    """How many of a step's images have labels, and how many have none: halves, or of small batches as many again."""
+    """How many of a step's images have labels, and how many have none: half each; small batches are doubled instead."""
     if batch_size >= 4:
         return batch_size - batch_size // 2, batch_size // 2
     return batch_size, max(batch_size, 2)  # one image has no other to be mixed with
 
 
 def pseudo_target(logits: Tensor, threshold: float, ignored: int, regions: bool) -> Tensor:
-    """nnU-Net's target of a prediction, at full resolution.
+    """A prediction as a target in nnU-Net's form, at full resolution.
 
     Args:
         logits: (B, C, *spatial) of classes, or of regions.
@@ -33,8 +33,8 @@ def pseudo_target(logits: Tensor, threshold: float, ignored: int, regions: bool)
         regions: the channels are regions, which may overlap.
 
     Returns:
-        (B, 1, *spatial) int16, classes or `ignored`. Of regions (B, C + 1, *spatial) bool, the last channel True where
-        not all regions are sure.
+        (B, 1, *spatial) int16, classes or `ignored`. For regions (B, C + 1, *spatial) bool, where the last channel is
+        True if not all regions are sure.
     """
     if not regions:
         return pseudo_label(logits, threshold, ignored).unsqueeze(1).to(torch.int16)
@@ -49,13 +49,13 @@ def counted(target: Tensor, ignored: int) -> Tensor:
 
 
 def mixed(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Images and their target with boxes of others."""
+    """Images and their target, with boxes from other images."""
     box = random_boxes(images)
     return mix(images, box), mix(target, box)
 
 
 def downsampled(target: Tensor, scales: Sequence[Sequence[float]] | None) -> Tensor | list[Tensor]:
-    """The target of each output of deep supervision, by nnU-Net's own transform; without scales as it is."""
+    """The target of each output of deep supervision, by nnU-Net's own transform; unchanged without scales."""
     if scales is None:
         return target
     levels = DownsampleSegForDSTransform(scales)(segmentation=target.flatten(0, 1))["segmentation"]
@@ -63,11 +63,11 @@ def downsampled(target: Tensor, scales: Sequence[Sequence[float]] | None) -> Ten
 
 
 class LossOfBoth(nn.Module):
-    """nnU-Net's loss; after `expect`, that of a joint output's first part and the weighted one of its second.
+    """nnU-Net's loss; after `expect`, its value on the first part of a joint output plus the weighted second part's.
 
     Args:
         loss: of the labelled images, and in validation.
-        unlabelled_loss: leaves voxels out where a pseudo-label is not sure.
+        unlabelled_loss: of the mixed images; it ignores voxels whose pseudo-label is not sure.
     """
 
     def __init__(self, loss: nn.Module, unlabelled_loss: nn.Module) -> None:
@@ -78,11 +78,11 @@ class LossOfBoth(nn.Module):
         """The last unlabelled loss, without its weight."""
 
     def expect(self, target: Any, weight: float) -> None:
-        """The next output has a second part, with this target."""
+        """Announce that the next output has a second part, with this target."""
         self._expected = target, weight
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        """Of the network's outputs and nnU-Net's targets, lists where there is deep supervision."""
+        """The loss of the network's outputs and nnU-Net's targets; these are lists with deep supervision."""
         if self._expected is None:
             return self.loss(output, target)
         (pseudo, weight), self._expected = self._expected, None
@@ -94,7 +94,7 @@ class LossOfBoth(nn.Module):
 
 
 def _first(outputs: Any) -> Tensor:
-    """The one at full resolution."""
+    """The output at full resolution."""
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
@@ -103,15 +103,15 @@ def _part(outputs: Any, which: slice) -> Any:
 
 
 def check_ignoring(loss: nn.Module, heads: int, levels: int | None, ignored: int, regions: bool, axes: int) -> None:
-    """Raise a ReSegError unless a loss leaves out what a target ignores, part of it or all; asked on the CPU.
+    """Raise a ReSegError unless a loss ignores the ignored voxels, if they are a part or all of a target. Runs on CPU.
 
     Args:
         loss: of the mixed images.
         heads: channels of the network's output.
-        levels: outputs of deep supervision; None without.
+        levels: number of outputs of deep supervision; None without it.
         ignored: the value of voxels that do not count.
         regions: the channels are regions.
-        axes: of an image, 2 or 3.
+        axes: number of spatial axes, 2 or 3.
     """
     shape = (2, heads, *[4] * axes)
     for part in (2, 4):
@@ -134,6 +134,6 @@ def check_ignoring(loss: nn.Module, heads: int, levels: int | None, ignored: int
 
 
 _MUST = (
-    "this trainer's loss cannot leave out voxels without a sure pseudo-label: what _build_loss returns must heed "
-    "self.label_manager.ignore_label, and be finite where a whole batch is ignored, as nnU-Net's default losses do"
+    "this trainer's loss cannot ignore voxels without a sure pseudo-label: the loss from _build_loss must respect "
+    "self.label_manager.ignore_label, and be finite if a whole batch is ignored, as nnU-Net's default losses are"
 )

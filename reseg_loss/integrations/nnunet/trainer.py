@@ -19,13 +19,13 @@ IGNORED = 255  # where regions have an ignore label
 class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
     """`nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerReSeg`.
 
-    Stage 1 runs on the fold's own training batches. Its file, reseg_stage1.pth in the output folder, is also where
-    `--c` finds the teacher, and where a stage 1 that was killed goes on. Checkpoints name the stock trainer, whose
-    network it is: they predict where this library is not installed. At weight 0 this is the stock trainer.
+    Stage 1 runs on the fold's own training batches. Its file is reseg_stage1.pth in the output folder. `--c` takes the
+    teacher from it, and a killed stage 1 resumes from it. Checkpoints name the stock trainer, because the network is
+    the same, so they can predict where this library is not installed. At weight 0 this is the stock trainer.
 
     Attributes:
         reseg_settings: keywords of `ReSegWrapper`. Label input and ignore value follow from the data set.
-        recon_epochs: length of stage 1 in epochs of `num_iterations_per_epoch` steps.
+        recon_epochs: length of stage 1, in epochs of `num_iterations_per_epoch` steps.
     """
 
     reseg_settings: ClassVar[dict[str, Any]] = {"preset": "paper"}
@@ -33,7 +33,7 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
     reseg: ReSegWrapper | None = None
 
     def on_train_start(self) -> None:
-        """Attach, before the (lazily) compiled network is called, and fit the teacher or take the file's."""
+        """Set the hooks before the (lazily) compiled network is called, and fit the teacher or take the file's."""
         super().on_train_start()
         if self.reseg_settings.get("weight") == 0:
             return
@@ -44,17 +44,17 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
             file.unlink(missing_ok=True)  # of an earlier run in this folder
         amp = torch.float16 if self.grad_scaler is not None else None
         history = reseg.fit_recon(_Epoch(self), epochs=self.recon_epochs, amp=amp, checkpoint=file)
-        self.print_to_log_file(f"stage 1: reconstruction loss {history[0]:.4f} at first, {history[-1]:.4f} at last")
+        self.print_to_log_file(f"stage 1: reconstruction loss {history[0]:.4f} at first, {history[-1]:.4f} at the end")
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        """Log the alignment beside the loss, which contains it."""
+        """Log the alignment; the logged loss contains it."""
         super().on_train_epoch_end(train_outputs)
         if self.reseg is not None:
             value = self.reseg.stats().get("alignment", 0.0)  # none at weight 0
             self.print_to_log_file(f"alignment {value:.4f} times {self.reseg.weight}")
 
     def save_checkpoint(self, filename: str) -> None:
-        """As the stock trainer under its name, and atomically."""
+        """Save as the stock trainer under its name, atomically."""
         partial = f"{filename}.stock"
         super().save_checkpoint(partial)
         if self.local_rank == 0 and not self.disable_checkpointing:
@@ -72,7 +72,7 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         return ReSegWrapper(self.network, example_input=example, **settings)
 
     def label_of(self, target: Tensor | list[Tensor]) -> Tensor:
-        """The label at full resolution; of regions, the ignore channel at the end becomes a value in the others."""
+        """The label at full resolution. For regions, the ignore channel at the end becomes a value in the others."""
         label = target[0] if isinstance(target, list) else target
         if self.label_manager.has_regions and self.label_manager.has_ignore_label:
             return torch.where(label[:, -1:] > 0, IGNORED, label[:, :-1].to(torch.uint8))
@@ -80,7 +80,7 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
 
 
 class _Epoch:
-    """The next batches of the trainer's endless loader, as many as an epoch has."""
+    """An epoch's number of batches from the trainer's endless loader."""
 
     def __init__(self, trainer: nnUNetTrainerReSeg) -> None:
         self.trainer = trainer
@@ -95,7 +95,7 @@ class _Epoch:
 
 
 class _WithAlignment(nn.Module):
-    """nnU-Net's loss, and in training the alignment loss."""
+    """nnU-Net's loss, plus the alignment loss in training."""
 
     def __init__(self, loss: nn.Module, reseg: ReSegWrapper, label: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Images without labels, as nnU-Net's loader takes them: those of `prepare`, and cases whose label is all "ignore"."""
+"""Images without labels for nnU-Net's loader: those from `prepare`, and cases whose label is only "ignore"."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -25,17 +25,17 @@ PREPARE = "python -m reseg_loss.integrations.nnunet prepare"
 
 
 def folder_of(dataset: Path, configuration: Any) -> Path:
-    """Where the preprocessed images of a configuration lie; nnU-Net deletes its own folders, so it is none of them."""
+    """The folder of a configuration's preprocessed images. It is not nnU-Net's own, because nnU-Net deletes those."""
     return dataset / "unlabelled" / configuration.data_identifier
 
 
 def record_of(folder: Path) -> Path:
-    """The file that says how and from which images a folder was made; it is written last."""
+    """The file that records how and from which images a folder was made; it is written last."""
     return folder.with_name(f"{folder.name}.json")
 
 
 def preprocessing(plans: Any, configuration: Any) -> dict[str, Any]:
-    """What of the plans decides how images are preprocessed, as JSON gives it back."""
+    """The part of the plans that determines how images are preprocessed, as JSON returns it."""
     settings = {
         "configuration": {name: value for name, value in configuration.configuration.items() if name not in OTHER},
         "transpose": plans.transpose_forward,
@@ -46,10 +46,10 @@ def preprocessing(plans: Any, configuration: Any) -> dict[str, Any]:
 
 
 def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
-    """By id the data set of each image that `prepare` has preprocessed; empty if it was not run.
+    """The data set of each image that `prepare` has preprocessed, by id; empty if it was not run.
 
     Raises:
-        ReSegError: they were preprocessed by other plans, or files are missing.
+        ReSegError: they were preprocessed with other plans, or files are missing.
     """
     folder = folder_of(dataset, configuration)
     record = record_of(folder)
@@ -58,14 +58,14 @@ def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
     about = json.loads(record.read_text())
     again = f"run `{PREPARE} {dataset.name}` again"
     if about["preprocessing"] != preprocessing(plans, configuration):
-        raise ReSegError(f"the unlabelled images in {folder} were preprocessed by other plans than these: {again}")
+        raise ReSegError(f"the unlabelled images in {folder} were preprocessed with other plans: {again}")
     if {file.stem for file in folder.glob("*.pkl")} != {*about["cases"]}:
         raise ReSegError(f"{folder} does not have the {len(about['cases'])} images that {record.name} names: {again}")
     return dict.fromkeys(about["cases"], infer_dataset_class(str(folder))(str(folder)))
 
 
 def refuse_unprepared(dataset: str) -> None:
-    """Raise a ReSegError if nnUNet_raw has images without labels of a data set, where none are prepared."""
+    """Raise a ReSegError if nnUNet_raw has unlabelled images of a data set; called if none are prepared."""
     if nnUNet_raw.is_set():
         folder = Path(nnUNet_raw) / dataset / "imagesUn"
         if folder.is_dir() and any(folder.iterdir()):
@@ -76,7 +76,7 @@ def refuse_unprepared(dataset: str) -> None:
 
 
 def without_labels(dataset: Any, labels: Any) -> set[str]:
-    """The ids of a data set's cases whose label is "ignore" everywhere, as their preprocessing has found it."""
+    """The ids of a data set's cases whose label is "ignore" everywhere, according to their preprocessing."""
     if not labels.has_ignore_label:
         return set()
     annotated = (-1, *labels.all_labels)
@@ -89,7 +89,7 @@ def without_labels(dataset: Any, labels: Any) -> set[str]:
 
 
 class Images:
-    """Cases of several of nnU-Net's data sets as one, for its loader.
+    """Cases of several of nnU-Net's data sets as one data set, for its loader.
 
     Args:
         sources: the data set of each id.
@@ -100,12 +100,12 @@ class Images:
         self.identifiers = sorted(sources)
 
     def load_case(self, identifier: str) -> Any:
-        """Image, segmentation, none of a previous stage, and properties, as nnU-Net's data sets give them."""
+        """Image, segmentation, no segmentation of a previous stage, and properties, as from nnU-Net's data sets."""
         return self.sources[identifier].load_case(identifier)
 
 
 def augmented(trainer: Any, images: Images, batch_size: int) -> Any:
-    """An endless iterator of batches of patches from anywhere in the images, with the trainer's own augmentation."""
+    """An endless iterator over batches of patches from anywhere in the images, with the trainer's own augmentation."""
     configuration = trainer.configuration_manager
     rotation, dummy_2d, initial_patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     transforms = trainer.get_training_transforms(
@@ -146,6 +146,6 @@ def stop(batches: Any) -> None:
 
 
 def named(identifiers: Iterable[str], shown: int = 5) -> str:
-    """The first few of some ids, for a message."""
+    """The first few ids, for a message."""
     found = sorted(set(identifiers))
     return ", ".join(found[:shown]) + (f" and {len(found) - shown} more" if len(found) > shown else "")
