@@ -111,6 +111,8 @@ def fit(
         )
     elif file is not None:
         file.check()
+        if resumed:
+            logger.info("stage 1 resumes from %s after epoch %d, step %d", file.path, len(history), step)
     run: _Run | None = None
     taps: FeatureExtractor | None = None
     recent: deque[Tensor] = deque(maxlen=RECENT_STEPS)
@@ -158,12 +160,14 @@ def fit(
                 raise ReSegError("the loader is empty (or an iterator that is used up); stage 1 needs batches")
             history.append(_finite(total, seen, step))
             bar.set_postfix(loss=f"{history[-1]:.4f}")
+            if rank() == 0:
+                logger.info("stage 1, epoch %d, step %d: reconstruction loss %.4f", len(history), step, history[-1])
             if file is not None:
                 run.teacher.check_finite(f"after {step} steps, although the loss before the last was finite")
                 now = {"history": history, "step": step, "constants": constants, "rng": rng_state()}
                 file.write({**state(), **run.state(), **now})
-    if history and constants:  # the last steps', for a pass may hold the whole training
-        last = float(torch.stack([*recent]).mean()) if recent else history[-1]
+    if history and constants:  # the last steps', for a pass may hold the whole training, or be hardly longer than these
+        last = float(torch.stack([*recent][-max(1, step // 2) :]).mean()) if recent else history[-1]
         _compare_with_constant(last, torch.cat(constants, 1), loss)
     return history
 
@@ -337,8 +341,8 @@ def _compare_with_constant(last: float, pixels: Tensor, loss: ReconLoss) -> None
     best = (loss.alpha * errors.square() + loss.beta * errors.abs()).mean(2).min(0).values.mean()
     if last >= float(best):
         warnings.warn(
-            f"the teacher's reconstruction loss is {last:.4f}, no better than the best constant image ({best:.4f}): "
-            "it has learnt nothing from the labels. Train longer, check that images and labels belong together, or "
-            "change the learning rate (optimizer=)",
+            f"the teacher's reconstruction loss over its last steps is {last:.4f}, no better than the best constant "
+            f"image ({best:.4f}): it has learnt nothing from the labels. Train longer, check that images and labels "
+            "belong together, scale the images to about unit range, or change the learning rate (optimizer=)",
             stacklevel=4,
         )

@@ -12,6 +12,7 @@ from models import UNet, batch, loader, task_loss
 from torch import nn
 
 from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
+from reseg_loss.alignment import stage1
 from reseg_loss.alignment.stage1 import sample_pixels
 from reseg_loss.common.files import write_atomically
 from reseg_loss.functional import semi_orthogonal
@@ -52,6 +53,31 @@ def test_a_teacher_that_learnt_nothing_is_warned_about():
     reseg = wrapper()
     with pytest.warns(UserWarning, match="no better than the best constant image"):
         reseg.fit_recon(loader(2), epochs=1, optimizer=lambda p: torch.optim.SGD(p, 1e-6), progress=False)
+
+
+@pytest.mark.parametrize(("calls", "judged"), [([6], 3), ([4, 6], 2)])
+def test_a_short_stage_1_is_judged_by_its_second_half_or_by_what_was_resumed(tmp_path, monkeypatch, calls, judged):
+    seen = []
+    monkeypatch.setattr(stage1, "_compare_with_constant", lambda last, pixels, loss: seen.append(last))
+    torch.manual_seed(0)
+    data, history = loader(3), []
+    for epochs in calls:
+        history = wrapper().fit_recon(data, epochs=epochs, checkpoint=tmp_path / "stage1.pt", progress=False)
+    assert seen[-1] == pytest.approx(sum(history[-judged:]) / judged, rel=1e-5)
+
+
+@untrained
+def test_the_log_has_a_line_an_epoch_and_says_that_it_resumes(tmp_path, caplog):
+    caplog.set_level("INFO", "reseg_loss")
+    torch.manual_seed(0)
+    for epochs in (1, 2):
+        history = wrapper().fit_recon(loader(3), epochs=epochs, checkpoint=tmp_path / "one.pt", progress=False)
+    lines = [record.getMessage() for record in caplog.records if "stage 1" in record.getMessage()]
+    assert lines == [
+        f"stage 1, epoch 1, step 3: reconstruction loss {history[0]:.4f}",
+        f"stage 1 resumes from {tmp_path / 'one.pt'} after epoch 1, step 3",
+        f"stage 1, epoch 2, step 6: reconstruction loss {history[1]:.4f}",
+    ]
 
 
 @untrained
