@@ -69,7 +69,7 @@ def test_the_tutorials_code_runs_as_pasted(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")  # MONAI's own
-def test_the_code_for_nifti_files_runs(tmp_path):
+def test_the_code_for_nifti_files_runs(tmp_path, monkeypatch):
     nib = pytest.importorskip("nibabel")
     np = pytest.importorskip("numpy")
     random = np.random.default_rng(0)
@@ -79,8 +79,13 @@ def test_the_code_for_nifti_files_runs(tmp_path):
             voxels = random.integers(0, 3, (20, 40, 40)).astype(np.uint8 if kind == "label" else np.float32)
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), file)
     scope = {"images": names["image"], "labels": names["label"], "unlabelled_images": names["other"]}
+    monkeypatch.chdir(tmp_path)
     docs_pages.run("how-to/nifti", scope)
     assert scope["semi"].calls == 3
+    for file in names["other"]:
+        written = nib.load(tmp_path / "predictions" / Path(file).name)
+        assert written.shape == nib.load(file).shape
+        assert np.array_equal(written.affine, np.eye(4))
 
 
 def test_every_page_is_in_the_navigation():
