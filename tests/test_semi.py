@@ -784,7 +784,7 @@ def test_the_loss_that_fails_is_named():
     with pytest.raises(ReSegError, match=r"task_loss failed on labelled images.*mine"):
         made(task_loss=broken)[1].loss(*step())
     for name in ("task_loss", "unlabelled_loss"):
-        with pytest.raises(ReSegError, match=f"{name} is a function"):
+        with pytest.raises(ReSegError, match=f"{name} must be a function"):
             made(**{name: "dice"})
 
 

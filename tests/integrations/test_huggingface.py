@@ -226,7 +226,7 @@ def test_a_call_of_update_while_it_trains_and_other_wrong_uses_are_refused(tmp_p
     trainer = made(tmp_path)
     trainer.train_dataset = Labelled(6, pixel_mask=torch.ones(32, 32))
     trainer.args.remove_unused_columns = False
-    with pytest.raises(ReSegError, match=r"has \['labels', 'pixel_mask', 'pixel_values'\], and"):
+    with pytest.raises(ReSegError, match=r"has \['labels', 'pixel_mask', 'pixel_values'\]; it must have"):
         trainer.train()
 
     arguments = {"args": trainer.args, "unlabelled": unlabelled_loader()}

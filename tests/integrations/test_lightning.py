@@ -262,7 +262,7 @@ def test_wrong_uses_say_what_to_do(tmp_path):
     module = segmenter()
     del module.ds
     module.heads = DeepSupervision(module.net, batch()[0])
-    with pytest.raises(ReSegError, match=r"self\.ds, the module has \['reseg', 'heads'\]"):
+    with pytest.raises(ReSegError, match=r"self\.ds, but the module has \['reseg', 'heads'\]"):
         fit(module, tmp_path, [ReSegCallback(steps=2)], resume=str(tmp_path / "last.ckpt"))
 
 
