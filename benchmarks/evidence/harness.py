@@ -38,6 +38,7 @@ from .batches import Augmentation, Feed
 from .compiler import set_up
 from .copy_paste import CopyPaste
 from .field_unet import FieldUNet
+from .lite0 import lite0_unet
 from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .mixing import mixing_of
 from .variants import Variant
@@ -51,6 +52,17 @@ STATISTICS = 50  # batches
 NOISE = 0.1  # standard deviation of what the mean teacher's student sees on top of the image
 
 
+Network = Literal[
+    "unet",
+    "field_unet",
+    "smp_unet",
+    "smp_lite0",
+    "smp_lite0_imagenet",
+    "transunet",
+    "swin_unet",
+    "vm_unet",
+    "unet_3d",
+]
 LATER = ("stage_1", "protocol", "others")  # settings that came after the first results
 
 
@@ -63,7 +75,7 @@ class Settings:
     batch: int = 24
     size: int = 224
     width: int = 32
-    model: Literal["unet", "smp_unet", "transunet", "swin_unet", "vm_unet", "unet_3d", "field_unet"] = "unet"
+    model: Network = "unet"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01
     weight_decay: float = 1e-4
@@ -151,6 +163,8 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
         import segmentation_models_pytorch as smp
 
         return smp.Unet("resnet34", encoder_weights=None, in_channels=1, classes=classes)
+    if settings.model in ("smp_lite0", "smp_lite0_imagenet"):
+        return lite0_unet(classes, imagenet=settings.model == "smp_lite0_imagenet")
     if settings.model == "transunet":
         from examples.backbones.transunet import TransUNet
 

