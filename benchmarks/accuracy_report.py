@@ -24,6 +24,7 @@ import numpy as np
 from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evidence.overview import overview
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.published import PUBLISHED, SEEN, published
 from benchmarks.evidence.results import finished, read_lines
@@ -354,6 +355,7 @@ def main() -> None:
     parser.add_argument(
         "--figure", type=Path, help="picture of the paired differences to the bare run; of the field's protocol of DSC"
     )
+    parser.add_argument("--overview", type=Path, help="picture of labelled patients against DSC, over all plans given")
     args = parser.parse_args()
     lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
     plans = [read_plan(path) for path in args.plan]
@@ -363,6 +365,8 @@ def main() -> None:
         args.table.write_text(text)
     else:
         print(text)
+    if args.overview and not overview(scores, args.overview):
+        parser.error("--overview: nothing of these plans was run")
     if all(plan.settings.protocol == "ssl4mis" for plan in plans):
         if args.figure and not field_figure(scores, args.figure):
             parser.error("--figure: nothing of these plans was run")

@@ -20,7 +20,9 @@ from benchmarks.accuracy_report import report, select
 from benchmarks.evidence import lite0
 from benchmarks.evidence.harness import Machine
 from benchmarks.evidence.lite0 import BLOCKS, imagenet_weights, lite0_unet, timm_keys
+from benchmarks.evidence.overview import by_choice, of_variants, overview
 from benchmarks.evidence.plan import Plan, read_plan, smaller
+from benchmarks.evidence.published import PUBLISHED
 from benchmarks.evidence.results import read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +127,51 @@ def test_every_row_of_a_plan_runs_and_is_reported(name, folder, native, made_up,
     assert all(math.isfinite(line["task_loss"]) for line in lines)
     text = report(select(plan, lines, plan.decide_on))
     assert f"{len(lines)} of {len(lines)} runs are there." in text
+
+
+# --- figures
+
+
+def made_up_lines(plan: Plan, dsc: dict[str, float]) -> list[dict]:
+    """Results of the variants named, whose seeds are a tenth of a point apart; the mean teacher is 2 points better."""
+    lines = []
+    for seed, variant in plan.runs():
+        if variant.name not in dsc:
+            continue
+        score = dsc[variant.name] + seed / 1000
+        both = {"test": score} | ({"test, mean teacher": score + 0.02} if variant.unlabelled else {})
+        rest = {"classes": ["a"], "dsc": [0.5], "hd95": [1.0], "mean_hd95": 1.0}
+        scores = {part: {**rest, "mean_dsc": value} for part, value in both.items()}
+        key = plan.key(seed, variant, 256)
+        lines.append({"key": key, "stored": 256, "seed": seed, "variant": variant.name, "scores": scores})
+    return lines
+
+
+def test_the_overview_has_what_was_run_beside_what_was_published(tmp_path):
+    plans = [read_plan(ROOT / f"benchmarks/plans/ssl4mis_{n}.json") for n in (1, 3, 7, 70)]
+    semi = "ds equal + deep cutmix"
+    # with 7 patients nothing was run, with 70 the bare run alone
+    lines = [*made_up_lines(plans[0], {"bare": 0.3, semi: 0.8}), *made_up_lines(plans[1], {"bare": 0.5, semi: 0.85})]
+    scores = [select(plan, [*lines, *made_up_lines(plans[3], {"bare": 0.9})], "test") for plan in plans]
+    rows = of_variants(scores)
+    assert rows.keys() == {"bare", semi, f"{semi}: its mean teacher"}
+    assert sorted(rows["bare"]) == [1, 3, 70]
+    assert rows["bare"][3] == pytest.approx([51.1, 51.2, 51.3, 51.4, 51.5])
+    assert rows[f"{semi}: its mean teacher"][1][0] == pytest.approx(83.1)
+    assert overview(scores, tmp_path / "overview.png")
+    with Image.open(tmp_path / "overview.png") as picture:
+        seen = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for colour in ((0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7), (0xD5, 0x5E, 0x00)):
+        assert (seen == colour).all(1).sum() > 20
+    assert not overview([select(plan, [], "test") for plan in plans], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    with pytest.raises(ValueError, match="'bare' with 3 labelled patients is in two plans"):
+        overview([scores[1], scores[1]], tmp_path / "none.png")
+
+
+def test_every_published_score_is_drawn_by_how_it_was_chosen():
+    choices = by_choice()
+    assert sorted(p.dsc for points in choices.values() for p in points) == sorted(p.dsc for p in PUBLISHED)
+    last = choices["published: the last weights"]
+    assert {(p.method, p.dsc) for p in last} >= {("UniMatch", 88.77), ("CrossMatch", 88.27)}
+    assert all("labelled only" in p.method for p in choices["published, labelled only: how it was chosen is not said"])
