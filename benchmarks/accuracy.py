@@ -41,6 +41,7 @@ from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, 
 from benchmarks.evidence.metrics import score
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.stacks import StackedFeed, Stacks
 from benchmarks.evidence.synapse import load_synapse
 from benchmarks.evidence.variants import CATALOGUE, REMOVED, Variant
 
@@ -69,6 +70,8 @@ class Scored(NamedTuple):
     """How predictions are brought to the size of the truth."""
     spacing: list[tuple[float, float, float]] | None
     """Of each volume, in mm."""
+    inside: Tensor | None = None
+    """(V, D) bool, where networks predict stacks: the places of the slices that are scored."""
 
 
 class Session:
@@ -93,6 +96,12 @@ class Session:
         self.data = find(folder, plan.data, settings.size, self.order_0)
         self.classes = len(self.data.class_names) + 1
         self.images, self.labels = (x.to(machine.device) for x in to_size(self.data, settings.size))
+        self.stacks: Stacks | None = None
+        if settings.depth is not None:
+            if settings.augmentation != "strong":
+                raise ValueError(f"{plan.name}: stacks of slices have the strong augmentation alone")
+            self.stacks = Stacks.of(self.data, self.images, self.labels, settings.depth)
+            self.images, self.labels = self.stacks.images, self.stacks.labels
         self.native: Native | None = None
         if self.order_0 and settings.augmentation == "published":
             assert self.data.native is not None
@@ -120,9 +129,15 @@ class Session:
             return
         self.parts = split(self.data, self.plan.patients, seed, self.plan.drawn)
         for feed in self.feeds.values():
-            feed.load(rows(self.data, self.parts.labelled), rows(self.data, self.parts.unlabelled), seed)
+            feed.load(self.rows(self.parts.labelled), self.rows(self.parts.unlabelled), seed)
         self.teachers.clear()
         self.seed = seed
+
+    def rows(self, patients: tuple[int, ...]) -> np.ndarray:
+        """The images of some patients: slices or stacks."""
+        if self.stacks is not None:
+            return np.flatnonzero(np.isin(self.stacks.patient, patients))
+        return rows(self.data, patients)
 
     def feed_of(self, batch: float) -> Feed:
         """Of `batch` times the plan's images a step."""
@@ -131,7 +146,7 @@ class Session:
         how = self.most_steps, sizes[0], settings.augmentation, self.machine.device, sizes[1]
         if self.native is not None:
             return FieldFeed(self.native, self.images, self.labels, *how)
-        return Feed(self.images, self.labels, *how)
+        return (Feed if self.stacks is None else StackedFeed)(self.images, self.labels, *how)
 
     def step_of(self, variant: Variant) -> Stage2:
         key = json.dumps(variant.step.options(), sort_keys=True)
@@ -202,12 +217,15 @@ class Session:
         return line, lambda: {name: scores() for name, scores in predicted.items()}
 
     def part(self, patients: tuple[int, ...]) -> Scored:
-        chosen = rows(self.data, patients)
-        images = self.images[torch.from_numpy(chosen).to(self.machine.device)]
-        return scored(self.data, images, chosen, [(i, i) for i in range(1, self.classes)], self.order_0)
+        chosen, images = rows(self.data, patients), torch.from_numpy(self.rows(patients))
+        inside = None if self.stacks is None else self.stacks.inside[images]
+        seen, classes = self.images[images.to(self.machine.device)], [(i, i) for i in range(1, self.classes)]
+        return scored(self.data, seen, chosen, classes, self.order_0)._replace(inside=inside)
 
     def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Callable[[], dict[str, Any]]:
         prediction = step.predict(network, on.images, on.size).cpu()
+        if on.inside is not None:
+            prediction = prediction[on.inside]
         if self.predictions is not None:
             self.predictions.mkdir(parents=True, exist_ok=True)
             file = "_".join([self.plan.name, *re.findall(r"[a-z0-9]+", name)])

@@ -62,13 +62,14 @@ Network = Literal[
     "swin_unet",
     "vm_unet",
     "unet_3d",
+    "unet_3d_thick",
 ]
-LATER = ("stage_1", "protocol", "others")  # settings that came after the first results
+LATER = ("stage_1", "protocol", "others", "depth")  # settings that came after the first results
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all variants of a plan share; volumes are trained on as stored, whatever `size` is."""
+    """What all variants of a plan share; what is stored as volumes is trained on as it is, whatever `size` is."""
 
     steps: int = 1200
     stage1_steps: int = 600
@@ -86,6 +87,8 @@ class Settings:
     """Of `acdc_native`: in the field's, slices become squares by order 0, and the published augmentation is before."""
     others: int | None = None
     """Images a step of the batch from other patients; as many as `batch` by default."""
+    depth: int | None = None
+    """Train on volumes of so many slices, black behind those that there are, for "unet_3d_thick"; None: on slices."""
 
     def options(self) -> dict[str, Any]:
         """As plain values; what came later is left out at its default, so that earlier runs keep their keys."""
@@ -173,11 +176,15 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
         from examples.backbones.swin_unet import SwinUNet
 
         return SwinUNet(classes, 1, settings.size)
-    if settings.model == "unet_3d":
+    if settings.model in ("unet_3d", "unet_3d_thick"):
         from monai.networks.nets import DynUNet
 
-        filters, strides = [settings.width << level for level in range(5)], [1, 2, 2, 2, 2]
-        return DynUNet(3, 1, classes, [3] * 5, strides, strides[1:], filters=filters, norm_name="instance")
+        filters = [settings.width << level for level in range(5)]
+        kernels: list[Any] = [3] * 5
+        strides: list[Any] = [1, 2, 2, 2, 2]
+        if settings.model == "unet_3d_thick":  # slices lie farther apart than pixels: as nnU-Net does it
+            kernels, strides = [[1, 3, 3], 3, 3, 3, 3], [1, [1, 2, 2], 2, 2, [1, 2, 2]]
+        return DynUNet(3, 1, classes, kernels, strides, strides[1:], filters=filters, norm_name="instance")
     from examples.backbones.vm_unet import VMUNet
 
     return VMUNet(classes, 1)
@@ -185,7 +192,8 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
 
 def on_device(settings: Settings, classes: int, device: torch.device) -> nn.Module:
     """A new network, in 2D with channels last; in 3D its instance normalisations would undo that."""
-    layout = torch.contiguous_format if settings.model == "unet_3d" else torch.channels_last
+    in_3d = settings.model in ("unet_3d", "unet_3d_thick")
+    layout = torch.contiguous_format if in_3d else torch.channels_last
     return make_model(settings, classes).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 

@@ -18,12 +18,15 @@ from torch import Tensor
 from benchmarks import accuracy
 from benchmarks.accuracy_report import report, select
 from benchmarks.evidence import lite0
-from benchmarks.evidence.harness import Machine
+from benchmarks.evidence.batches import augment, toned
+from benchmarks.evidence.data import load_native, split
+from benchmarks.evidence.harness import Machine, Settings, make_model
 from benchmarks.evidence.lite0 import BLOCKS, imagenet_weights, lite0_unet, timm_keys
 from benchmarks.evidence.overview import by_choice, of_variants, overview
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.published import PUBLISHED
 from benchmarks.evidence.results import read_lines
+from benchmarks.evidence.stacks import StackedFeed, Stacks
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,17 +107,85 @@ def test_the_logits_are_those_of_the_implementation_that_the_weights_are_of():
         assert (ours.forward_head(features) - logits).abs().max() > 0.1
 
 
+# --- volumes of slices
+
+
+@pytest.fixture
+def stacks(folder: Path, native: object) -> tuple[accuracy.Slices, Stacks]:
+    """The made-up slices, of which volumes have two; every third volume lacks the second."""
+    data = load_native(folder / "acdc_native.npz", 32, order_0=True)
+    assert data.native is not None
+    kept = np.flatnonzero((np.arange(400) % 2 == 0) | (data.volume % 3 > 0))
+    of = {name: getattr(data, name)[kept] for name in ("images", "labels", "patient", "volume")}
+    data = replace(data, **of, native=[data.native[i] for i in kept])
+    return data, Stacks.of(data, torch.from_numpy(data.images), torch.from_numpy(data.labels), 4)
+
+
+def test_slices_are_stacked_in_order_and_black_lies_behind_them(stacks):
+    data, stacked = stacks
+    assert stacked.images.shape == stacked.labels.shape == (200, 4, 32, 32)
+    for number in range(200):
+        where = np.flatnonzero(data.volume == number)
+        assert stacked.inside[number].tolist() == [i < len(where) for i in range(4)]
+        assert stacked.patient[number] == data.patient[where[0]]
+        for stack, slices in ((stacked.images, data.images), (stacked.labels, data.labels)):
+            assert (stack[number, : len(where)].numpy() == slices[where]).all()
+            assert not stack[number, len(where) :].any()
+    with pytest.raises(ValueError, match="acdc_native has a volume of 2 slices, more than depth=1"):
+        Stacks.of(data, stacked.images[:, 0], stacked.labels[:, 0], 1)
+
+
+def test_all_slices_of_a_stack_are_augmented_alike(stacks):
+    data, stacked = stacks
+    feed = StackedFeed(stacked.images, stacked.labels, 3, 5, "strong", torch.device("cpu"))
+    labelled = np.flatnonzero(np.isin(stacked.patient, split(data, 7, 0).labelled))
+    feed.load(labelled, labelled[:0], 1)
+    image, label, row = feed.batch_of(feed.labelled, torch.tensor([2]))
+    assert image.shape == (5, 1, 4, 32, 32)
+    assert np.isin(row.index, labelled).all()
+    for position in range(4):
+        alone = augment(stacked.images[row.index, position], stacked.labels[row.index, position], row.theta)
+        assert torch.allclose(image[:, :, position], toned(alone[0], row.tone), atol=1e-5)
+        assert torch.equal(label[:, position], alone[1])
+
+
+def test_predictions_of_stacks_are_scored_slice_by_slice(folder, native):
+    plan = small("ssl4mis_3d")
+    flat = replace(plan, settings=replace(plan.settings, depth=None, model="unet"))
+    found = []
+    for each in (plan, flat):
+        session = accuracy.Session(each, folder, Machine.make(), {})
+        session.begin(11)
+        assert session.parts is not None
+        where = session.rows(session.parts.test)
+        right = SimpleNamespace(predict=lambda *args, session=session, where=where: session.labels[where])
+        found.append(session.predict(right, torch.nn.Identity(), session.part(session.parts.test), "")())  # pyright: ignore[reportArgumentType]
+    assert found[0] == found[1]
+    assert min(found[0]["dsc"][:2]) > 0.9, "of the class labels themselves, which were resized"
+    with pytest.raises(ValueError, match="the strong augmentation alone"):
+        accuracy.Session(smaller(plan, augmentation="published"), folder, Machine.make(), {})
+
+
+def test_a_network_for_thick_slices_keeps_their_number_longer_than_their_size():
+    network, sizes = make_model(Settings(model="unet_3d_thick", width=2), 4), []
+    for module in (network.input_block, *network.downsamples, network.bottleneck):
+        module.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape[2:])))
+    assert network(torch.zeros(1, 1, 20, 64, 64)).shape == (1, 4, 20, 64, 64)
+    assert sizes == [(20, 64, 64), (20, 32, 32), (10, 16, 16), (5, 8, 8), (5, 4, 4)]
+
+
 # --- the plans
 
 
-PLANS = ["ssl4mis_smp", "ssl4mis_lite0", "ssl4mis_lite0_imagenet", "table_2_lite0_imagenet"]
+PLANS = ["ssl4mis_smp", "ssl4mis_lite0", "ssl4mis_lite0_imagenet", "table_2_lite0_imagenet", "ssl4mis_3d"]
 LARGE = ["table_2_swin_unet", "table_2_transunet", "table_2_vm_unet"]
 
 
 def small(name: str) -> Plan:
     """A plan's first seed, of a few steps with small images."""
     plan = read_plan(ROOT / f"benchmarks/plans/{name}.json")
-    return smaller(replace(plan, seeds=plan.seeds[:1]), steps=3, stage1_steps=2, batch=2, size=64, width=2)
+    tiny = {"steps": 3, "stage1_steps": 2, "batch": 2, "size": 64, "width": 2}
+    return smaller(replace(plan, seeds=plan.seeds[:1]), **tiny, depth=plan.settings.depth and 4)
 
 
 @pytest.mark.parametrize("name", [*PLANS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
