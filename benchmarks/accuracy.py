@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
 from benchmarks.evidence.batches import Feed
 from benchmarks.evidence.commit import head_commit
-from benchmarks.evidence.data import Slices, Split, load, load_native, rows, split
+from benchmarks.evidence.data import Slices, Split, drawn_patients, half_without, load, load_native, rows, split
 from benchmarks.evidence.field import FieldFeed, Native
 from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, Stage2
 from benchmarks.evidence.metrics import score
@@ -107,9 +107,18 @@ class Session:
             assert self.data.native is not None
             assert self.data.native_images is not None
             self.native = Native.of(self.data.native_images, self.data.native, machine.device)
+        self.elsewhere: Slices | None = None
+        if plan.elsewhere:
+            if self.stacks is not None or self.native is not None:
+                raise ValueError(f"{plan.name}: beside images of {plan.elsewhere} are slices with strong augmentation")
+            self.elsewhere = find(folder, plan.elsewhere, settings.size)
+            images = to_size(self.elsewhere, settings.size)[0].to(machine.device)
+            self.images = torch.cat([self.images, images])  # behind ours
+            self.labels = torch.cat([self.labels, torch.zeros_like(images)])  # which nobody reads
         lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
         self.most_steps = max(settings.stage1_steps, *lengths)
-        self.feeds = {variant.batch: self.feed_of(variant.batch) for variant in (CATALOGUE["bare"], *plan.variants)}
+        kinds = {(variant.batch, variant.images) for variant in (CATALOGUE["bare"], *plan.variants)}
+        self.feeds = {(batch, images): self.feed_of(batch) for batch, images in sorted(kinds)}
         self.other: dict[str, Scored] = {}
         if plan.also_test is not None:
             other = find(folder, plan.also_test["data"], settings.size)
@@ -128,8 +137,8 @@ class Session:
         if self.seed == seed:
             return
         self.parts = split(self.data, self.plan.patients, seed, self.plan.drawn)
-        for feed in self.feeds.values():
-            feed.load(self.rows(self.parts.labelled), self.rows(self.parts.unlabelled), seed)
+        for (_, images), feed in self.feeds.items():
+            feed.load(self.rows(self.parts.labelled), self.unlabelled(self.parts, images, seed), seed)
         self.teachers.clear()
         self.seed = seed
 
@@ -138,6 +147,18 @@ class Session:
         if self.stacks is not None:
             return np.flatnonzero(np.isin(self.stacks.patient, patients))
         return rows(self.data, patients)
+
+    def unlabelled(self, parts: Split, images: str, seed: int) -> np.ndarray:
+        """The images without labels of a kind (`Variant.images`)."""
+        if images not in ("half", "half elsewhere"):
+            return self.rows(parts.unlabelled)
+        kept = half_without(parts, seed)
+        ours = self.rows(kept)
+        if images == "half":
+            return ours
+        assert self.elsewhere is not None
+        others = drawn_patients(self.elsewhere, len(parts.unlabelled) - len(kept), seed)
+        return np.concatenate([ours, len(self.data.patient) + rows(self.elsewhere, others)])
 
     def feed_of(self, batch: float) -> Feed:
         """Of `batch` times the plan's images a step."""
@@ -151,7 +172,7 @@ class Session:
     def step_of(self, variant: Variant) -> Stage2:
         key = json.dumps(variant.step.options(), sort_keys=True)
         if key not in self.steps:
-            feed = self.feeds[variant.batch]
+            feed = self.feeds[variant.batch, variant.images]
             self.steps[key] = Stage2(variant.step, self.plan.settings, self.classes, feed, self.machine)
         return self.steps[key]
 
@@ -160,7 +181,7 @@ class Session:
         if kind is None:
             return None, None
         if kind not in self.stage_1:
-            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feeds[1.0], self.machine)
+            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feeds[1.0, "others"], self.machine)
         if kind not in self.teachers:
             self.teachers[kind] = self.stage_1[kind].fit(seed, self.pause("-".join((*kind, self.stage_1_key(seed)))))
         return self.teachers[kind]

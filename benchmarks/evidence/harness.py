@@ -545,7 +545,7 @@ class Stage2:
 
     def _unlabelled(self) -> Tensor:
         kind, clock = self.variant.unlabelled, self.loop.clock
-        tables = self.feed.others if self.variant.images == "others" else self.feed.again
+        tables = self.feed.again if self.variant.images == "labelled" else self.feed.others
         image, _, _ = self.feed.batch_of(tables, clock)
         if self.mixed is not None:
             if isinstance(self.mixed, CopyPaste):

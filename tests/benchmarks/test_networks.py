@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy_report import report, select
 from benchmarks.evidence import lite0
 from benchmarks.evidence.batches import augment, toned
-from benchmarks.evidence.data import load_native, split
+from benchmarks.evidence.data import Split, drawn_patients, half_without, load, load_native, split
 from benchmarks.evidence.harness import Machine, Settings, make_model
 from benchmarks.evidence.lite0 import BLOCKS, imagenet_weights, lite0_unet, timm_keys
 from benchmarks.evidence.overview import by_choice, of_variants, overview
@@ -174,10 +175,98 @@ def test_a_network_for_thick_slices_keeps_their_number_longer_than_their_size():
     assert sizes == [(20, 64, 64), (20, 32, 32), (10, 16, 16), (5, 8, 8), (5, 4, 4)]
 
 
+# --- images from elsewhere
+
+
+def test_half_of_the_images_come_from_another_data_set(folder, native):
+    plan = small("ssl4mis_elsewhere")
+    session = accuracy.Session(plan, folder, Machine.make(), {})
+    sunnybrook = load(folder / "sunnybrook.npz")
+    pairs = []
+    for seed in (11, 12):
+        session.begin(seed)
+        assert session.parts is not None
+        half, mixed = (session.unlabelled(session.parts, kind, seed) for kind in ("half", "half elsewhere"))
+        kept, whose = set(session.data.patient[half]), mixed[mixed >= 400] - 400
+        assert kept < set(session.parts.unlabelled)
+        assert (len(kept), len(half)) == (32, 4 * 32)
+        assert set(mixed[mixed < 400]) == set(half)
+        assert len(np.unique(sunnybrook.patient[whose])) == 35
+        assert len(whose) == 4 * 35
+        feed = session.feeds[1.0, "half elsewhere"]
+        assert np.isin(feed.others.index, mixed).all()
+        assert np.isin(feed.labelled.index, session.rows(session.parts.labelled)).all()
+        assert torch.equal(feed.images[400:], accuracy.to_size(sunnybrook, 64)[0])
+        assert not feed.labels[400:].any()
+        pairs.append((kept, set(whose)))
+    assert pairs[0][0] != pairs[1][0]
+    assert pairs[0][1] != pairs[1][1]
+    with pytest.raises(ValueError, match="beside images of sunnybrook are slices with strong augmentation"):
+        accuracy.Session(smaller(plan, augmentation="published"), folder, Machine.make(), {})
+
+
+def test_half_can_be_left_out_only_of_more():
+    with pytest.raises(ValueError, match="of 2 unlabelled patients 2 cannot be left out"):
+        half_without(Split((1, 2, 3), (4, 5), (), ()), 0)
+
+
+def test_patients_are_drawn_from_enough(folder):
+    data = load(folder / "sunnybrook.npz")
+    assert drawn_patients(data, 5, 1) == drawn_patients(data, 5, 1) != drawn_patients(data, 5, 2)
+    with pytest.raises(ValueError, match="sunnybrook has 45 patients, not 46"):
+        drawn_patients(data, 46, 1)
+
+
+def test_a_plan_that_reads_one_class_reports_it_alone():
+    plan = replace(small("ssl4mis_elsewhere"), seeds=(11, 13))
+    lines = made_up_lines(plan, {"ds equal": 0.6, "half of the others": 0.7})
+    for line in lines:
+        for scores in line["scores"].values():
+            scores |= {"classes": ["right ventricle", "left ventricle"], "dsc": [0.1, scores["mean_dsc"]]}
+            scores |= {"hd95": [90.0, 4.0], "mean_dsc": 0.3, "mean_hd95": 47.0}
+            scores |= {"each_dsc": [[0.1] * 4, [scores["dsc"][1]] * 4], "patients": [1, 1, 2, 2]}
+    text = report(select(plan, lines, "test"))
+    assert "All scores are of the left ventricle alone." in text
+    assert "| ds equal | 2 | 61.2 ± 0.1 |  | 4.0 ± 0.0 |  | 61.2 / 4.0 |" in text
+    assert "| half of the others: its mean teacher | 2 | 73.2 ± 0.1 | +12.0 ± 0.0 |" in text
+    assert "| half of the others | 71.2 ± 0.1 | 71.1 | 71.2 to 71.2 | +10.0 (+10.0 to +10.0) |" in text
+    assert "nnFilterMatch" not in text, "which is a mean over all classes"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"elsewhere": ""}, r"\['half from Sunnybrook'\] need another data set, as 'elsewhere'"),
+        ({"variants": ["bare"], "minutes": {}}, "no variant has images of 'sunnybrook', but the plan names another"),
+    ],
+)
+def test_a_plan_names_the_other_data_set_where_one_is_needed(change, message, tmp_path):
+    good = json.loads((ROOT / "benchmarks/plans/ssl4mis_elsewhere.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**good, **change}))
+    with pytest.raises(ValueError, match=message):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_rows_that_plans_share_are_run_once():
+    elsewhere, field = (read_plan(ROOT / f"benchmarks/plans/{n}.json") for n in ("ssl4mis_elsewhere", "ssl4mis_3"))
+    keys = [{v.name: plan.key(11, v, 256) for v in plan.variants} for plan in (elsewhere, field)]
+    assert keys[0].items() & keys[1].items() == {(n, keys[1][n]) for n in ("ds equal", "ds equal + deep cutmix")}
+    other = replace(elsewhere, elsewhere="acdc")
+    changed = {v.name for v in other.variants if other.key(11, v, 256) != keys[0][v.name]}
+    assert changed == {"half from Sunnybrook"}
+
+
 # --- the plans
 
 
-PLANS = ["ssl4mis_smp", "ssl4mis_lite0", "ssl4mis_lite0_imagenet", "table_2_lite0_imagenet", "ssl4mis_3d"]
+PLANS = [
+    "ssl4mis_smp",
+    "ssl4mis_lite0",
+    "ssl4mis_lite0_imagenet",
+    "table_2_lite0_imagenet",
+    "ssl4mis_3d",
+    "ssl4mis_elsewhere",
+]
 LARGE = ["table_2_swin_unet", "table_2_transunet", "table_2_vm_unet"]
 
 
