@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from benchmarks.evidence.data import Slices, Split, drawn_patients, half_without
 from benchmarks.evidence.field import FieldFeed, Native
 from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, Stage2
 from benchmarks.evidence.metrics import score
+from benchmarks.evidence.overlays import add
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
 from benchmarks.evidence.stacks import StackedFeed, Stacks
@@ -70,6 +71,8 @@ class Scored(NamedTuple):
     """How predictions are brought to the size of the truth."""
     spacing: list[tuple[float, float, float]] | None
     """Of each volume, in mm."""
+    rows: np.ndarray | None = None
+    """Of the plan's data; None where another data set is scored."""
     inside: Tensor | None = None
     """(V, D) bool, where networks predict stacks: the places of the slices that are scored."""
 
@@ -86,14 +89,17 @@ class Session:
         checkpoints: Path | None = None,
         deadline: float = float("inf"),
         predictions: Path | None = None,
+        overlays: Path | None = None,
     ) -> None:
         self.plan, self.machine, self.about = plan, machine.with_pool(), about
-        self.checkpoints, self.deadline, self.predictions = checkpoints, deadline, predictions
+        self.checkpoints, self.deadline, self.predictions, self.overlays = checkpoints, deadline, predictions, overlays
         settings = plan.settings
         self.order_0 = settings.protocol == "ssl4mis"
         if self.order_0 and plan.data != "acdc_native":
             raise ValueError(f"{plan.name}: the protocol ssl4mis is one of acdc_native, not of {plan.data}")
         self.data = find(folder, plan.data, settings.size, self.order_0)
+        if overlays is not None and self.data.images.ndim == 4:
+            raise ValueError(f"{plan.name}: overlays are of slices, and {plan.data} has volumes")
         self.classes = len(self.data.class_names) + 1
         self.images, self.labels = (x.to(machine.device) for x in to_size(self.data, settings.size))
         self.stacks: Stacks | None = None
@@ -214,11 +220,14 @@ class Session:
             pause.file.unlink(missing_ok=True)
         trained = time.perf_counter()
         scored = {part: self.part(self.parts.part(part)) for part in self.plan.parts} | self.other
-        predicted = {
-            name + whose: self.predict(step, network, on, f"{seed} {variant.name} {name}{whose}")
-            for whose, network in step.networks().items()
-            for name, on in scored.items()
-        }
+        scores: dict[str, Callable[[], dict[str, Any]]] = {}
+        for whose, network in step.networks().items():
+            for name, on in scored.items():
+                prediction = self.predict(step, network, on, f"{seed} {variant.name} {name}{whose}")
+                scores[name + whose] = partial(self.score, prediction, on)
+                if self.overlays is not None and on.rows is not None:
+                    file = self.overlays / f"{self.plan.name}_{seed}_{name}.npz"
+                    add(file, self.data, on.rows, variant.name + whose, prediction)
         resumed_at = step.loop.resumed_at
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps) - resumed_at
         done = time.perf_counter()
@@ -235,15 +244,16 @@ class Session:
                 "predict": done - trained,
             },
         }
-        return line, lambda: {name: scores() for name, scores in predicted.items()}
+        return line, lambda: {name: score_it() for name, score_it in scores.items()}
 
     def part(self, patients: tuple[int, ...]) -> Scored:
         chosen, images = rows(self.data, patients), torch.from_numpy(self.rows(patients))
         inside = None if self.stacks is None else self.stacks.inside[images]
         seen, classes = self.images[images.to(self.machine.device)], [(i, i) for i in range(1, self.classes)]
-        return scored(self.data, seen, chosen, classes, self.order_0)._replace(inside=inside)
+        return scored(self.data, seen, chosen, classes, self.order_0)._replace(rows=chosen, inside=inside)
 
-    def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Callable[[], dict[str, Any]]:
+    def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Tensor:
+        """Classes (N, size, size), or of volumes, on the CPU."""
         prediction = step.predict(network, on.images, on.size).cpu()
         if on.inside is not None:
             prediction = prediction[on.inside]
@@ -251,9 +261,11 @@ class Session:
             self.predictions.mkdir(parents=True, exist_ok=True)
             file = "_".join([self.plan.name, *re.findall(r"[a-z0-9]+", name)])
             np.savez_compressed(self.predictions / f"{file}.npz", prediction=prediction.numpy())
-        names = [self.data.class_names[ours - 1] for ours, _ in on.classes]
-        return lambda: {
-            "classes": names,
+        return prediction
+
+    def score(self, prediction: Tensor, on: Scored) -> dict[str, Any]:
+        return {
+            "classes": [self.data.class_names[ours - 1] for ours, _ in on.classes],
             **score(prediction, on.truth, on.volume, on.classes, on.order_0, on.spacing),
             "patients": on.patients,
             **({"distances": "mm"} if on.spacing is not None else {}),
@@ -327,13 +339,15 @@ def run_plan(
     deadline: float,
     checkpoints: Path | None = None,
     predictions: Path | None = None,
+    overlays: Path | None = None,
 ) -> bool:
     """Run what is missing; False if the time, up to `deadline` of the monotonic clock, did not suffice.
 
     Without `checkpoints` no run is begun that would not end in time; with it, the last one is saved there, and the
-    next call goes on with it. With `predictions` the predicted classes are written there, a file per network and part.
+    next call goes on with it. With `predictions` the predicted classes are written there, a file per network and part;
+    with `overlays` those of a few slices.
     """
-    session = Session(plan, folder, machine, about, checkpoints, deadline, predictions)
+    session = Session(plan, folder, machine, about, checkpoints, deadline, predictions, overlays)
     done = set(finished(read_lines(out)))
     failed: set[str] = set()
     longest: dict[str, float] = {}
@@ -423,6 +437,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would end later")
     parser.add_argument("--checkpoints", type=Path, help="folder where a run is saved that the time cuts short")
     parser.add_argument("--predictions", type=Path, help="folder for the predicted classes, as .npz")
+    parser.add_argument("--overlays", type=Path, help="folder for a few slices, to be drawn (evidence/overlays.py)")
     parser.add_argument("--compile", choices=["all", "losses", "none"], default="none", help="before the capture")
     parser.add_argument("--commit", default=head_commit(), help="what is measured, where there is no git to tell")
     parser.add_argument("--smoke", action="store_true", help="30 steps of each variant of one seed, for the timing")
@@ -438,7 +453,8 @@ def main() -> None:
             plan = replace(plan, seeds=tuple(seed for seed in plan.seeds if seed in args.seeds))
         if args.smoke:
             plan = trial(plan, everything=args.all)
-        if not run_plan(plan, args.data, args.out, machine, said, deadline, args.checkpoints, args.predictions):
+        kept = args.checkpoints, args.predictions, args.overlays
+        if not run_plan(plan, args.data, args.out, machine, said, deadline, *kept):
             break
     if machine.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB", flush=True)

@@ -23,6 +23,7 @@ from benchmarks.evidence.batches import augment, toned
 from benchmarks.evidence.data import Split, drawn_patients, half_without, load, load_native, split
 from benchmarks.evidence.harness import Machine, Settings, make_model
 from benchmarks.evidence.lite0 import BLOCKS, imagenet_weights, lite0_unet, timm_keys
+from benchmarks.evidence.overlays import draw as draw_overlays
 from benchmarks.evidence.overview import by_choice, of_variants, overview
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.published import PUBLISHED
@@ -160,7 +161,9 @@ def test_predictions_of_stacks_are_scored_slice_by_slice(folder, native):
         assert session.parts is not None
         where = session.rows(session.parts.test)
         right = SimpleNamespace(predict=lambda *args, session=session, where=where: session.labels[where])
-        found.append(session.predict(right, torch.nn.Identity(), session.part(session.parts.test), "")())  # pyright: ignore[reportArgumentType]
+        on = session.part(session.parts.test)
+        prediction = session.predict(right, torch.nn.Identity(), on, "")  # pyright: ignore[reportArgumentType]
+        found.append(session.score(prediction, on))
     assert found[0] == found[1]
     assert min(found[0]["dsc"][:2]) > 0.9, "of the class labels themselves, which were resized"
     with pytest.raises(ValueError, match="the strong augmentation alone"):
@@ -327,6 +330,38 @@ def test_the_overview_has_what_was_run_beside_what_was_published(tmp_path):
     assert not (tmp_path / "none.png").exists()
     with pytest.raises(ValueError, match="'bare' with 3 labelled patients is in two plans"):
         overview([scores[1], scores[1]], tmp_path / "none.png")
+
+
+def test_overlays_show_the_same_few_slices_of_every_network(folder, native, tmp_path):
+    plan = replace(small("ssl4mis_elsewhere"), parts=("validation", "test"))
+    semi = replace(plan.variants[1], mixing={"threshold": 0.5})
+    kept, file = tmp_path / "kept", tmp_path / "drawn" / f"{plan.name}_11_test.npz"
+    for variant in (plan.variants[0], semi, semi):  # each from a process of its own, the last of them again
+        alone = replace(plan, variants=(variant,), elsewhere="")
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        assert accuracy.run_plan(alone, folder, out, Machine.make(), {}, math.inf, None, kept, file.parent)
+    assert {path.name for path in file.parent.iterdir()} == {f"{plan.name}_11_{part}.npz" for part in plan.parts}
+    data = load_native(folder / "acdc_native.npz", 64, order_0=True)
+    test = np.flatnonzero(np.isin(data.patient, split(data, 3, 11).test))  # 40 volumes of 2 slices
+    at = [1, 27, 53, 79]
+    with np.load(file) as arrays:
+        assert (arrays["image"] == data.images[test[at]]).all()
+        assert (arrays["truth"] == data.labels[test[at]]).all()
+        assert arrays["names"].tolist() == ["ds equal", semi.name, f"{semi.name}, mean teacher"]
+        for name, prediction in zip(("ds_equal_test", "ds_equal_deep_cutmix_test"), arrays["predictions"]):
+            with np.load(kept / f"{plan.name}_11_{name}.npz") as whole:
+                assert (prediction == whole["prediction"][at]).all()
+        truth = arrays["truth"]
+    picture = draw_overlays(file)
+    with Image.open(picture) as image:
+        assert image.width > image.height, "five columns, four rows"
+    assert truth.any()
+
+
+def test_overlays_are_of_slices(folder):
+    plan = read_plan(ROOT / "benchmarks/plans/hippocampus_5.json")
+    with pytest.raises(ValueError, match="overlays are of slices, and hippocampus has volumes"):
+        accuracy.Session(plan, folder, Machine.make(), {}, overlays=folder)
 
 
 def test_every_published_score_is_drawn_by_how_it_was_chosen():
