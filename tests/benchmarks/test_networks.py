@@ -270,7 +270,7 @@ PLANS = [
     "ssl4mis_3d",
     "ssl4mis_elsewhere",
 ]
-LARGE = ["table_2_swin_unet", "table_2_transunet", "table_2_vm_unet"]
+LARGE = ["ssl4mis_swin", "table_2_swin_unet", "table_2_transunet", "table_2_vm_unet"]
 
 
 def small(name: str) -> Plan:
@@ -290,6 +290,42 @@ def test_every_row_of_a_plan_runs_and_is_reported(name, folder, native, made_up,
     assert all(math.isfinite(line["task_loss"]) for line in lines)
     text = report(select(plan, lines, plan.decide_on))
     assert f"{len(lines)} of {len(lines)} runs are there." in text
+
+
+@pytest.mark.parametrize("name", ["ssl4mis_lite0_imagenet", "ssl4mis_3d", "ssl4mis_elsewhere"])
+def test_a_row_that_the_time_cuts_short_goes_on_where_it_was(name, folder, native, made_up, tmp_path, monkeypatch):
+    plan = small(name)
+    plan = replace(plan, variants=plan.variants[-1:])
+    whole, parts, kept = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "kept"
+    assert accuracy.run_plan(plan, folder, whole, Machine.make(), {}, math.inf)
+    monkeypatch.setattr("benchmarks.evidence.harness.TO_LOOK", 2)
+    looks = iter([0.0])  # at the second look, after two of three steps, the time is up
+    fake = SimpleNamespace(monotonic=lambda: next(looks, math.inf))
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.evidence.harness.time", fake)
+        assert not accuracy.run_plan(plan, folder, parts, Machine.make(), {}, accuracy.time.monotonic() + 1e6, kept)
+    assert len(list(kept.iterdir())) == 1
+    assert accuracy.run_plan(plan, folder, parts, Machine.make(), {}, math.inf, kept)
+    (ours,), (once,) = read_lines(parts), read_lines(whole)
+    assert ours["resumed_at"] == 2
+    for what in ("key", "task_loss", "scores"):
+        assert ours[what] == once[what], what
+
+
+def test_a_teacher_in_evaluation_drops_no_blocks_of_swin_unet(folder, native):
+    """Its predictions do not change from call to call; those of the default do, in the model's mode."""
+    plan = small("ssl4mis_swin")
+    session, image = accuracy.Session(plan, folder, Machine.make(), {}), torch.rand(4, 1, 64, 64)
+    session.begin(11)
+    same = {}
+    for variant in plan.variants[2:]:
+        mixed, seen = session.step_of(variant).mixed, []
+        assert mixed is not None
+        mixed.average.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        for _ in range(2):
+            mixed.mix(image)
+        same[variant.name] = torch.equal(*seen)
+    assert same == {"ds equal + deep cutmix": False, "teacher in evaluation": True}
 
 
 # --- figures
