@@ -892,9 +892,24 @@ def test_no_step_of_the_fields_protocol_waits_for_the_device(mixing, folder, nat
         step.mixed.update()
 
 
+def test_no_step_on_stacked_slices_waits_for_the_device(folder, native, unread):
+    settings = replace(FIELD, model="unet_3d_thick", depth=4, augmentation="strong")
+    plan = plan_of(data="acdc_native", patients=3, variants=(CATALOGUE["ds equal + deep cutmix"],), settings=settings)
+    session = accuracy.Session(plan, folder, Machine.make(), {})
+    session.begin(0)
+    step = session.step_of(plan.variants[0])
+    with Watch():
+        loss, _ = step.losses()
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "settings"),
-    [*((name, "acdc", SETTINGS) for name in CATALOGUE), ("ds x2 + deep cutmix", "hippocampus", IN_3D)],
+    [
+        *((name, "acdc", SETTINGS) for name in CATALOGUE),
+        ("ds x2 + deep cutmix", "hippocampus", IN_3D),
+        ("ds equal + deep cutmix", "acdc", replace(SETTINGS, model="smp_lite0")),
+    ],
 )
 def test_no_step_waits_for_the_device(name, data, settings, request, unread):
     feed = feed_of(request.getfixturevalue(data), augmentation=settings.augmentation)
