@@ -35,11 +35,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
 from benchmarks.evidence.batches import Feed
 from benchmarks.evidence.commit import head_commit
-from benchmarks.evidence.data import Slices, Split, drawn_patients, half_without, load, load_native, rows, split
+from benchmarks.evidence.data import (
+    Slices,
+    Split,
+    centred,
+    drawn_patients,
+    half_without,
+    load,
+    load_native,
+    rows,
+    split,
+)
 from benchmarks.evidence.field import FieldFeed, Native
 from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, Stage2
 from benchmarks.evidence.metrics import score
-from benchmarks.evidence.overlays import add
+from benchmarks.evidence.overlays import keep_slices
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
 from benchmarks.evidence.stacks import StackedFeed, Stacks
@@ -118,7 +128,7 @@ class Session:
             if self.stacks is not None or self.native is not None:
                 raise ValueError(f"{plan.name}: beside images of {plan.elsewhere} are slices with strong augmentation")
             self.elsewhere = find(folder, plan.elsewhere, settings.size)
-            images = to_size(self.elsewhere, settings.size)[0].to(machine.device)
+            images = torch.from_numpy(centred(self.elsewhere.images, settings.size)).to(machine.device)
             self.images = torch.cat([self.images, images])  # behind ours
             self.labels = torch.cat([self.labels, torch.zeros_like(images)])  # which nobody reads
         lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
@@ -227,7 +237,7 @@ class Session:
                 scores[name + whose] = partial(self.score, prediction, on)
                 if self.overlays is not None and on.rows is not None:
                     file = self.overlays / f"{self.plan.name}_{seed}_{name}.npz"
-                    add(file, self.data, on.rows, variant.name + whose, prediction)
+                    keep_slices(file, self.data, on.rows, variant.name + whose, prediction)
         resumed_at = step.loop.resumed_at
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps) - resumed_at
         done = time.perf_counter()

@@ -229,6 +229,18 @@ def drawn_patients(data: Slices, count: int, seed: int) -> tuple[int, ...]:
     return tuple(sorted(np.random.default_rng([seed, 2]).permutation(everyone)[:count].tolist()))
 
 
+def centred(images: np.ndarray, size: int) -> np.ndarray:
+    """(N, H, W) in the middle of squares, black around them: for pixels that are about as large as the others'.
+
+    Raises:
+        ValueError: they are larger than the square.
+    """
+    more = [size - side for side in images.shape[1:]]
+    if min(more) < 0:
+        raise ValueError(f"slices of {images.shape[1]} x {images.shape[2]} do not fit into squares of {size}")
+    return np.pad(images, ((0, 0), *((n // 2, n - n // 2) for n in more)))
+
+
 def rows(data: Slices, patients: tuple[int, ...]) -> np.ndarray:
     """The slices of some patients."""
     return np.flatnonzero(np.isin(data.patient, patients))

@@ -27,7 +27,7 @@ def places(volume: np.ndarray) -> list[int]:
     return [int(np.flatnonzero(volume == number)[(volume == number).sum() // 2]) for number in few]
 
 
-def add(file: Path, data: Slices, rows: np.ndarray, name: str, prediction: Tensor) -> None:
+def keep_slices(file: Path, data: Slices, rows: np.ndarray, name: str, prediction: Tensor) -> None:
     """Put the predicted classes (N, S, S) of a network's slices `rows` into the file, or in place of its last ones."""
     at = places(data.volume[rows])
     chosen = rows[at]

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from .plan import Plan
 from .published import PUBLISHED, Published
+
+if TYPE_CHECKING:
+    from benchmarks.accuracy_report import Scores
 
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "Dvs^<>P"
 
 
-class Measured(Protocol):
-    """What is known of one plan on one part, as `accuracy_report.Scores`."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def part(self) -> str: ...
-    @property
-    def lines(self) -> Mapping[str, Mapping[int, object]]: ...
-    def values(self, variant: str, metric: str) -> dict[int, float]: ...
-
-
-def overview(all_scores: Sequence[Measured], path: Path) -> bool:
+def overview(all_scores: Sequence[Scores], path: Path) -> bool:
     """Draw seeds as dots and their means as a line per variant, published points beside them; False without any run.
 
     Raises:
@@ -63,7 +53,7 @@ def overview(all_scores: Sequence[Measured], path: Path) -> bool:
     return True
 
 
-def of_variants(all_scores: Sequence[Measured]) -> dict[str, dict[int, list[float]]]:
+def of_variants(all_scores: Sequence[Scores]) -> dict[str, dict[int, list[float]]]:
     """{variant: {labelled patients: DSC of every seed, in percent}}, of what was run."""
     found: dict[str, dict[int, list[float]]] = {}
     for scores in all_scores:
@@ -83,6 +73,6 @@ def by_choice() -> dict[str, list[Published]]:
     for point in PUBLISHED:
         alone = "labelled only" in point.method
         chosen = "the last weights" if point.chosen.startswith("the last") else point.chosen
-        chosen = "how it was chosen is not said" if chosen == "not said" else chosen
+        chosen = {"not said": "how it was chosen is not said"}.get(chosen, chosen.replace("these", "the scored"))
         found.setdefault(f"published{', labelled only' * alone}: {chosen}", []).append(point)
     return found

@@ -20,7 +20,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy_report import report, select
 from benchmarks.evidence import lite0
 from benchmarks.evidence.batches import augment, toned
-from benchmarks.evidence.data import Split, drawn_patients, half_without, load, load_native, split
+from benchmarks.evidence.data import Split, centred, drawn_patients, half_without, load, load_native, split
 from benchmarks.evidence.harness import Machine, Settings, make_model
 from benchmarks.evidence.lite0 import BLOCKS, imagenet_weights, lite0_unet, timm_keys
 from benchmarks.evidence.overlays import draw as draw_overlays
@@ -199,13 +199,23 @@ def test_half_of_the_images_come_from_another_data_set(folder, native):
         feed = session.feeds[1.0, "half elsewhere"]
         assert np.isin(feed.others.index, mixed).all()
         assert np.isin(feed.labelled.index, session.rows(session.parts.labelled)).all()
-        assert torch.equal(feed.images[400:], accuracy.to_size(sunnybrook, 64)[0])
+        assert torch.equal(feed.images[400:, 16:48, 16:48], torch.from_numpy(sunnybrook.images))
+        assert feed.images[400:].sum() == sunnybrook.images.sum(), "and black around them"
         assert not feed.labels[400:].any()
         pairs.append((kept, set(whose)))
     assert pairs[0][0] != pairs[1][0]
     assert pairs[0][1] != pairs[1][1]
     with pytest.raises(ValueError, match="beside images of sunnybrook are slices with strong augmentation"):
         accuracy.Session(smaller(plan, augmentation="published"), folder, Machine.make(), {})
+
+
+def test_slices_of_another_data_set_keep_their_pixels():
+    images = np.arange(1, 31, dtype=np.uint8).reshape(2, 3, 5)
+    square = centred(images, 6)
+    assert (square[:, 1:4, :5] == images).all()
+    assert (square > 0).sum() == 30
+    with pytest.raises(ValueError, match="slices of 3 x 5 do not fit into squares of 4"):
+        centred(images, 4)
 
 
 def test_half_can_be_left_out_only_of_more():
