@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +35,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
 from benchmarks.evidence.batches import Feed
 from benchmarks.evidence.commit import head_commit
-from benchmarks.evidence.data import Slices, Split, load, load_native, rows, split
+from benchmarks.evidence.data import (
+    Slices,
+    Split,
+    centred,
+    drawn_patients,
+    half_without,
+    load,
+    load_native,
+    rows,
+    split,
+)
 from benchmarks.evidence.field import FieldFeed, Native
 from benchmarks.evidence.harness import Machine, OutOfTimeError, Pause, Stage1, Stage2
 from benchmarks.evidence.metrics import score
+from benchmarks.evidence.overlays import keep_slices
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.results import append, finished, read_lines
+from benchmarks.evidence.stacks import StackedFeed, Stacks
 from benchmarks.evidence.synapse import load_synapse
 from benchmarks.evidence.variants import CATALOGUE, REMOVED, Variant
 
@@ -69,6 +81,10 @@ class Scored(NamedTuple):
     """How predictions are brought to the size of the truth."""
     spacing: list[tuple[float, float, float]] | None
     """Of each volume, in mm."""
+    rows: np.ndarray | None = None
+    """Of the plan's data; None where another data set is scored."""
+    inside: Tensor | None = None
+    """(V, D) bool, where networks predict stacks: the places of the slices that are scored."""
 
 
 class Session:
@@ -83,24 +99,42 @@ class Session:
         checkpoints: Path | None = None,
         deadline: float = float("inf"),
         predictions: Path | None = None,
+        overlays: Path | None = None,
     ) -> None:
         self.plan, self.machine, self.about = plan, machine.with_pool(), about
-        self.checkpoints, self.deadline, self.predictions = checkpoints, deadline, predictions
+        self.checkpoints, self.deadline, self.predictions, self.overlays = checkpoints, deadline, predictions, overlays
         settings = plan.settings
         self.order_0 = settings.protocol == "ssl4mis"
         if self.order_0 and plan.data != "acdc_native":
             raise ValueError(f"{plan.name}: the protocol ssl4mis is one of acdc_native, not of {plan.data}")
         self.data = find(folder, plan.data, settings.size, self.order_0)
+        if overlays is not None and self.data.images.ndim == 4:
+            raise ValueError(f"{plan.name}: overlays are of slices, and {plan.data} has volumes")
         self.classes = len(self.data.class_names) + 1
         self.images, self.labels = (x.to(machine.device) for x in to_size(self.data, settings.size))
+        self.stacks: Stacks | None = None
+        if settings.depth is not None:
+            if settings.augmentation != "strong":
+                raise ValueError(f"{plan.name}: stacks of slices have the strong augmentation alone")
+            self.stacks = Stacks.of(self.data, self.images, self.labels, settings.depth)
+            self.images, self.labels = self.stacks.images, self.stacks.labels
         self.native: Native | None = None
         if self.order_0 and settings.augmentation == "published":
             assert self.data.native is not None
             assert self.data.native_images is not None
             self.native = Native.of(self.data.native_images, self.data.native, machine.device)
+        self.elsewhere: Slices | None = None
+        if plan.elsewhere:
+            if self.stacks is not None or self.native is not None:
+                raise ValueError(f"{plan.name}: beside images of {plan.elsewhere} are slices with strong augmentation")
+            self.elsewhere = find(folder, plan.elsewhere, settings.size)
+            images = torch.from_numpy(centred(self.elsewhere.images, settings.size)).to(machine.device)
+            self.images = torch.cat([self.images, images])  # behind ours
+            self.labels = torch.cat([self.labels, torch.zeros_like(images)])  # which nobody reads
         lengths = (variant.steps(settings.steps, settings.stage1_steps) for variant in plan.variants)
         self.most_steps = max(settings.stage1_steps, *lengths)
-        self.feeds = {variant.batch: self.feed_of(variant.batch) for variant in (CATALOGUE["bare"], *plan.variants)}
+        kinds = {(variant.batch, variant.images) for variant in (CATALOGUE["bare"], *plan.variants)}
+        self.feeds = {(batch, images): self.feed_of(batch) for batch, images in sorted(kinds)}
         self.other: dict[str, Scored] = {}
         if plan.also_test is not None:
             other = find(folder, plan.also_test["data"], settings.size)
@@ -119,10 +153,28 @@ class Session:
         if self.seed == seed:
             return
         self.parts = split(self.data, self.plan.patients, seed, self.plan.drawn)
-        for feed in self.feeds.values():
-            feed.load(rows(self.data, self.parts.labelled), rows(self.data, self.parts.unlabelled), seed)
+        for (_, images), feed in self.feeds.items():
+            feed.load(self.rows(self.parts.labelled), self.unlabelled(self.parts, images, seed), seed)
         self.teachers.clear()
         self.seed = seed
+
+    def rows(self, patients: tuple[int, ...]) -> np.ndarray:
+        """The images of some patients: slices or stacks."""
+        if self.stacks is not None:
+            return np.flatnonzero(np.isin(self.stacks.patient, patients))
+        return rows(self.data, patients)
+
+    def unlabelled(self, parts: Split, images: str, seed: int) -> np.ndarray:
+        """The images without labels of a kind (`Variant.images`)."""
+        if images not in ("half", "half elsewhere"):
+            return self.rows(parts.unlabelled)
+        kept = half_without(parts, seed)
+        ours = self.rows(kept)
+        if images == "half":
+            return ours
+        assert self.elsewhere is not None
+        others = drawn_patients(self.elsewhere, len(parts.unlabelled) - len(kept), seed)
+        return np.concatenate([ours, len(self.data.patient) + rows(self.elsewhere, others)])
 
     def feed_of(self, batch: float) -> Feed:
         """Of `batch` times the plan's images a step."""
@@ -131,12 +183,12 @@ class Session:
         how = self.most_steps, sizes[0], settings.augmentation, self.machine.device, sizes[1]
         if self.native is not None:
             return FieldFeed(self.native, self.images, self.labels, *how)
-        return Feed(self.images, self.labels, *how)
+        return (Feed if self.stacks is None else StackedFeed)(self.images, self.labels, *how)
 
     def step_of(self, variant: Variant) -> Stage2:
         key = json.dumps(variant.step.options(), sort_keys=True)
         if key not in self.steps:
-            feed = self.feeds[variant.batch]
+            feed = self.feeds[variant.batch, variant.images]
             self.steps[key] = Stage2(variant.step, self.plan.settings, self.classes, feed, self.machine)
         return self.steps[key]
 
@@ -145,7 +197,7 @@ class Session:
         if kind is None:
             return None, None
         if kind not in self.stage_1:
-            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feeds[1.0], self.machine)
+            self.stage_1[kind] = Stage1(kind, self.plan.settings, self.classes, self.feeds[1.0, "others"], self.machine)
         if kind not in self.teachers:
             self.teachers[kind] = self.stage_1[kind].fit(seed, self.pause("-".join((*kind, self.stage_1_key(seed)))))
         return self.teachers[kind]
@@ -178,11 +230,14 @@ class Session:
             pause.file.unlink(missing_ok=True)
         trained = time.perf_counter()
         scored = {part: self.part(self.parts.part(part)) for part in self.plan.parts} | self.other
-        predicted = {
-            name + whose: self.predict(step, network, on, f"{seed} {variant.name} {name}{whose}")
-            for whose, network in step.networks().items()
-            for name, on in scored.items()
-        }
+        scores: dict[str, Callable[[], dict[str, Any]]] = {}
+        for whose, network in step.networks().items():
+            for name, on in scored.items():
+                prediction = self.predict(step, network, on, f"{seed} {variant.name} {name}{whose}")
+                scores[name + whose] = partial(self.score, prediction, on)
+                if self.overlays is not None and on.rows is not None:
+                    file = self.overlays / f"{self.plan.name}_{seed}_{name}.npz"
+                    keep_slices(file, self.data, on.rows, variant.name + whose, prediction)
         resumed_at = step.loop.resumed_at
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps) - resumed_at
         done = time.perf_counter()
@@ -199,22 +254,28 @@ class Session:
                 "predict": done - trained,
             },
         }
-        return line, lambda: {name: scores() for name, scores in predicted.items()}
+        return line, lambda: {name: score_it() for name, score_it in scores.items()}
 
     def part(self, patients: tuple[int, ...]) -> Scored:
-        chosen = rows(self.data, patients)
-        images = self.images[torch.from_numpy(chosen).to(self.machine.device)]
-        return scored(self.data, images, chosen, [(i, i) for i in range(1, self.classes)], self.order_0)
+        chosen, images = rows(self.data, patients), torch.from_numpy(self.rows(patients))
+        inside = None if self.stacks is None else self.stacks.inside[images]
+        seen, classes = self.images[images.to(self.machine.device)], [(i, i) for i in range(1, self.classes)]
+        return scored(self.data, seen, chosen, classes, self.order_0)._replace(rows=chosen, inside=inside)
 
-    def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Callable[[], dict[str, Any]]:
+    def predict(self, step: Stage2, network: nn.Module, on: Scored, name: str) -> Tensor:
+        """Classes (N, size, size), or of volumes, on the CPU."""
         prediction = step.predict(network, on.images, on.size).cpu()
+        if on.inside is not None:
+            prediction = prediction[on.inside]
         if self.predictions is not None:
             self.predictions.mkdir(parents=True, exist_ok=True)
             file = "_".join([self.plan.name, *re.findall(r"[a-z0-9]+", name)])
             np.savez_compressed(self.predictions / f"{file}.npz", prediction=prediction.numpy())
-        names = [self.data.class_names[ours - 1] for ours, _ in on.classes]
-        return lambda: {
-            "classes": names,
+        return prediction
+
+    def score(self, prediction: Tensor, on: Scored) -> dict[str, Any]:
+        return {
+            "classes": [self.data.class_names[ours - 1] for ours, _ in on.classes],
             **score(prediction, on.truth, on.volume, on.classes, on.order_0, on.spacing),
             "patients": on.patients,
             **({"distances": "mm"} if on.spacing is not None else {}),
@@ -288,13 +349,15 @@ def run_plan(
     deadline: float,
     checkpoints: Path | None = None,
     predictions: Path | None = None,
+    overlays: Path | None = None,
 ) -> bool:
     """Run what is missing; False if the time, up to `deadline` of the monotonic clock, did not suffice.
 
     Without `checkpoints` no run is begun that would not end in time; with it, the last one is saved there, and the
-    next call goes on with it. With `predictions` the predicted classes are written there, a file per network and part.
+    next call goes on with it. With `predictions` the predicted classes are written there, a file per network and part;
+    with `overlays` those of a few slices.
     """
-    session = Session(plan, folder, machine, about, checkpoints, deadline, predictions)
+    session = Session(plan, folder, machine, about, checkpoints, deadline, predictions, overlays)
     done = set(finished(read_lines(out)))
     failed: set[str] = set()
     longest: dict[str, float] = {}
@@ -384,6 +447,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would end later")
     parser.add_argument("--checkpoints", type=Path, help="folder where a run is saved that the time cuts short")
     parser.add_argument("--predictions", type=Path, help="folder for the predicted classes, as .npz")
+    parser.add_argument("--overlays", type=Path, help="folder for a few slices, to be drawn (evidence/overlays.py)")
     parser.add_argument("--compile", choices=["all", "losses", "none"], default="none", help="before the capture")
     parser.add_argument("--commit", default=head_commit(), help="what is measured, where there is no git to tell")
     parser.add_argument("--smoke", action="store_true", help="30 steps of each variant of one seed, for the timing")
@@ -399,7 +463,8 @@ def main() -> None:
             plan = replace(plan, seeds=tuple(seed for seed in plan.seeds if seed in args.seeds))
         if args.smoke:
             plan = trial(plan, everything=args.all)
-        if not run_plan(plan, args.data, args.out, machine, said, deadline, args.checkpoints, args.predictions):
+        kept = args.checkpoints, args.predictions, args.overlays
+        if not run_plan(plan, args.data, args.out, machine, said, deadline, *kept):
             break
     if machine.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB", flush=True)

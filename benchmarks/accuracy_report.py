@@ -24,6 +24,7 @@ import numpy as np
 from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evidence.overview import overview
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.published import PUBLISHED, SEEN, published
 from benchmarks.evidence.results import finished, read_lines
@@ -138,13 +139,23 @@ def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
             seed, name = wanted[line["key"]]
             if seed in found[name]:
                 raise ValueError(f"{plan.name}: seed {seed} of {name!r} was run on slices of two sizes; report one")
-            found[name][seed] = line["scores"][part]
+            found[name][seed] = _of_class(line["scores"][part], plan.of_class)
             for network, title in BESIDE.items():
                 if f"{part}, {network}" in line["scores"]:
-                    found.setdefault(f"{name}: {title}", {})[seed] = line["scores"][f"{part}, {network}"]
-            classes = tuple(line["scores"][part]["classes"])
+                    beside = _of_class(line["scores"][f"{part}, {network}"], plan.of_class)
+                    found.setdefault(f"{name}: {title}", {})[seed] = beside
+            classes = tuple(found[name][seed]["classes"])
             runs.append(line)
     return Scores(plan, part, classes, {name: seeds for name, seeds in found.items() if seeds}, tuple(runs))
+
+
+def _of_class(scores: dict[str, Any], name: str) -> dict[str, Any]:
+    """Those of one class alone, or as they are without a name."""
+    if not name:
+        return scores
+    which = scores["classes"].index(name)
+    alone = {key: [scores[key][which]] for key in ("classes", "dsc", "hd95", "each_dsc", "each_hd95") if key in scores}
+    return {**scores, **alone, "mean_dsc": alone["dsc"][0], "mean_hd95": alone["hd95"][0]}
 
 
 def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
@@ -225,7 +236,8 @@ def field_section(scores: Scores, references: Sequence[str]) -> list[str]:
         parts.append(f"Labelled patients by seed: {'; '.join(draws)}.")
     if plan.decide_on == "validation":
         parts.append(f"Changes screened: {len(plan.variants) - 1}.")
-    return [*parts, *filter(None, [published(plan.patients)]), SEEN]
+    known = "" if plan.of_class else published(plan.patients)  # which are means over all classes
+    return [*parts, *filter(None, [known]), SEEN]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -307,7 +319,7 @@ def field_figure(all_scores: Sequence[Scores], path: Path) -> bool:
             values = list(scores.values(name, "mean_dsc").values())
             axes.plot(values, [row] * len(values), "o", color="#999999", markersize=4, alpha=0.7)
             axes.plot(fmean(values), row, "s", color="#0072B2")
-        others = [p.dsc for p in PUBLISHED if p.patients == plan.patients]
+        others = [p.dsc for p in PUBLISHED if p.patients == plan.patients and not plan.of_class]
         axes.plot(others, [len(scores.lines)] * len(others), "d", color="#D55E00", markersize=4)
         names = [*scores.lines, *(["published, one draw each"] if others else [])]
         axes.set_yticks(range(len(names)), names, fontsize=8)
@@ -334,6 +346,7 @@ def report(scores: Scores, references: Sequence[str] | None = None) -> str:
         plan.question,
         f"Rule, {'written after the runs' if plan.outside else 'written before'}: {plan.rule}",
         *([plan.outside] if plan.outside else []),
+        *([f"All scores are of the {plan.of_class} alone."] if plan.of_class else []),
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
         *([table(scores, references), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
         *([beside_published(scores)] if scores.runs and plan.published else []),
@@ -354,6 +367,7 @@ def main() -> None:
     parser.add_argument(
         "--figure", type=Path, help="picture of the paired differences to the bare run; of the field's protocol of DSC"
     )
+    parser.add_argument("--overview", type=Path, help="picture of labelled patients against DSC, over all plans given")
     args = parser.parse_args()
     lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
     plans = [read_plan(path) for path in args.plan]
@@ -363,6 +377,8 @@ def main() -> None:
         args.table.write_text(text)
     else:
         print(text)
+    if args.overview and not overview(scores, args.overview):
+        parser.error("--overview: nothing of these plans was run")
     if all(plan.settings.protocol == "ssl4mis" for plan in plans):
         if args.figure and not field_figure(scores, args.figure):
             parser.error("--figure: nothing of these plans was run")

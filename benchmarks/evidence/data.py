@@ -208,6 +208,39 @@ def _field_split(data: Slices, patients: int, seed: int | None) -> Split:
     return Split(labelled, tuple(p for p in training if p not in labelled), validation, test)
 
 
+def half_without(parts: Split, seed: int) -> tuple[int, ...]:
+    """The unlabelled patients but for so many, drawn by the seed, as are half of all for training.
+
+    Raises:
+        ValueError: there are not more than these.
+    """
+    half = (len(parts.labelled) + len(parts.unlabelled)) // 2
+    if len(parts.unlabelled) <= half:
+        raise ValueError(f"of {len(parts.unlabelled)} unlabelled patients {half} cannot be left out")
+    order = np.random.default_rng([seed, 1]).permutation(parts.unlabelled)
+    return tuple(sorted(order[half:].tolist()))
+
+
+def drawn_patients(data: Slices, count: int, seed: int) -> tuple[int, ...]:
+    """`count` of all patients, drawn by the seed. Raises a ValueError if there are fewer."""
+    everyone = np.unique(data.patient)
+    if len(everyone) < count:
+        raise ValueError(f"{data.name} has {len(everyone)} patients, not {count}")
+    return tuple(sorted(np.random.default_rng([seed, 2]).permutation(everyone)[:count].tolist()))
+
+
+def centred(images: np.ndarray, size: int) -> np.ndarray:
+    """(N, H, W) in the middle of squares, black around them: for pixels that are about as large as the others'.
+
+    Raises:
+        ValueError: they are larger than the square.
+    """
+    more = [size - side for side in images.shape[1:]]
+    if min(more) < 0:
+        raise ValueError(f"slices of {images.shape[1]} x {images.shape[2]} do not fit into squares of {size}")
+    return np.pad(images, ((0, 0), *((n // 2, n - n // 2) for n in more)))
+
+
 def rows(data: Slices, patients: tuple[int, ...]) -> np.ndarray:
     """The slices of some patients."""
     return np.flatnonzero(np.isin(data.patient, patients))

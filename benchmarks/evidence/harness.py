@@ -38,6 +38,7 @@ from .batches import Augmentation, Feed
 from .compiler import set_up
 from .copy_paste import CopyPaste
 from .field_unet import FieldUNet
+from .lite0 import lite0_unet
 from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .mixing import mixing_of
 from .variants import Variant
@@ -51,19 +52,31 @@ STATISTICS = 50  # batches
 NOISE = 0.1  # standard deviation of what the mean teacher's student sees on top of the image
 
 
-LATER = ("stage_1", "protocol", "others")  # settings that came after the first results
+Network = Literal[
+    "unet",
+    "field_unet",
+    "smp_unet",
+    "smp_lite0",
+    "smp_lite0_imagenet",
+    "transunet",
+    "swin_unet",
+    "vm_unet",
+    "unet_3d",
+    "unet_3d_thick",
+]
+LATER = ("stage_1", "protocol", "others", "depth")  # settings that came after the first results
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all variants of a plan share; volumes are trained on as stored, whatever `size` is."""
+    """What all variants of a plan share; what is stored as volumes is trained on as it is, whatever `size` is."""
 
     steps: int = 1200
     stage1_steps: int = 600
     batch: int = 24
     size: int = 224
     width: int = 32
-    model: Literal["unet", "smp_unet", "transunet", "swin_unet", "vm_unet", "unet_3d", "field_unet"] = "unet"
+    model: Network = "unet"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01
     weight_decay: float = 1e-4
@@ -74,6 +87,8 @@ class Settings:
     """Of `acdc_native`: in the field's, slices become squares by order 0, and the published augmentation is before."""
     others: int | None = None
     """Images a step of the batch from other patients; as many as `batch` by default."""
+    depth: int | None = None
+    """Train on volumes of so many slices, black behind those that there are, for "unet_3d_thick"; None: on slices."""
 
     def options(self) -> dict[str, Any]:
         """As plain values; what came later is left out at its default, so that earlier runs keep their keys."""
@@ -151,6 +166,8 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
         import segmentation_models_pytorch as smp
 
         return smp.Unet("resnet34", encoder_weights=None, in_channels=1, classes=classes)
+    if settings.model in ("smp_lite0", "smp_lite0_imagenet"):
+        return lite0_unet(classes, imagenet=settings.model == "smp_lite0_imagenet")
     if settings.model == "transunet":
         from examples.backbones.transunet import TransUNet
 
@@ -159,11 +176,15 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
         from examples.backbones.swin_unet import SwinUNet
 
         return SwinUNet(classes, 1, settings.size)
-    if settings.model == "unet_3d":
+    if settings.model in ("unet_3d", "unet_3d_thick"):
         from monai.networks.nets import DynUNet
 
-        filters, strides = [settings.width << level for level in range(5)], [1, 2, 2, 2, 2]
-        return DynUNet(3, 1, classes, [3] * 5, strides, strides[1:], filters=filters, norm_name="instance")
+        filters = [settings.width << level for level in range(5)]
+        kernels: list[Any] = [3] * 5
+        strides: list[Any] = [1, 2, 2, 2, 2]
+        if settings.model == "unet_3d_thick":  # slices lie farther apart than pixels: as nnU-Net does it
+            kernels, strides = [[1, 3, 3], 3, 3, 3, 3], [1, [1, 2, 2], 2, 2, [1, 2, 2]]
+        return DynUNet(3, 1, classes, kernels, strides, strides[1:], filters=filters, norm_name="instance")
     from examples.backbones.vm_unet import VMUNet
 
     return VMUNet(classes, 1)
@@ -171,7 +192,8 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
 
 def on_device(settings: Settings, classes: int, device: torch.device) -> nn.Module:
     """A new network, in 2D with channels last; in 3D its instance normalisations would undo that."""
-    layout = torch.contiguous_format if settings.model == "unet_3d" else torch.channels_last
+    in_3d = settings.model in ("unet_3d", "unet_3d_thick")
+    layout = torch.contiguous_format if in_3d else torch.channels_last
     return make_model(settings, classes).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
@@ -523,7 +545,7 @@ class Stage2:
 
     def _unlabelled(self) -> Tensor:
         kind, clock = self.variant.unlabelled, self.loop.clock
-        tables = self.feed.others if self.variant.images == "others" else self.feed.again
+        tables = self.feed.again if self.variant.images == "labelled" else self.feed.others
         image, _, _ = self.feed.batch_of(tables, clock)
         if self.mixed is not None:
             if isinstance(self.mixed, CopyPaste):

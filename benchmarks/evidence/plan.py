@@ -31,6 +31,8 @@ class Plan:
         parts: which parts are scored.
         drawn: the labelled patients are drawn by the seed, where the field has a choice of its own for all seeds.
         also_test: another data set on which the network is scored: {"data", "classes": [[ours, theirs], ...]}.
+        elsewhere: another data set, of which variants have unlabelled images ("half elsewhere").
+        of_class: the class that the rule reads, where it is not the mean over all.
         published: DSC in percent that the publication reports for a variant, by its name.
         published_hd95: HD95, likewise.
         outside: of runs that were made elsewhere, and whose plan was written after them: where, and of what.
@@ -49,6 +51,8 @@ class Plan:
     parts: tuple[str, ...] = ("validation", "test")
     drawn: bool = False
     also_test: dict[str, Any] | None = None
+    elsewhere: str = ""
+    of_class: str = ""
     published: Mapping[str, float] = field(default_factory=dict)
     published_hd95: Mapping[str, float] = field(default_factory=dict)
     outside: str = ""
@@ -73,6 +77,7 @@ class Plan:
             "parts": self.parts,
             "also_test": self.also_test,
             **({"drawn": True} if self.drawn else {}),  # so that earlier runs keep their keys
+            **({"elsewhere": self.elsewhere} if variant.images == "half elsewhere" else {}),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -105,6 +110,10 @@ def read_plan(path: Path) -> Plan:
         first = named.setdefault(json.dumps(variant.options(), sort_keys=True), variant.name)
         if first != variant.name:
             raise ValueError(f"{path.name}: {first!r} and {variant.name!r} have the same options")
+    asking = [variant.name for variant in plan.variants if variant.images == "half elsewhere"]
+    if bool(asking) != bool(plan.elsewhere):
+        what = f"{asking} need" if asking else f"no variant has images of {plan.elsewhere!r}, but the plan names"
+        raise ValueError(f"{path.name}: {what} another data set, as 'elsewhere'")
     scored = (*plan.parts, *([plan.also_test["data"]] if plan.also_test else []))
     if plan.decide_on not in scored:
         raise ValueError(f"{path.name}: decided on {plan.decide_on!r}, and only {', '.join(scored)} are scored")

@@ -24,7 +24,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
         "cutmix",
         "copy-paste",
     ),
-    "images": ("others", "labelled"),
+    "images": ("others", "labelled", "half", "half elsewhere"),
 }
 
 
@@ -46,7 +46,9 @@ class Variant:
             sees it), "entropy", "reconstruction" (by the frozen teacher, of the image from the prediction),
             "pseudo-label", "mean teacher", "cutmix" (the mean teacher's pseudo-label on mixed images) or "copy-paste"
             (the same, mixed with labelled images).
-        images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones.
+        images: of that batch: of the "others", the training patients without labels, or again the "labelled" ones;
+            "half" goes without so many of the others as are half of the training patients, and "half elsewhere" has
+            patients of the plan's other data set in their place.
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
         mixing: what is other about CutMix (`mixing_of`); None is the package's default.
@@ -103,7 +105,7 @@ class Variant:
     @property
     def sees_others(self) -> bool:
         """Whether it uses the images of the training patients without labels."""
-        return self.free or (self.unlabelled is not None and self.images == "others")
+        return self.free or (self.unlabelled is not None and self.images != "labelled")
 
     def steps(self, stage_2: int, stage_1: int) -> int:
         """Of its training, where the plan's stages have so many."""

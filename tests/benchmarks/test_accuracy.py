@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
@@ -15,7 +14,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.ndimage import affine_transform, gaussian_filter, rotate, zoom
 from scipy.stats import ttest_rel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,39 +58,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(steps=3, stage1_steps=2, batch=2, size=32, width=2)
 FIELD = replace(SETTINGS, model="field_unet", protocol="ssl4mis", others=4)
 IN_3D = replace(SETTINGS, model="unet_3d", augmentation="strong")
-SHAPE = (16, 48, 32)  # of volumes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data sets in the form of the real ones: discs or balls whose brightness is that of their class."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    y, x = np.mgrid[:32, :32]
-
-    def stack(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-        centre = rng.integers(12, 20, (2, count, 1, 1))
-        radius = np.hypot(y - centre[0], x - centre[1])
-        labels = sum((radius < 12 - 4 * c).astype(np.uint8) for c in range(classes))
-        return (60 * labels + rng.integers(0, 20, labels.shape)).astype(np.uint8), labels
-
-    patient, phase, position = (a.ravel() for a in np.meshgrid(range(1, 101), [0, 1], [0, 1], indexing="ij"))
-    images, labels = stack(len(patient), 3)
-    np.savez(folder / "acdc.npz", images=images, labels=labels, patient=patient, phase=phase, slice=position)
-    patient, position = (a.ravel() for a in np.meshgrid(range(45), [7, 18, 27, 38], indexing="ij"))
-    images, labels = stack(len(patient), 1)
-    names = np.array([f"SC-{'HYP' if p % 3 else 'N'}-{p:02}" for p in range(45)])
-    part = (patient % 3) + 1
-    np.savez(
-        folder / "sunnybrook.npz",
-        **{"images": images, "labels": labels, "patient": patient, "slice": position},
-        **{"part": part, "patient_name": names},
-    )
-    centre = np.array(SHAPE) / 2 + rng.integers(-2, 3, (260, 3))
-    away = np.moveaxis(np.indices(SHAPE), 0, -1) - centre[:, None, None, None]
-    labels = sum((np.linalg.norm(away, axis=-1) < radius).astype(np.uint8) for radius in (7, 4))
-    images = (60 * labels + rng.integers(0, 20, labels.shape)).astype(np.uint8)
-    np.savez(folder / "hippocampus.npz", images=images, labels=labels, patient=np.arange(1, 261))
-    return folder
+SHAPE = (16, 48, 32)  # of the volumes in conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -186,33 +152,6 @@ def test_packing_changes_nothing_but_the_size_of_the_file(folder, tmp_path, acdc
     mean = acdc.images.reshape(400, 16, 2, 16, 2).astype(float).mean((2, 4))
     assert np.abs(small.images - mean).max() <= 2.5
     assert set(np.unique(small.images % 4)) <= {0, 3}  # 3 is 255
-
-
-@pytest.fixture(scope="module")
-def native(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Also writes acdc_native.npz: 100 patients, 2 slices of both phases, and a height and a width of each patient."""
-    rng = np.random.default_rng(1)
-    slices, blobs, about = [], [], []
-    for patient in range(1, 101):
-        height, width = 20 + patient % 3 * 8, 40 - patient % 5 * 4
-        for phase in (1, 0):  # not in order
-            for position in (2, 1):
-                y, x = np.mgrid[:height, :width]
-                radius = np.hypot((y - height / 2) / height, (x - rng.integers(8, width - 8)) / width)
-                label = sum((radius < 0.4 - 0.12 * c).astype(np.uint8) for c in range(3))
-                image = (30 * label + rng.integers(0, 10, label.shape)).astype(np.uint8)
-                blob = io.BytesIO()
-                Image.fromarray(image).convert("RGB").save(blob, "webp", lossless=True, exact=True)
-                blobs.append(np.frombuffer(blob.getvalue(), np.uint8))
-                slices.append((image, label))
-                about.append((patient, phase, position, height, width))
-    columns = dict(zip(("patient", "phase", "slice", "height", "width"), np.array(about).T))
-    parts = {"labelled_1": [99], "labelled_3": [99, 38, 50], "labelled_7": [99, 38, 50, 100, 58, 21, 49]}
-    parts |= {"validation": list(range(1, 11)), "test": list(range(11, 21)) + list(range(71, 81))}
-    ends, labels = np.cumsum([len(blob) for blob in blobs]), np.concatenate([label.ravel() for _, label in slices])
-    everything = {**columns, **{name: np.array(who) for name, who in parts.items()}}
-    np.savez(folder / "acdc_native.npz", webp=np.concatenate(blobs), ends=ends, labels=labels, **everything)
-    return slices
 
 
 def test_native_slices_are_resized_and_their_labels_kept(folder, native):
@@ -953,9 +892,24 @@ def test_no_step_of_the_fields_protocol_waits_for_the_device(mixing, folder, nat
         step.mixed.update()
 
 
+def test_no_step_on_stacked_slices_waits_for_the_device(folder, native, unread):
+    settings = replace(FIELD, model="unet_3d_thick", depth=4, augmentation="strong")
+    plan = plan_of(data="acdc_native", patients=3, variants=(CATALOGUE["ds equal + deep cutmix"],), settings=settings)
+    session = accuracy.Session(plan, folder, Machine.make(), {})
+    session.begin(0)
+    step = session.step_of(plan.variants[0])
+    with Watch():
+        loss, _ = step.losses()
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "settings"),
-    [*((name, "acdc", SETTINGS) for name in CATALOGUE), ("ds x2 + deep cutmix", "hippocampus", IN_3D)],
+    [
+        *((name, "acdc", SETTINGS) for name in CATALOGUE),
+        ("ds x2 + deep cutmix", "hippocampus", IN_3D),
+        ("ds equal + deep cutmix", "acdc", replace(SETTINGS, model="smp_lite0")),
+    ],
 )
 def test_no_step_waits_for_the_device(name, data, settings, request, unread):
     feed = feed_of(request.getfixturevalue(data), augmentation=settings.augmentation)
