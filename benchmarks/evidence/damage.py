@@ -13,7 +13,7 @@ BLOBS = 3  # of each map, each with a chance
 RADIUS = (0.03, 0.15)  # of a blob, as a share of the side
 BOX = (0.1, 0.5)  # half a side of the box in which a class is missing, likewise
 REACH = 0.03  # how far borders move at most, likewise
-GROWTH = 0.2
+GROWTH = 0.2  # added to or taken from a class's share at most
 SHIFT = 0.05  # how far parts are moved at most, as a share of the side
 COARSE = 4  # points to a side of the field that moves them
 

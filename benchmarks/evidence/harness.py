@@ -547,9 +547,7 @@ class Stage2:
             loss = loss + self.deep.loss(label, self.task_loss)
         if isinstance(self.idea, Distilling):
             loss = loss + self.idea.weight * self._distilled(self.idea, logits, image, label)
-        elif isinstance(self.idea, Aligning) and not self.idea.labelled:
-            pass  # what was recorded of the labelled images the other forward's record forgets
-        elif self.reseg is not None and self.reseg.weight:
+        if self.reseg is not None and self.reseg.weight and self.idea != Aligning(labelled=False):
             loss = loss + self.aligned.index_select(0, clock)[0] * self._alignment(image, label)
         if variant.unlabelled is not None:
             weight = variant.unlabelled_weight * self.ramp.index_select(0, clock)[0]
