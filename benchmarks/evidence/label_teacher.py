@@ -99,7 +99,8 @@ class LabelTeacher(nn.Module):
     def __init__(self, classes: int, width: int, sees: str) -> None:
         super().__init__()
         self.classes, self.sees_image = classes, sees == "label and image"
-        self.body = UNet(classes, classes + self.sees_image, width)
+        self.made_of = classes, classes + self.sees_image, width
+        self.body = UNet(*self.made_of)
 
     def forward(self, label: Tensor, image: Tensor) -> Tensor:
         """(B, H, W) int64 and the image (B, 1, H, W) to logits (B, classes, H, W)."""
@@ -111,8 +112,7 @@ class LabelTeacher(nn.Module):
         """New weights, the same for a seed."""
         with torch.random.fork_rng():
             torch.manual_seed(seed + 100_000)
-            first = self.body.encoder[0][0]
-            fresh = UNet(self.classes, first.in_channels, first.out_channels)  # pyright: ignore[reportArgumentType]
+            fresh = UNet(*self.made_of)
         self.body.load_state_dict(fresh.state_dict())
 
 
