@@ -24,6 +24,7 @@ import numpy as np
 from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evidence.ablation import ablation_figure
 from benchmarks.evidence.overview import overview
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.published import PUBLISHED, SEEN, published
@@ -307,6 +308,16 @@ def figure(all_scores: Sequence[Scores], path: Path, reference: str = "bare") ->
     return True
 
 
+def ablation(scores: Scores, path: Path, reference: str = "bare") -> bool:
+    """Figure 4 of the paper from a plan's runs: terms and weights of the alignment; False where none was run."""
+    base = scores.values(reference, "mean_dsc") if reference in scores.lines else {}
+    found = {name: paired(scores.values(name, "mean_dsc"), base) for name in scores.lines}
+    gains = {name: difference for name, difference in found.items() if difference is not None}
+    plan = scores.plan
+    title = f"{plan.name}: {plan.data}, {plan.patients} patients, {plan.settings.model}, {scores.part}"
+    return ablation_figure(plan.variants, gains, title, path)
+
+
 def field_figure(all_scores: Sequence[Scores], path: Path) -> bool:
     """DSC of every seed or draw of plans of the field's protocol, a panel per plan, and what was published."""
     all_scores = [scores for scores in all_scores if scores.runs]
@@ -368,6 +379,7 @@ def main() -> None:
         "--figure", type=Path, help="picture of the paired differences to the bare run; of the field's protocol of DSC"
     )
     parser.add_argument("--overview", type=Path, help="picture of labelled patients against DSC, over all plans given")
+    parser.add_argument("--ablation", type=Path, help="picture of terms and weights of the alignment, of one plan")
     args = parser.parse_args()
     lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
     plans = [read_plan(path) for path in args.plan]
@@ -379,6 +391,8 @@ def main() -> None:
         print(text)
     if args.overview and not overview(scores, args.overview):
         parser.error("--overview: nothing of these plans was run")
+    if args.ablation and not (len(scores) == 1 and ablation(scores[0], args.ablation)):
+        parser.error("--ablation: give one plan, of which 'bare' and variants of the preset 'paper' were run")
     if all(plan.settings.protocol == "ssl4mis" for plan in plans):
         if args.figure and not field_figure(scores, args.figure):
             parser.error("--figure: nothing of these plans was run")

@@ -37,7 +37,19 @@ from reseg_loss.mixing import pseudo_label
 from .batches import Augmentation, Feed
 from .compiler import set_up
 from .copy_paste import CopyPaste
+from .damage import damaged
 from .field_unet import FieldUNet
+from .label_teacher import (
+    RESTORED,
+    Aligning,
+    Cleaned,
+    Cleaning,
+    Distilling,
+    LabelTeacher,
+    Seen,
+    distillation,
+    restorer_sees,
+)
 from .lite0 import lite0_unet
 from .losses import IGNORED, SURE, consistency, entropy, segmentation_loss
 from .mixing import mixing_of
@@ -362,32 +374,58 @@ class Stage1:
 
     def __init__(self, kind: tuple[str, str], settings: Settings, classes: int, feed: Feed, machine: Machine) -> None:
         self.label_input, self.task = kind
-        self.settings, self.classes = settings, classes
-        model = on_device(settings, classes, machine.device)
-        example = torch.zeros(1, 1, *feed.images.shape[1:], device=machine.device)
-        label_input: Any = self.label_input
-        self.reseg = ReSegWrapper(model, example, label_input=label_input)
-        self.teacher = self.reseg.teacher.train()
-        recon_loss = ReconLoss()
-        body = machine.network(self.teacher.decode)
+        self.settings, self.classes, self.feed, self.machine = settings, classes, feed, machine
+        self.teacher, self.loss_of = self._restoring() if self.label_input == RESTORED else self._reconstructing()
+        self.teacher.train()
         recipe = (settings.optimizer, settings.lr, settings.weight_decay)
         how = recipe if settings.stage_1 == "as stage 2" else ("adamw", 1e-3, 0.0)
         self.loop = Loop(machine, list(self.teacher.parameters()), *how, settings.stage1_steps, [self.teacher])
+        self.loop.capture(self.losses)
 
-        def loss_of() -> tuple[Tensor, Tensor]:
-            image, label, _ = feed.batch_of(feed.labelled, self.loop.clock)
-            encoded = image if self.task == "autoencoder" else self.teacher.encoding.encode(label)[0]
-            target = label[:, None].float() / (classes - 1) if self.task == "label" else image
-            with machine.autocast():
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Of a step: what is minimised is also what is logged."""
+        image, label, _ = self.feed.batch_of(self.feed.labelled, self.loop.clock)
+        loss = self.loss_of(image, label)
+        return loss, loss
+
+    def _reconstructing(self) -> tuple[Teacher, Callable[[Tensor, Tensor], Tensor]]:
+        """A teacher that is to paint images, and its loss."""
+        model = on_device(self.settings, self.classes, self.machine.device)
+        example = torch.zeros(1, 1, *self.feed.images.shape[1:], device=self.machine.device)
+        label_input: Any = self.label_input
+        self.reseg = ReSegWrapper(model, example, label_input=label_input)
+        teacher, recon_loss = self.reseg.teacher, ReconLoss()
+        body = self.machine.network(teacher.decode)
+
+        def loss_of(image: Tensor, label: Tensor) -> Tensor:
+            encoded = image if self.task == "autoencoder" else teacher.encoding.encode(label)[0]
+            target = label[:, None].float() / (self.classes - 1) if self.task == "label" else image
+            with self.machine.autocast():
                 prediction = body(encoded)
-            loss = recon_loss(prediction, target)
-            return loss, loss
+            return recon_loss(prediction, target)
 
-        self.loop.capture(loss_of)
+        return teacher, loss_of
+
+    def _restoring(self) -> tuple[LabelTeacher, Callable[[Tensor, Tensor], Tensor]]:
+        """A teacher that is to restore label maps, and its loss."""
+        teacher = label_teacher(self.task, self.settings, self.classes, self.machine.device)
+        body, task_loss = self.machine.network(teacher), self.machine.loss(segmentation_loss)
+
+        def loss_of(image: Tensor, label: Tensor) -> Tensor:
+            seen = damaged(label, self.classes)
+            with self.machine.autocast():
+                logits = body(seen, image)
+            return task_loss(logits, label)
+
+        return teacher, loss_of
 
     def fit(self, seed: int, pause: Pause | None = None) -> tuple[dict[str, Tensor], float]:
         """The trained teacher's weights and its last losses' mean; with `pause`, its file keeps them."""
-        reset_teacher(self.teacher, self.settings, self.classes, seed)
+        if isinstance(self.teacher, LabelTeacher):
+            self.teacher.redraw(seed)
+            torch.manual_seed(seed)  # of the damages
+        else:
+            reset_teacher(self.teacher, self.settings, self.classes, seed)
         self.teacher.train()
         steps = self.settings.stage1_steps
         as_stage_2 = self.settings.stage_1 == "as stage 2"
@@ -397,6 +435,14 @@ class Stage1:
             self.loop.save(pause.file)
         state = {name: value.detach().clone() for name, value in self.teacher.state_dict().items()}
         return state, float(self.loop.losses[-50:].mean())
+
+
+def label_teacher(sees: str, settings: Settings, classes: int, device: torch.device) -> LabelTeacher:
+    """A new one that restores label maps, of the width of the plan."""
+    if settings.model == "unet_3d":
+        raise ValueError("teachers that restore label maps are there for slices, not for volumes")
+    teacher = LabelTeacher(classes, settings.width, sees)
+    return teacher.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def reset_teacher(teacher: Teacher, settings: Settings, classes: int, seed: int) -> None:
@@ -441,12 +487,17 @@ class Stage2:
             given = {"level_weights" if name == "weights" else name: value for name, value in variant.deep.items()}
             self.deep = DeepSupervision(self.model, example, num_classes=classes, ignore_index=ignored, **given)
             parameters += self.deep.parameters()
+        self.idea = variant.idea
+        sees = restorer_sees(self.idea)
+        self.label_teacher = None if sees is None else label_teacher(sees, settings, classes, device)
+        if self.label_teacher is not None:
+            self.restorer = machine.network(self.label_teacher.eval().requires_grad_(False))
         self.student = machine.network(self.model)
         self.mean_teacher = machine.network(self.average) if self.average is not None else None
         if variant.unlabelled in ("cutmix", "copy-paste"):
             deep = self.deep if variant.unlabelled_deep else None
             # the ramp is a table here, for a captured step would keep the first call's
-            kind, options = mixing_of(variant.mixing)
+            kind, options = self._ideas_cutmix() or mixing_of(variant.mixing)
             options = {"threshold": SURE, "ema_decay": EMA, **options}
             joint = (variant.mixing or {}).get("joint")
             if joint is True:
@@ -480,6 +531,13 @@ class Stage2:
         self.loop.capture(self.losses, self._follow)
         self.forget()
 
+    def _ideas_cutmix(self) -> tuple[type[CutMixConsistency], dict[str, Any]] | None:
+        """The class and the keywords of CutMix where the idea is one about it."""
+        if isinstance(self.idea, Cleaning):
+            other = self.variant.fed == "other label"
+            return Cleaned, {"cleaner": self.restorer, "taken": self.idea.taken, "other": other}
+        return (Seen, {}) if isinstance(self.idea, Aligning) else None
+
     def _modules(self) -> list[nn.Module]:
         """All whose weights or statistics a run changes or that differ between seeds."""
         modules = [self.model]
@@ -487,6 +545,8 @@ class Stage2:
             modules += [self.reseg.criterion, self.reseg.teacher]
         if self.deep is not None:
             modules.append(self.deep.heads)
+        if self.label_teacher is not None:
+            modules.append(self.label_teacher)
         averages = [self.average, self.mixed.average if self.mixed is not None else None]
         return modules + [average for average in averages if average is not None]
 
@@ -507,7 +567,9 @@ class Stage2:
         task = loss = self.task_loss(logits, label)
         if self.deep is not None:
             loss = loss + self.deep.loss(label, self.task_loss)
-        if self.reseg is not None and self.reseg.weight:
+        if isinstance(self.idea, Distilling):
+            loss = loss + self.idea.weight * self._distilled(self.idea, logits, image, label)
+        if self.reseg is not None and self.reseg.weight and self.idea != Aligning(labelled=False):
             loss = loss + self.aligned.index_select(0, clock)[0] * self._alignment(image, label)
         if variant.unlabelled is not None:
             weight = variant.unlabelled_weight * self.ramp.index_select(0, clock)[0]
@@ -543,6 +605,12 @@ class Stage2:
             taught = Features(taught.decoder, taught.encoder, taught.bottleneck)
         return self.reseg.weight * self.reseg.criterion(student, taught)
 
+    def _distilled(self, idea: Distilling, logits: Tensor, image: Tensor, label: Tensor) -> Tensor:
+        seen = damaged(label.roll(1, 0) if self.variant.fed == "other label" else label, self.classes)
+        with torch.no_grad(), self.machine.autocast():
+            taught = self.restorer(seen, image)
+        return distillation(logits, taught, idea.temperature)
+
     def _unlabelled(self) -> Tensor:
         kind, clock = self.variant.unlabelled, self.loop.clock
         tables = self.feed.again if self.variant.images == "labelled" else self.feed.others
@@ -550,6 +618,11 @@ class Stage2:
         if self.mixed is not None:
             if isinstance(self.mixed, CopyPaste):
                 self.mixed.labelled = self.feed.batch_of(self.feed.again, clock)[:2]
+            if isinstance(self.mixed, Seen):
+                assert self.reseg is not None
+                with self.reseg.record(), self.machine.autocast():
+                    loss = self.mixed.loss(image, self.task_loss, weight=1.0)
+                return loss + self._alignment(image, self.mixed.taken())
             with self.machine.autocast():
                 return self.mixed.loss(image, self.task_loss, weight=1.0)
         seen, target = image, torch.empty(0)
@@ -617,6 +690,11 @@ class Stage2:
                 reset_teacher(self.reseg.teacher, settings, self.classes, seed)
             else:
                 self.reseg.teacher.load_state_dict(teacher)
+        if self.label_teacher is not None:
+            if teacher is None:
+                self.label_teacher.redraw(seed)
+            else:
+                self.label_teacher.load_state_dict(teacher)
         t = torch.arange(steps) / steps
         self.aligned[:steps].copy_((t < variant.until).float())
         self.ramp[:steps].copy_(torch.exp(-5 * (1 - (t / RAMP).clamp(max=1)) ** 2))

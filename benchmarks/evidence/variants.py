@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .label_teacher import RESTORED, Aligning, Distilling, Idea, idea_of, restorer_sees
+
 STANDARDIZED = {"preset": "standardized"}
 ONEHOT_TEACHER = {"label_input": "onehot", "weight": 0.0}  # a teacher without alignment
 DS_X2 = {"weights": [1.0, 0.5, 0.25]}
@@ -52,6 +54,8 @@ class Variant:
         unlabelled_weight: its factor, reached after a ramp of 40 % of the run.
         unlabelled_deep: supervise the heads of deep supervision with the pseudo-label, too.
         mixing: what is other about CutMix (`mixing_of`); None is the package's default.
+        label_teacher: an idea about a teacher that sees label maps (`idea_of`). "untrained" of `teacher` and "other
+            label" of `fed` are its controls, too.
         batch: so many times the plan's images a step.
         free: score what takes no further training, too: an average of the weights (CutMix's mean teacher, where there
             is none without its loss), and the model with batch statistics of the training patients without labels.
@@ -71,6 +75,7 @@ class Variant:
     unlabelled_weight: float = 1.0
     unlabelled_deep: bool = False
     mixing: Mapping[str, Any] | None = None
+    label_teacher: Mapping[str, Any] | None = None
     batch: float = 1.0
     free: bool = False
     long: bool = False
@@ -84,15 +89,35 @@ class Variant:
             raise ValueError(f"variant {self.name!r}: unlabelled_deep needs deep supervision")
         if self.unlabelled != "cutmix" and self.mixing is not None:
             raise ValueError(f"variant {self.name!r}: mixing is an option of unlabelled='cutmix'")
+        self._check_idea()
 
     def options(self) -> dict[str, Any]:
         """What differs from the bare run, as plain values; the name is no option."""
         bare = Variant("")
         return {k: v for k, v in asdict(self).items() if k != "name" and v != getattr(bare, k)}
 
+    def _check_idea(self) -> None:
+        if self.idea is None:
+            return
+        if isinstance(self.idea, Aligning) != (self.reseg is not None):
+            raise ValueError(f"variant {self.name!r}: label_teacher 'aligns' needs reseg, and no other goes with it")
+        if not isinstance(self.idea, Distilling) and (self.unlabelled != "cutmix" or self.mixing is not None):
+            raise ValueError(f"variant {self.name!r}: label_teacher needs unlabelled='cutmix', and no mixing")
+
+    @property
+    def idea(self) -> Idea | None:
+        """What `label_teacher` says."""
+        return idea_of(self.label_teacher)
+
     @property
     def stage_1(self) -> tuple[str, str] | None:
-        """(label input, what is taught) of the teacher that has to be trained; None without one."""
+        """(label input, what is taught) of the teacher that has to be trained; None without one.
+
+        Of one that restores label maps `RESTORED`, and what it sees.
+        """
+        sees = restorer_sees(self.idea)
+        if sees is not None:
+            return None if self.teacher == "untrained" else (RESTORED, sees)
         if self.reseg is None or self.teacher == "untrained":
             return None
         return str(self.reseg.get("label_input", "index")), self.teacher
