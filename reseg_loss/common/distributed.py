@@ -115,21 +115,26 @@ def refuse_join(model: nn.Module, what: str) -> None:
     In it a process that has no batches left answers for the model's own DistributedDataParallel, once a step, and for
     nothing else: whatever others send beside that aborts them all. `what` says what that is.
     """
-    if world_size() == 1 or torch.compiler.is_compiling():
-        return
-    known = _AROUND.get(model)
-    if known is None or (known and not any(ref() for ref in known)):
-        # nothing in a module tells what it is wrapped in, and it may be wrapped after this library has seen it
-        wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-        _AROUND[model] = [weakref.ref(x) for x in wrappers if any(m is model for m in x.modules())]
-    for wrapper in (ref() for ref in _AROUND[model]):
-        config = None if wrapper is None else wrapper._join_config  # noqa: SLF001 - torch tells it nowhere else
-        if config is not None and config.enable and not config.throw_on_early_termination:
+    for wrapper in wrappers_of(model):
+        config = wrapper._join_config  # noqa: SLF001 - torch tells it nowhere else
+        if config.enable and not config.throw_on_early_termination:
             raise ReSegError(
                 f"the model's DistributedDataParallel is in a join() context, where {what}, so a process that has no "
                 "batches left would abort the others. Give every process as many batches (DistributedSampler, "
                 "drop_last=True) and leave join() out, or end all with the first: join(throw_on_early_termination=True)"
             )
+
+
+def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel around the model, or around what holds it; none in one process or while compiling."""
+    if world_size() == 1 or torch.compiler.is_compiling():
+        return []
+    known = _AROUND.get(model)
+    if known is None or (known and not any(ref() for ref in known)):
+        # nothing in a module tells what it is wrapped in, and it may be wrapped after this library has seen it
+        wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+        _AROUND[model] = [weakref.ref(x) for x in wrappers if any(m is model for m in x.modules())]
+    return [wrapper for wrapper in (ref() for ref in _AROUND[model]) if wrapper is not None]
 
 
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:

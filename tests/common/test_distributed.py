@@ -91,8 +91,12 @@ def test_models_heads_and_mean_teachers_are_the_same_on_every_process_with_unlab
     assert 0 < zero["sure"] < 1
 
 
-def test_two_forwards_a_step_with_broadcast_buffers_are_refused_where_torch_cannot(found):
-    for message in both(found, worker.unlabelled_with_broadcast_buffers_on_an_older_torch):
+@pytest.mark.parametrize(
+    "check",
+    [worker.unlabelled_with_broadcast_buffers_on_an_older_torch, worker.unlabelled_in_a_function_on_an_older_torch],
+)
+def test_two_forwards_a_step_with_broadcast_buffers_are_refused_where_torch_cannot(found, check):
+    for message in both(found, check):
         assert message.startswith("ReSegError")
         assert "broadcast_buffers=False" in message
 
