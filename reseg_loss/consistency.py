@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .common.distributed import refuse_join
+from .common.distributed import refuse_join, wrappers_of
 from .common.inputs import (
     OF_IMAGES,
     OF_MODEL,
@@ -587,9 +587,11 @@ def refuse_two_forwards(forward: Any, model: nn.Module) -> None:
     forward = _plain(forward)
     if forward is not model:  # which alone is not reduced at each forward
         refuse_join(model, "this loss runs the model twice a step")
-    if BROADCASTS_TWICE or not isinstance(forward, DistributedDataParallel):
+    if BROADCASTS_TWICE or forward is model:
         return
-    if forward.will_sync_module_buffers():
+    # a function may call it
+    wrappers = [forward] if isinstance(forward, nn.Module) else wrappers_of(model)
+    if any(isinstance(x, DistributedDataParallel) and x.will_sync_module_buffers() for x in wrappers):
         raise ReSegError(
             "before torch 2.13, DistributedDataParallel cannot copy rank 0's buffers in two forwards a step, because "
             "the backward of the first one then fails: build it with broadcast_buffers=False"

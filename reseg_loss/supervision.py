@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .common.distributed import UnmovedWarning, distributed, refuse_join, undistributed
 from .common.dryrun import preserved_rng
 from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
-from .common.labels import LabelEncoding, has_value, plain_label
+from .common.labels import FEW_OPERATORS, LabelEncoding, has_value, plain_label
 from .common.outputs import is_activation, loss_of_logits, refuse_probabilities, select_output, trained_ending
 from .common.state import load_states
 from .errors import ReSegError, TapError, outline
@@ -417,7 +417,9 @@ def coarse_loss(logits: Tensor, label: Tensor, task_loss: TaskLoss, ignore_index
     if ignore_index is None:
         return value_of(task_loss, logits, target, where)
     counts = has_value(target, ignore_index).all().logical_not()
-    return counts * value_of(task_loss, logits, torch.where(counts, target, torch.zeros_like(target)), where)
+    wide = target.long() if target.dtype in FEW_OPERATORS else target
+    target = torch.where(counts, wide, torch.zeros_like(wide)).to(target.dtype)
+    return counts * value_of(task_loss, logits, target, where)
 
 
 def nearest(label: Tensor, size: Sequence[int]) -> Tensor:

@@ -46,6 +46,19 @@ def test_mamba_ssm_comes_with_its_own_extra_alone():
     assert re.search(r"extra == ['\"]mamba['\"]", brings[0])
 
 
+def test_the_readme_on_the_package_index_links_to_files_of_this_version():
+    """Relative links are dead there; a link that names no file would be code that reads like one."""
+    about = metadata("reseg-loss")
+    urls = dict(entry.split(", ") for entry in about.get_all("Project-URL") or [])
+    files = re.compile(rf"{re.escape(urls['Repository'])}/(?:blob|raw)/v{re.escape(reseg_loss.__version__)}/([^#]+)")
+    targets = re.findall(r"""(?:\]\(|(?:src|href)=")([^)"\s]+)""", about["Description"])
+    assert any(map(files.match, targets))
+    for target in targets:
+        assert re.match(r"\w+:|#", target), target
+        if file := files.match(target):
+            assert (ROOT / file[1]).exists(), target
+
+
 def test_every_public_name_has_a_docstring():
     for name in reseg_loss.__all__:
         assert name == "PRESETS" or getattr(reseg_loss, name).__doc__, name

@@ -264,7 +264,10 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
         torch.cuda.reset_peak_memory_stats(device)
     student = model
     if world_size() > 1:
-        student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        # before torch 2.13 it cannot copy rank 0's buffers at two forwards a step
+        copied = semi is None or torch.__version__ >= "2.13"
+        ids = [device] if device.type == "cuda" else None
+        student = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=copied)
     start = len(run.losses)
     loader = batches.loader(args.steps, start=start, workers=args.workers)
     if semi is not None and setting.others is not None:

@@ -116,22 +116,27 @@ def refuse_join(model: nn.Module, what: str) -> None:
     In such a context a process that has no batches left only answers for the model's own DistributedDataParallel, once
     a step. Any other communication aborts all processes. `what` says what that communication is.
     """
-    if world_size() == 1 or torch.compiler.is_compiling():
-        return
-    known = _AROUND.get(model)
-    if known is None or (known and not any(ref() for ref in known)):
-        # nothing in a module tells what it is wrapped in, and it may be wrapped after this library has seen it
-        wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-        _AROUND[model] = [weakref.ref(x) for x in wrappers if any(m is model for m in x.modules())]
-    for wrapper in (ref() for ref in _AROUND[model]):
-        config = None if wrapper is None else wrapper._join_config  # noqa: SLF001 - torch tells it nowhere else
-        if config is not None and config.enable and not config.throw_on_early_termination:
+    for wrapper in wrappers_of(model):
+        config = wrapper._join_config  # noqa: SLF001 - torch tells it nowhere else
+        if config.enable and not config.throw_on_early_termination:
             raise ReSegError(
                 f"the model's DistributedDataParallel is in a join() context, but {what}, so a process that has no "
                 "batches left would abort the others. Give every process the same number of batches "
                 "(DistributedSampler, drop_last=True) and leave out join(), or stop all processes with the first: "
                 "join(throw_on_early_termination=True)"
             )
+
+
+def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel around the model, or around what holds it; none in one process or while compiling."""
+    if world_size() == 1 or torch.compiler.is_compiling():
+        return []
+    known = _AROUND.get(model)
+    if known is None or (known and not any(ref() for ref in known)):
+        # nothing in a module tells what it is wrapped in, and it may be wrapped after this library has seen it
+        wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+        _AROUND[model] = [weakref.ref(x) for x in wrappers if any(m is model for m in x.modules())]
+    return [wrapper for wrapper in (ref() for ref in _AROUND[model]) if wrapper is not None]
 
 
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:

@@ -137,7 +137,7 @@ def deep_supervision_unused_in_a_step(rank: int, world: int) -> Any:
     return deep_supervision(rank, world, (1.0, 0.0, 1.0))
 
 
-def unlabelled(rank: int, world: int, **options: Any) -> Any:
+def unlabelled(rank: int, world: int, forward: Callable[[nn.Module], Any] = lambda run: run, **options: Any) -> Any:
     """Steps with two forwards of a model with batch statistics, whose ranks start with other weights."""
     torch.manual_seed(rank)
     model = UNet()
@@ -154,7 +154,7 @@ def unlabelled(rank: int, world: int, **options: Any) -> Any:
     for step in range(STEPS):
         (image, label), (other, _) = part(step, rank, world), part(10 + step, rank, world)
         loss = loss_of(run(image), label) + deep.loss(label, loss_of)
-        loss = loss + mixed.loss(other, loss_of, forward=run)
+        loss = loss + mixed.loss(other, loss_of, forward=forward(run))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -178,13 +178,17 @@ def unlabelled_with_broadcast_buffers(rank: int, world: int) -> Any:
     return unlabelled(rank, world) if BROADCASTS_TWICE else None
 
 
-def unlabelled_with_broadcast_buffers_on_an_older_torch(rank: int, world: int) -> Any:
+def unlabelled_with_broadcast_buffers_on_an_older_torch(rank: int, world: int, **options: Any) -> Any:
     with patch("reseg_loss.consistency.BROADCASTS_TWICE", False):
         try:
-            unlabelled(rank, world)
+            unlabelled(rank, world, **options)
         except ValueError as error:
             return f"{type(error).__name__}: {error}"
     return "it was not refused"
+
+
+def unlabelled_in_a_function_on_an_older_torch(rank: int, world: int) -> Any:
+    return unlabelled_with_broadcast_buffers_on_an_older_torch(rank, world, forward=lambda run: lambda x: run(x))
 
 
 def stage_1(rank: int, world: int, make: Callable[..., nn.Module] = model_of_the_test, seed: int = 1) -> Any:
@@ -409,6 +413,7 @@ CHECKS = [
     unlabelled_with_a_buffer_per_rank,
     unlabelled_with_broadcast_buffers,
     unlabelled_with_broadcast_buffers_on_an_older_torch,
+    unlabelled_in_a_function_on_an_older_torch,
     stage_1,
     stage_1_with_other_seeds_and_batch_statistics,
     stage_1_with_a_distributed_sampler,

@@ -331,6 +331,7 @@ def test_torchdatas_loader_is_served(workers):
         assert equal(run(other), whole[at:]), at
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork")  # Python 3.12 on: the first loader's workers have a thread here
 def test_workers_that_live_on_cannot_resume_exactly_and_this_is_said():
     def fresh() -> batches:
         loader = DataLoader(Slices(8, True), 2, shuffle=True, num_workers=1, persistent_workers=True)

@@ -62,7 +62,7 @@ def equal(a: Any, b: Any) -> bool:
     ids=lambda check: check.__name__,
 )
 def test_training_on_two_processes_is_training_on_one_with_the_whole_batch(found, check):
-    if torch.__version__ < "2.7" and check.__name__.startswith("fsdp"):
+    if torch.__version__ < "2.7" and "fsdp" in check.__name__:
         pytest.skip("FSDP2 of torch 2.6 does not run on a CPU")
     torch._dynamo.reset()
     zero, one = both(found, check)
@@ -91,8 +91,12 @@ def test_models_heads_and_mean_teachers_are_the_same_on_every_process_with_unlab
     assert 0 < zero["sure"] < 1
 
 
-def test_two_forwards_a_step_with_broadcast_buffers_are_refused_where_torch_cannot(found):
-    for message in both(found, worker.unlabelled_with_broadcast_buffers_on_an_older_torch):
+@pytest.mark.parametrize(
+    "check",
+    [worker.unlabelled_with_broadcast_buffers_on_an_older_torch, worker.unlabelled_in_a_function_on_an_older_torch],
+)
+def test_two_forwards_a_step_with_broadcast_buffers_are_refused_where_torch_cannot(found, check):
+    for message in both(found, check):
         assert message.startswith("ReSegError")
         assert "broadcast_buffers=False" in message
 

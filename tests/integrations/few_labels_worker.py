@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from reseg_loss import SemiSupervised
+from reseg_loss.consistency import BROADCASTS_TWICE
 
 EARLY = {"rampup_steps=2000": "rampup_steps=4, threshold=0.34", "10_000": "9", "% 500": "% 2"}
 
@@ -184,6 +185,8 @@ def torchrun() -> tuple[str, dict[str, Any]]:
         return DataLoader(data, size, sampler=DistributedSampler(data))
 
     more = {"dist.init_process_group()": "pass"}
+    if not BROADCASTS_TWICE:  # as the page says
+        more["(MyUNet())"] = "(MyUNet(), broadcast_buffers=False)"
     return code_after_the_diff("Few labels with torchrun", **EARLY, **more), {
         "torch": torch, "Path": Path, "os": os, "dist": dist, "MyUNet": unet,
         "DistributedDataParallel": nn.parallel.DistributedDataParallel,

@@ -188,7 +188,8 @@ def few_labels_in_monai(folder: Path) -> Any:
 
 
 def few_labels_in_hugging_face(folder: Path) -> Any:
-    return few_labels(few.huggingface, folder, **{"use_cpu=True": "use_cpu=True, ddp_backend='gloo'"})
+    buffers = f"ddp_broadcast_buffers={few.BROADCASTS_TWICE}"
+    return few_labels(few.huggingface, folder, **{"use_cpu=True": f"use_cpu=True, ddp_backend='gloo', {buffers}"})
 
 
 def part(step: int) -> tuple[Tensor, Tensor]:

@@ -166,6 +166,8 @@ def test_the_bundles_config_with_unlabelled_images_trains():
 
 def test_accelerates_section_runs_in_one_process_too_on_a_gpu_if_there_is_one(tmp_path, monkeypatch):
     accelerate = pytest.importorskip("accelerate")
+    # a Trainer that ran before in this process has set its precision for all that come after
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {})
     monkeypatch.chdir(tmp_path)
     whole = worker.Run(0)
     code = code_after_the_diff("Accelerate")

@@ -103,10 +103,13 @@ def train_a_step(model: nn.Module, shape: tuple[int, ...]) -> None:
     terms = reseg.alignment_terms(label)
     assert len(terms) == 2 * len(reseg.extractor.plan.selected) + 1
     assert all(term.isfinite() and term > 0 for term in terms.values())
-    (logits.square().mean() + reseg.criterion.combine(terms)).backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert len(gradients) > 0.8 * len(list(model.parameters()))  # heads of deep supervision may be left out
-    assert all(g.isfinite().all() for g in gradients)
+    task = logits.square().mean()
+    parameters = list(model.parameters())
+    alone = torch.autograd.grad(task, parameters, retain_graph=True, allow_unused=True)
+    (task + reseg.criterion.combine(terms)).backward()
+    assert sum(g is not None for g in alone) > 0.6 * len(parameters)  # UNETR of MONAI 1.5 does not use a third of its
+    for parameter, gradient in zip(parameters, alone):
+        assert gradient is None or parameter.grad.isfinite().all()
     reseg.remove()
     assert list(model.state_dict()) == keys
 
