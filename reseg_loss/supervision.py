@@ -55,7 +55,7 @@ class DeepSupervision(Regularizer):
     `loss(label, task_loss)` to your loss, and drop the heads with `remove()` at the end. It can be used together with
     `ReSegWrapper` on the same model. Both record the model's features by the same rules (`FeatureExtractor`).
 
-    Each level adds about as much as the task loss, so with three levels the loss is some four times as large:
+    Each level adds about as much as the task loss, so with three levels the loss is about four times as large:
 
     - The model's gradients grow, too. Adam and similar optimizers divide that out. SGD takes larger steps, so a
       learning rate that was tuned without deep supervision may be too large. A smaller `weight` reduces this.

@@ -205,7 +205,9 @@ def copy_for_teacher(model: nn.Module, init: Literal["random", "copy"]) -> nn.Mo
     if init == "random":
         kept = redraw(body)
         if kept:
-            logger.info("the teacher keeps the model's values of %s: no reset_parameters covers them", ", ".join(kept))
+            logger.info(
+                "the teacher keeps the model's values of %s: no reset_parameters() initialises them", ", ".join(kept)
+            )
     return body
 
 

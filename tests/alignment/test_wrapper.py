@@ -337,7 +337,7 @@ def test_what_the_copy_keeps_is_named_once(caplog):
     with caplog.at_level(logging.INFO, logger="reseg_loss"):
         ReSegWrapper(Positioned(), example_input=batch()[0])
     assert [r.getMessage() for r in caplog.records if "keeps" in r.getMessage()] == [
-        "the teacher keeps the model's values of position: no reset_parameters covers them"
+        "the teacher keeps the model's values of position: no reset_parameters() initialises them"
     ]
 
 
