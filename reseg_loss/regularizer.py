@@ -54,7 +54,7 @@ class Regularizer:
 
     @property
     def weight(self) -> float:
-        """A factor of the loss; it may change between steps. At 0 nothing runs and nothing is recorded."""
+        """A factor of the loss; it may change between steps. At 0, what it multiplies neither runs nor is recorded."""
         return self._weight
 
     @weight.setter

@@ -219,8 +219,8 @@ class SemiSupervised(Regularizer):
             label: as `task_loss` takes it: (B, *spatial); also (B, 1, *spatial) for one channel; (B, classes, *spatial)
                 for overlapping classes.
             unlabelled: other images, (N, C, *spatial), N at least 2.
-            weight: replaces `weight` times the ramp, unless `weight` is 0. In a step that is captured as a CUDA graph
-                it must be a tensor, because the ramp is computed in Python and would be frozen.
+            weight: replaces `self.weight` times the ramp, unless `self.weight` is 0. In a step that is captured as a
+                CUDA graph it must be a tensor, because the ramp is computed in Python and would be frozen.
             forward: called to run the model, in place of the `model` that this was built with. For instance a wrapper
                 of the model that was made later.
 
