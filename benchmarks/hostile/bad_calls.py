@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reseg_loss.integrations import random_states
 from reseg_loss.integrations.lightning import ReSegCallback
 from reseg_loss.integrations.monai import DeepSupervisionHandler, ReSegHandler
 
@@ -598,8 +599,10 @@ def frameworks() -> Iterator[Attempt]:
         "a net's": net().state_dict(), "numbers": {"reseg": 1, "deep": 2},
         "None inside": {"reseg": None, "deep": None}, "half": {"deep": {"format": 1}, "reseg": whole["reseg"]},
     }.items():  # fmt: skip
+        yield Attempt("ReSegCallback.load_state_dict", title, lambda s=state: _restored(s), own=OF_PYTHON)
         right = true if title == "less" else None
-        yield Attempt("ReSegCallback.load_state_dict", title, lambda s=state: _restored(s), right, own=OF_PYTHON)
+        within = {"losses": state, "trained": {}, "random": random_states()}
+        yield Attempt("ReSegCallback.load_state_dict", f"{title} within", lambda s=within: _restored(s), right)
     engines: dict[str, Any] = {
         "None": None, "a string": "engine", "a number": 1, "an object": object(), "a net": net(), "a list": [],
         "a class": Net, "a dict": {}, "a tensor": torch.ones(1), "an evaluator": SimpleNamespace(state=None),

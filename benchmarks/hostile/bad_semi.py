@@ -232,7 +232,7 @@ def built() -> Iterator[Attempt]:
         "threshold": [-0.1, 1.1, NAN, "0.9", None],
         "ema_decay": [1.0, -0.1, NAN, "0.9", None, 2],
         "perturb": ["no", 1, [], lambda x: None, lambda x: x[:1]],
-        "joint": [1, None, "yes"],
+        "joint": [1, 0.5, "yes"],
         "overlapping": [1, None],
         "output": ["nothing", 1.5, object(), ("a",), "in:nothing", "in:head", "in:", True],
         "deep": ["deep", 1, True, [], net()],

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..alignment.wrapper import ReSegWrapper
+from ..common.state import check_entries
 from ..errors import ReSegError
 from ..regularizer import Regularizer
 from . import Averaging, averaged, checked, follow, random_states, restore_random_states, version
@@ -160,6 +161,7 @@ class ReSegCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore every loss and, if training continues, the model's weights in training."""
+        check_entries(state_dict, {"losses": dict, "trained": dict, "random": list}, "this state of a ReSegCallback")
         for name, state in state_dict["losses"].items():
             if name not in self._found:
                 raise ReSegError(

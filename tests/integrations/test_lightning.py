@@ -264,6 +264,9 @@ def test_wrong_uses_say_what_to_do(tmp_path):
     module.heads = DeepSupervision(module.net, batch()[0])
     with pytest.raises(ReSegError, match=r"self\.ds, but the module has \['reseg', 'heads'\]"):
         fit(module, tmp_path, [ReSegCallback(steps=2)], resume=str(tmp_path / "last.ckpt"))
+    for state, what in (({"reseg": {}}, "has no 'losses', 'trained', 'random'"), (None, "is None, not dict")):
+        with pytest.raises(ReSegError, match=f"this state of a ReSegCallback {what}"):
+            ReSegCallback(steps=2).load_state_dict(state)
 
 
 def test_a_failed_stage_1_leaves_no_half_trained_teacher_in_a_checkpoint():
