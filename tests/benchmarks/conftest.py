@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from native_slices import write_native
 
 SHAPE = (16, 48, 32)  # of volumes
 
@@ -47,25 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def native(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """Also writes acdc_native.npz: 100 patients, 2 slices of both phases, and a height and a width of each patient."""
-    rng = np.random.default_rng(1)
-    slices, blobs, about = [], [], []
-    for patient in range(1, 101):
-        height, width = 20 + patient % 3 * 8, 40 - patient % 5 * 4
-        for phase in (1, 0):  # not in order
-            for position in (2, 1):
-                y, x = np.mgrid[:height, :width]
-                radius = np.hypot((y - height / 2) / height, (x - rng.integers(8, width - 8)) / width)
-                label = sum((radius < 0.4 - 0.12 * c).astype(np.uint8) for c in range(3))
-                image = (30 * label + rng.integers(0, 10, label.shape)).astype(np.uint8)
-                blob = io.BytesIO()
-                Image.fromarray(image).convert("RGB").save(blob, "webp", lossless=True, exact=True)
-                blobs.append(np.frombuffer(blob.getvalue(), np.uint8))
-                slices.append((image, label))
-                about.append((patient, phase, position, height, width))
-    columns = dict(zip(("patient", "phase", "slice", "height", "width"), np.array(about).T))
     parts = {"labelled_1": [99], "labelled_3": [99, 38, 50], "labelled_7": [99, 38, 50, 100, 58, 21, 49]}
     parts |= {"validation": list(range(1, 11)), "test": list(range(11, 21)) + list(range(71, 81))}
-    ends, labels = np.cumsum([len(blob) for blob in blobs]), np.concatenate([label.ravel() for _, label in slices])
-    everything = {**columns, **{name: np.array(who) for name, who in parts.items()}}
-    np.savez(folder / "acdc_native.npz", webp=np.concatenate(blobs), ends=ends, labels=labels, **everything)
-    return slices
+
+    def size(patient: int) -> tuple[int, int]:
+        return 20 + patient % 3 * 8, 40 - patient % 5 * 4
+
+    return write_native(folder / "acdc_native.npz", range(1, 101), size, (2, 1), 8, parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import nnunet_tiny as tiny
 import numpy as np
 import pytest
+from native_slices import write_native
 
 pytestmark = tiny.MARKS
 
@@ -25,36 +25,17 @@ def nnunet(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("benchmarks.nnunet")
 
 
-def write_native(path: Path) -> None:
+def write_few(path: Path) -> None:
     """acdc_native.npz of eight patients: three with labels, two without, two to test, one to validate."""
-    from PIL import Image
-
-    rng = np.random.default_rng(1)
-    slices, blobs, about = [], [], []
-    for patient in (7, 8, 38, 50, 60, 61, 70, 99):
-        height, width = 32, 36 - patient % 3 * 4
-        for phase in (1, 0):
-            for position in range(4):
-                y, x = np.mgrid[:height, :width]
-                radius = np.hypot((y - height / 2) / height, (x - rng.integers(12, width - 12)) / width)
-                label = sum((radius < 0.4 - 0.12 * c).astype(np.uint8) for c in range(3))
-                image = (30 * label + rng.integers(0, 10, label.shape)).astype(np.uint8)
-                blob = io.BytesIO()
-                Image.fromarray(image).convert("RGB").save(blob, "webp", lossless=True, exact=True)
-                blobs.append(np.frombuffer(blob.getvalue(), np.uint8))
-                slices.append(label)
-                about.append((patient, phase, position, height, width))
-    columns = dict(zip(("patient", "phase", "slice", "height", "width"), np.array(about).T))
     parts = {"labelled_1": [99], "labelled_3": [99, 38, 50], "labelled_7": [99], "validation": [70], "test": [7, 8]}
-    ends, labels = np.cumsum([len(blob) for blob in blobs]), np.concatenate([label.ravel() for label in slices])
-    everything = {**columns, **{name: np.array(who) for name, who in parts.items()}}
-    np.savez(path, webp=np.concatenate(blobs), ends=ends, labels=labels, **everything)
+    patients = (7, 8, 38, 50, 60, 61, 70, 99)
+    write_native(path, patients, lambda patient: (32, 36 - patient % 3 * 4), range(4), 12, parts)
 
 
 def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeypatch, tmp_path, capsys):
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "")  # the script sets them
-    write_native(tmp_path / "acdc_native.npz")
+    write_few(tmp_path / "acdc_native.npz")
     names = [row.name for row in nnunet.ROWS[:4]]
     out = tmp_path / "out.jsonl"
     command = ["--data", tmp_path, "--work", tmp_path / "work", "--out", out, "--epochs", "2", "--iterations", "2"]
