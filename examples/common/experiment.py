@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from reseg_loss import PRESETS, DeepSupervision, ReSegWrapper, SemiSupervised
+from reseg_loss.consistency import BROADCASTS_TWICE
 from reseg_loss.task_losses import CrossEntropyDiceLoss
 
 from .data import SegmentationData, TrainingBatches, beside, load_data, load_images, scanned
@@ -265,7 +266,7 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
     student = model
     if world_size() > 1:
         # before torch 2.13 it cannot copy rank 0's buffers at two forwards a step
-        copied = semi is None or torch.__version__ >= "2.13"
+        copied = semi is None or BROADCASTS_TWICE
         ids = [device] if device.type == "cuda" else None
         student = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=copied)
     start = len(run.losses)
