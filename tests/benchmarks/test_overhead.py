@@ -126,4 +126,5 @@ def test_what_matters_most_is_measured_first(overhead, monkeypatch):
     monkeypatch.setattr(overhead, "CUDA", True)
     groups = overhead.plan(overhead.MODELS)
     assert [str(g) for g in groups[:2]] == ["U-Net, bf16 channels_last, eager", "U-Net, bf16, eager"]
-    assert len(groups) == len(set(groups)) == len(overhead.MODELS) * 3 * 2
+    assert len(groups) == len(set(groups)) == len(overhead.MODELS) * 3 * 2 + 1
+    assert groups[-1] == overhead.Group("U-Net", overhead.GRAPH, False)
