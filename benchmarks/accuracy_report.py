@@ -236,8 +236,9 @@ def field_section(scores: Scores, references: Sequence[str]) -> list[str]:
         draws = (f"{seed}: {', '.join(map(str, who))}" for seed, who in sorted(labelled.items()))
         parts.append(f"Labelled patients by seed: {'; '.join(draws)}.")
     if plan.decide_on == "validation":
-        parts.append(f"Changes screened: {len(plan.variants) - 1}.")
-    known = "" if plan.of_class else published(plan.patients)  # which are means over all classes
+        parts.append(f"Changes screened in this plan: {len(plan.variants) - 1}.")
+    # the published are of test patients, and means over all classes
+    known = "" if plan.of_class or plan.decide_on == "validation" else published(plan.patients)
     return [*parts, *filter(None, [known]), SEEN]
 
 

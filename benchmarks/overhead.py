@@ -347,7 +347,11 @@ def captured(step: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(_kept: Callable[[], Any] = step) -> None:  # with the step go the weights that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def in_graphs() -> int:

@@ -74,11 +74,12 @@ class SemiSupervised(Regularizer):
     - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. A
       model with batch normalisation runs twice, once on each kind. Set `joint` to override this. In one joint forward,
       the noise on the mixed images also enters the statistics of the labelled ones. On 3 patients of ACDC that cost
-      the model 1.7 points (benchmarks/results/ssl4mis.md, joint statistics).
+      the mean teacher 0.9 points at equal GPU time (benchmarks/results/ssl4mis.md, joint, averaged buffers).
     - **The mean teacher** runs on the unlabelled images alone, before they are mixed. Its modules are in the same
       modes as the model's. So its batch normalisation uses the statistics of these images and keeps its own running
       statistics, and dropout is on. The exception is a model with batch normalisation that runs once: its mean teacher
-      is in evaluation mode, with an average of the model's buffers. (With its own statistics it lost 6.7 points there.)
+      is in evaluation mode, with an average of the model's buffers. (With its own statistics it would lose 6.7 points
+      there.)
     - **Memory.** If one forward on both kinds does not fit, use `DeepSupervision` and `CutMixConsistency`, with a
       backward after each part.
 

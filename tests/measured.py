@@ -89,7 +89,8 @@ def check_memory(cells: list[list[str]], file: str) -> None:
 
 def scores_of(names: Sequence[str]) -> list[Scores]:
     """What was measured of these plans, each on the part that it decides on."""
-    lines = list(finished(read_lines(BENCHMARKS / "results" / "accuracy.jsonl")).values())
+    files = (BENCHMARKS / "results" / f"{name}.jsonl" for name in ("accuracy", "ssl4mis"))
+    lines = list(finished([line for file in files for line in read_lines(file)]).values())
     plans = (read_plan(BENCHMARKS / "plans" / f"{name}.json") for name in names)
     return [select(plan, lines, plan.decide_on) for plan in plans]
 
@@ -140,8 +141,9 @@ def heldout(name: str) -> Scores:
 
 FIRST = {  # a row of the README's table, by data, patients and network: its plans
     ("ACDC", "5", "U-Net"): SETTINGS[2],
-    ("ACDC", "70", "U-Net"): SETTINGS[5],
     ("ACDC", "5", "Swin-UNet"): NETWORKS[2],
+    ("ACDC, the field's protocol", "3", "U-Net"): ("ssl4mis_3",),
+    ("ACDC, the field's protocol", "70", "U-Net"): ("ssl4mis_70",),
     ("Sunnybrook", "5", "U-Net"): SETTINGS[3],
     ("ACDC, tested on Sunnybrook", "15", "U-Net"): NETWORKS[5],
     ("hippocampus, 3D", "5", "DynUNet"): NETWORKS[4],
@@ -153,7 +155,7 @@ HEADED = (  # its columns of differences: with equal level weights, and with the
     ("ds equal", "ds x2"),
     ("ds equal + deep cutmix: its mean teacher", AVERAGE),
 )
-PAIRS = {"h_chaos3": 4, "h_btcv18": 2}  # others 8
+PAIRS = {"h_chaos3": 4, "h_btcv18": 2, "ssl4mis_3": 5, "ssl4mis_70": 5}  # others 8
 
 
 def check_settings(cells: list[list[str]]) -> None:
@@ -170,6 +172,30 @@ def check_settings(cells: list[list[str]]) -> None:
             if measured is None and (older := difference(plans, earlier, "bare", pairs)):
                 measured = f"{older} †"
             assert value == (measured or ""), (row, equal)
+
+
+def check_field(cells: list[list[str]], text: str) -> None:
+    """The table of the field's protocol, and what the text says of it in DSC."""
+    columns = [scores_of([f"ssl4mis_{name}"])[0] for name in ("3_weak", "3", "70")]
+    mixed = "ds equal + deep cutmix"
+    rows = ("bare", "ds equal", mixed, f"{mixed}: its mean teacher")
+    _, _, *lines = [[cell.strip("*") for cell in row] for row in cells]
+    for (_, *values), variant in zip(lines, rows, strict=True):
+        for value, scores in zip(values, columns, strict=True):
+            if variant not in scores.lines:
+                assert value == ""
+                continue
+            bare, own = scores.values("bare", "mean_dsc"), scores.values(variant, "mean_dsc")
+            assert len(own) == 5
+            assert value == (f"{fmean(own.values()):.1f}" if variant == "bare" else str(paired(own, bare)))
+    text = " ".join(text.split())
+    light, strong = (f"{fmean(scores.values(rows[-1], 'mean_dsc').values()):.1f}" for scores in columns[:2])
+    assert f"the mean teacher reaches {strong}, and {light} with light augmentation" in text
+    all_labelled = f"{fmean(columns[2].values('ds equal', 'mean_dsc').values()):.1f}"
+    assert f"All 70 labelled patients reach {all_labelled}." in text
+    draws = scores_of(["ssl4mis_3_draws"])[0]
+    reached = sorted(draws.values(rows[-1], "mean_dsc").values(), reverse=True)
+    assert f"the mean teacher reached {' and '.join(f'{value:.1f}' for value in reached)}." in text
 
 
 def check_heldout(cells: list[list[str]]) -> None:

@@ -19,6 +19,7 @@ from measured import (
     check_accuracy,
     check_controls,
     check_costs,
+    check_field,
     check_heldout,
     check_memory,
     table,
@@ -121,6 +122,11 @@ def test_the_table_of_unseen_data_is_that_of_the_results():
     check_heldout(table((PAGES / "explanation" / "measured.md").read_text(), "| never seen before |"))
 
 
+def test_the_table_of_the_fields_protocol_is_that_of_the_results():
+    text = (PAGES / "explanation" / "measured.md").read_text()
+    check_field(table(text, "| the field's patients |"), text)
+
+
 def test_the_controls_are_those_of_the_results():
     check_controls(table((PAGES / "explanation" / "measured.md").read_text(), "| instead of"))
 
@@ -129,6 +135,7 @@ def test_the_controls_are_those_of_the_results():
     ("start", "file", "precision", "compiled", "size"),
     [
         ("| with unlabelled images |", "overhead_h200_semi.json", None, False, (6, 1)),
+        ("| unlabelled images, compiled |", "overhead_h200_semi.json", None, True, (6, 1)),
         ("| | U-Net, fp32 |", "overhead_h200.json", None, False, (8, 7)),
         ("| compiled student | U-Net |", "overhead_h200.json", CL, True, (8, 5)),
         ("| compiled student, H100 |", "overhead_h100_compiled.json", None, True, (8, 5)),

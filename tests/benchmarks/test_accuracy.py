@@ -1285,7 +1285,8 @@ def test_the_fields_protocol_has_a_section_with_the_worst_draw_and_what_was_publ
     chosen = report(
         select(screen, [{**line, "scores": {"validation": line["scores"]["test"]}} for line in lines], "validation")
     )
-    assert "Changes screened: 1." in chosen
+    assert "Changes screened in this plan: 1." in chosen
+    assert "UniMatch" not in chosen, "published scores are of test patients"
     assert "| to bare |" in chosen, "its first variant"
 
 
