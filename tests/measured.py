@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.accuracy_report import Scores, paired, select
+from benchmarks.accuracy_report import Scores, paired, resampled, select
 from benchmarks.evidence.plan import read_plan
 from benchmarks.evidence.results import finished, read_lines
 
@@ -89,7 +89,7 @@ def check_memory(cells: list[list[str]], file: str) -> None:
 
 def scores_of(names: Sequence[str]) -> list[Scores]:
     """What was measured of these plans, each on the part that it decides on."""
-    files = (BENCHMARKS / "results" / f"{name}.jsonl" for name in ("accuracy", "ssl4mis"))
+    files = (BENCHMARKS / "results" / f"{name}.jsonl" for name in ("accuracy", "ssl4mis", "table_2"))
     lines = list(finished([line for file in files for line in read_lines(file)]).values())
     plans = (read_plan(BENCHMARKS / "plans" / f"{name}.json") for name in names)
     return [select(plan, lines, plan.decide_on) for plan in plans]
@@ -196,6 +196,23 @@ def check_field(cells: list[list[str]], text: str) -> None:
     draws = scores_of(["ssl4mis_3_draws"])[0]
     reached = sorted(draws.values(rows[-1], "mean_dsc").values(), reverse=True)
     assert f"the mean teacher reached {' and '.join(f'{value:.1f}' for value in reached)}." in text
+
+
+def check_claim(cells: list[list[str]], text: str) -> None:
+    """The table of the paper's claim, with the published gains of the plans of its tables 1 and 2."""
+    rows = (
+        ("table_2_unet", scores_of(["table_2_unet"])),
+        (None, scores_of(SETTINGS[2])),
+        ("table_1_unet", [heldout("h_btcv18")]),
+    )
+    _, _, *lines = cells
+    for (_, claimed, *values, pairs), (name, plans) in zip(lines, rows, strict=True):
+        published = read_plan(BENCHMARKS / "plans" / f"{name}.json").published if name else {}
+        assert claimed == (f"{published['paper'] - published['bare']:+.2f}" if published else "")
+        gains = [difference(plans, variant, "bare", int(pairs)) for variant in ("paper", "standardized", "ds equal")]
+        assert values == [(gain or "").removesuffix(" (1)") for gain in gains]
+    low, high = resampled(list(rows[0][1][0].of_patients("paper", "bare").values()))
+    assert f"over the 20 test patients is {low:+.1f} to {high:+.1f} as published" in " ".join(text.split())
 
 
 def check_heldout(cells: list[list[str]]) -> None:

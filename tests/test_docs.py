@@ -17,6 +17,7 @@ from measured import (
     NETWORKS,
     SETTINGS,
     check_accuracy,
+    check_claim,
     check_controls,
     check_costs,
     check_field,
@@ -125,6 +126,11 @@ def test_the_table_of_unseen_data_is_that_of_the_results():
 def test_the_table_of_the_fields_protocol_is_that_of_the_results():
     text = (PAGES / "explanation" / "measured.md").read_text()
     check_field(table(text, "| the field's patients |"), text)
+
+
+def test_the_table_of_the_papers_claim_is_that_of_the_results():
+    text = (PAGES / "explanation" / "measured.md").read_text()
+    check_claim(table(text, "| the paper's claim |"), text)
 
 
 def test_the_controls_are_those_of_the_results():
