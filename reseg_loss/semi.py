@@ -74,7 +74,7 @@ class SemiSupervised(Regularizer):
     - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. A
       model with batch normalisation runs twice, once on each kind. Set `joint` to override this. In one joint forward,
       the noise on the mixed images also enters the statistics of the labelled ones. On 3 patients of ACDC that cost
-      the mean teacher 0.9 points at equal GPU time (benchmarks/results/ssl4mis.md, joint, averaged buffers).
+      the mean teacher 0.8 points at equal GPU time (benchmarks/results/ssl4mis.md, joint, averaged buffers).
     - **The mean teacher** runs on the unlabelled images alone, before they are mixed. Its modules are in the same
       modes as the model's. So its batch normalisation uses the statistics of these images and keeps its own running
       statistics, and dropout is on. The exception is a model with batch normalisation that runs once: its mean teacher
