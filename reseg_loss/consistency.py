@@ -519,14 +519,19 @@ class Forgotten:
 
     def check(self, model: nn.Module) -> None:
         """Count a call, and the changes on the device; the device is only read after 20 calls without an update."""
-        last = next((p.detach() for p in reversed([*model.parameters()]) if p.requires_grad), None)
-        if last is None or self._told or not readable(last.device, first=True):
-            return
         if self._calls == 0:
-            self._seen, self._changes = last.clone(), torch.zeros((), device=last.device)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self._ends = [trained[0], trained[-1]] if trained else []  # either may belong to a part that does not run
+        if not self._ends or self._told or not readable(self._ends[0].device, first=True):
+            return
+        ends = [p.detach() for p in self._ends]
+        if self._calls == 0:
+            self._seen, self._changes = [p.clone() for p in ends], torch.zeros((), device=ends[0].device)
         else:  # fused optimizers leave no other mark than the values themselves
-            self._changes += (last != self._seen).any()
-            self._seen.copy_(last)
+            first, last = ((p != seen).any() for p, seen in zip(ends, self._seen))
+            self._changes += first | last.to(first.device)
+            for p, seen in zip(ends, self._seen):
+                seen.copy_(p)
         self._calls += 1
         if self._calls > FORGOTTEN_STEPS and self._calls % FORGOTTEN_STEPS == 1 and self._changes >= FORGOTTEN_STEPS:
             self._told = True
