@@ -1,7 +1,7 @@
 """Train one U-Net in four ways with few labelled slices, and compare their predictions on a slice that none has seen.
 
     pip install '.[examples]'
-    python examples/quickstart.py                                  # the MNI152 brain template, 3 minutes on 2 cores
+    python examples/quickstart.py                                  # the MNI152 brain template, 2 minutes on 2 cores
     python examples/quickstart.py --data my_slices.npz --patients 3   # your own data, split by patient
 
 The four ways: the network alone; with the alignment of ReSeg-UNet; with deep supervision; and with deep supervision and

@@ -22,7 +22,7 @@ from .common.inputs import (
     value_of,
 )
 from .common.labels import plain_label, unwrapped
-from .common.outputs import activation_of, as_path, ending_named, full_size, refuse_probabilities
+from .common.outputs import activation_of, as_path, ending_named, full_size, is_softmax, refuse_probabilities
 from .common.state import load_states
 from .errors import ReSegError, outline, warn
 from .mean_teacher import MeanTeacher
@@ -92,8 +92,8 @@ class CutMixConsistency(Regularizer):
             the module's output.
 
     Raises:
-        ReSegError: a setting is out of range or does not fit `deep`; the model cannot be copied, is sharded
-            (`fully_shard`), or has parameters in less than 32 bits.
+        ReSegError: a setting is out of range or does not fit `deep`; classes overlap, but the model ends in a softmax
+            module; the model cannot be copied, is sharded (`fully_shard`), or has parameters in less than 32 bits.
     """
 
     ENTRIES: ClassVar[Mapping[str, Any]] = {
@@ -129,6 +129,11 @@ class CutMixConsistency(Regularizer):
                 raise ReSegError(f"{name}={value!r}; it is True or False")
         if perturb is not None and not callable(perturb):
             raise ReSegError(f"perturb={perturb!r}; it is a function of images, or None")
+        if overlapping and is_softmax(dict(self._model.named_modules()).get(ending_named(output) or "")):
+            raise ReSegError(
+                f"overlapping=True, but the model ends in the softmax module {ending_named(output)!r}, whose classes "
+                "exclude each other: let it end in a sigmoid or in logits, or leave out overlapping"
+            )
         self._forward = model
         self.deep, self.perturb, self.overlapping = deep, perturb, overlapping
         self.rampup_steps, self.threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
@@ -140,7 +145,7 @@ class CutMixConsistency(Regularizer):
         self.output, self._endings = self._hooked(output)
         self._check_deep()
         self._shares: Tensor | None = None
-        self._forgotten = _Forgotten()
+        self._forgotten = Forgotten()
         self._looked = False  # at values of the first call
         self._asked = False  # whether the task loss leaves `ignore_index` out
 
@@ -264,11 +269,7 @@ class CutMixConsistency(Regularizer):
             self._endings[1].forget()  # what a validation of it may have left
         logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
         classes = logits.shape[1]
-        if 0 <= self.ignore_index < (2 if self.overlapping else max(classes, 2)):
-            raise ReSegError(
-                f"ignore_index={self.ignore_index} is one of the model's {max(classes, 2)} classes; it marks the "
-                "pixels that do not count, so choose a value that is not a class, for instance 255"
-            )
+        refuse_class(self.ignore_index, classes, overlapping=self.overlapping)
         if self.deep is not None and self.deep.num_classes != classes:
             raise ReSegError(
                 f"the output that was taken for logits has {classes} channels, the heads of deep supervision have "
@@ -506,25 +507,31 @@ class CutMixConsistency(Regularizer):
             )
 
 
-class _Forgotten:
+class Forgotten:
     """Warns once if the parameters change 20 times without an `update`; a loop needs one `update` per change."""
 
     def __init__(self) -> None:
         self._calls, self._told = 0, False
 
     def updated(self) -> None:
+        """Note an `update`."""
         self._calls = 0
 
     def check(self, model: nn.Module) -> None:
         """Count a call, and the changes on the device; the device is only read after 20 calls without an update."""
-        last = next((p.detach() for p in reversed([*model.parameters()]) if p.requires_grad), None)
-        if last is None or self._told or not readable(last.device, first=True):
-            return
         if self._calls == 0:
-            self._seen, self._changes = last.clone(), torch.zeros((), device=last.device)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self._ends = [trained[0], trained[-1]] if trained else []  # either may belong to a part that does not run
+        if not self._ends or self._told or not readable(self._ends[0].device, first=True):
+            return
+        ends = [p.detach() for p in self._ends]
+        if self._calls == 0:
+            self._seen, self._changes = [p.clone() for p in ends], torch.zeros((), device=ends[0].device)
         else:  # fused optimizers leave no other mark than the values themselves
-            self._changes += (last != self._seen).any()
-            self._seen.copy_(last)
+            first, last = ((p != seen).any() for p, seen in zip(ends, self._seen))
+            self._changes += first | last.to(first.device)
+            for p, seen in zip(ends, self._seen):
+                seen.copy_(p)
         self._calls += 1
         if self._calls > FORGOTTEN_STEPS and self._calls % FORGOTTEN_STEPS == 1 and self._changes >= FORGOTTEN_STEPS:
             self._told = True
@@ -574,6 +581,17 @@ def _check_ignoring(
                          f"count; {must} ({type(error).__name__}: {error})") from error  # fmt: skip
     if not leaves_out:
         raise ReSegError(f"{name} has a gradient at pixels that do not count, or its gradient is not finite; {must}")
+
+
+def refuse_class(ignore_index: int, channels: int, *, overlapping: bool) -> None:
+    """Raise a ReSegError if the value of pixels that do not count is a class of a model with so many channels."""
+    classes = 2 if overlapping else max(channels, 2)
+    if 0 <= ignore_index < classes:
+        what = "a normal value of this label (0 or 1)" if overlapping else f"one of the model's {classes} classes"
+        raise ReSegError(
+            f"ignore_index={ignore_index} is {what}; it marks the pixels that do not count, so choose a value that is "
+            f"not a class, for instance {max(classes, 255)}"
+        )
 
 
 def _plain(forward: Any) -> Any:

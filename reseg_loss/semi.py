@@ -22,7 +22,7 @@ from .common.outputs import (
     loss_of_logits,
     refuse_probabilities,
 )
-from .consistency import CutMixConsistency, Mixed, plain_images, refuse_two_forwards
+from .consistency import CutMixConsistency, Forgotten, Mixed, plain_images, refuse_class, refuse_two_forwards
 from .errors import ReSegError, TapError, outline, warn
 from .mixing import pixels_per_class, random_intensities
 from .recording.copying import compiler_of
@@ -74,7 +74,7 @@ class SemiSupervised(Regularizer):
     - **Batch statistics.** A model without batch normalisation runs once, on labelled and mixed images together. A
       model with batch normalisation runs twice, once on each kind. Set `joint` to override this. In one joint forward,
       the noise on the mixed images also enters the statistics of the labelled ones. On 3 patients of ACDC that cost
-      the mean teacher 0.9 points at equal GPU time (benchmarks/results/ssl4mis.md, joint, averaged buffers).
+      the mean teacher 0.8 points at equal GPU time (benchmarks/results/ssl4mis.md, joint, averaged buffers).
     - **The mean teacher** runs on the unlabelled images alone, before they are mixed. Its modules are in the same
       modes as the model's. So its batch normalisation uses the statistics of these images and keeps its own running
       statistics, and dropout is on. The exception is a model with batch normalisation that runs once: its mean teacher
@@ -150,7 +150,7 @@ class SemiSupervised(Regularizer):
         self._supervised: Literal["heads", "outputs", "nothing", ""] = ""  # "": not known yet
         self._bound = example_input is not None
         if example_input is not None:
-            output, deep = self._look(example_input, output, deep, ignore_index)
+            output, deep = self._look(example_input, output, deep, ignore_index, overlapping=overlapping)
         if isinstance(deep, DeepSupervision):
             refuse_other_heads(deep, self._model, ignore_index)
             self._deep, self._supervised = deep, "heads"
@@ -174,6 +174,7 @@ class SemiSupervised(Regularizer):
         self._unsure: Tensor | None = None  # for each class, the steps after the ramp since it last had a sure pixel
         self._labelled: Tensor | None = None  # for each class, whether a label had it
         self._told_of: set[int] = set()
+        self._forgotten = Forgotten()  # at weight 0; else the consistency loss has its own
         self._looked = self._judged = False  # at the images and at the loss of a first call
 
     @property
@@ -317,10 +318,12 @@ class SemiSupervised(Regularizer):
             ReSegError: the model's parameters are not those it had when this was built.
         """
         self._consistency.update()
+        self._forgotten.updated()
 
     def reset(self) -> None:
         """Start over: the mean teacher becomes the model as it is now, in place, and the ramp restarts at 0."""
         self._consistency.reset()
+        self._forgotten.updated()
         self._calls, self._unsure, self._labelled = 0, None, None
         self._told_of.clear()
 
@@ -405,6 +408,7 @@ class SemiSupervised(Regularizer):
         total = main + levels
         self._last = {"labelled": main.detach(), "labelled/deep": levels.detach(), "weight": 0.0}
         if mixed is None:
+            self._forgotten.check(self._model)
             return total
         name = "task_loss" if self.unlabelled_loss is None else "unlabelled_loss"
         loss = task_loss if self.unlabelled_loss is None else self.unlabelled_loss
@@ -460,7 +464,13 @@ class SemiSupervised(Regularizer):
     # --- what the model is
 
     def _look(
-        self, example: Any, output: Any, deep: DeepSupervision | Literal["auto"] | None, ignore_index: int
+        self,
+        example: Any,
+        output: Any,
+        deep: DeepSupervision | Literal["auto"] | None,
+        ignore_index: int,
+        *,
+        overlapping: bool,
     ) -> tuple[Any, DeepSupervision | Literal["auto"] | None]:
         """`output` and `deep` as they suit the model, found by one forward in training mode."""
         ran = in_training(self._model, example)
@@ -481,6 +491,7 @@ class SemiSupervised(Regularizer):
                 what = "pseudo-labels are made from logits (if the model returns logits as well, name them by output=)"
                 refuse_probabilities(activation, what, self._model)
             output = f"in:{module}"
+        refuse_class(ignore_index, logits.shape[1], overlapping=overlapping)
         if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
             raise ReSegError(
                 f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "

@@ -828,9 +828,13 @@ def test_the_halves_say_what_does_not_fit():
     assert mixed.calls == 1
 
 
-def test_a_forgotten_update_is_warned_about_once():
+@pytest.mark.parametrize("spare", [False, True])
+def test_a_forgotten_update_is_warned_about_once(spare):
     """After 20 changes of the parameters, however many calls there are for each; fused steps count, too."""
-    model, mixed = made(UNet(width=1))
+    model = UNet(width=1)
+    if spare:  # the last parameters do not take part
+        model.spare = nn.Linear(2, 2)
+    model, mixed = made(model)
     image = batch(size=8)[0]
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, fused=True)
 

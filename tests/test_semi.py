@@ -585,6 +585,16 @@ def test_one_channel_that_ends_in_a_sigmoid():
         assert ours.stats()["unlabelled"] > 0
 
 
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_classes_that_exclude_each_other_cannot_overlap(end):
+    model = EndsIn(end)
+    alone = partial(CutMixConsistency, rampup_steps=None, ignore_index=IGNORED, output="in:end")
+    for build in (made, alone):
+        with pytest.raises(ReSegError, match="overlapping=True, but the model ends in the softmax module 'end'"):
+            build(model, overlapping=True)
+    made(EndsIn(nn.Sigmoid()), overlapping=True)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("output", [None, ()])
 def test_probabilities_that_no_module_makes_are_refused_with_the_recipe(compiled, output):
@@ -795,7 +805,11 @@ def test_two_values_and_classes_are_refused():
         made(unlabelled_loss=Ignoring(9))  # ours leaves 255 out
     for value in (0, 2):
         with pytest.raises(ReSegError, match=f"ignore_index={value} is one of the model's 3 classes"):
-            made(task_loss=nn.CrossEntropyLoss(ignore_index=value))[1].loss(*step())
+            made(task_loss=nn.CrossEntropyLoss(ignore_index=value))  # at weight 0 no pseudo-label would tell
+    with pytest.raises(ReSegError, match=r"ignore_index=1 is a normal value of this label \(0 or 1\)"):
+        made(task_loss=Ignoring(1), overlapping=True)
+    with pytest.raises(ReSegError, match=r"255 is one of the model's 300 classes.*for instance 300"):
+        made(UNet(classes=300))
 
 
 def test_the_default_loss_is_ours():
@@ -951,9 +965,10 @@ def warned(run: Callable[[], Any]) -> list[warnings.WarningMessage]:
     return caught
 
 
+@pytest.mark.parametrize("weight", [0, 1])
 @pytest.mark.parametrize("halves", [False, True])
-def test_a_forgotten_update_is_warned_about_once(halves):
-    model, ours = made(UNet(width=1), deep=None)
+def test_a_forgotten_update_is_warned_about_once(halves, weight):
+    model, ours = made(UNet(width=1), deep=None, weight=weight)
     optimizer = sgd(model, ours)
 
     def run() -> None:

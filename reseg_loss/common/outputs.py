@@ -197,6 +197,11 @@ def is_activation(module: nn.Module) -> bool:
     return isinstance(module, tuple(chain(*MODULES.values())))
 
 
+def is_softmax(module: nn.Module | None) -> bool:
+    """Whether a module is a softmax or log-softmax."""
+    return isinstance(module, (*MODULES["softmax"], *MODULES["log-softmax"]))
+
+
 def loss_of_logits(
     task_loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, ending: str | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
