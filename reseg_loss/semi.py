@@ -505,7 +505,10 @@ class SemiSupervised(Regularizer):
         try:
             return output, DeepSupervision(self._model, example, num_classes=logits.shape[1], ignore_index=ignore_index)
         except TapError as error:
-            warn(f"no heads of deep supervision on this model; it trains without them: {error}")
+            warn(
+                f"no heads of deep supervision on this model; it trains without them: {error}\n"
+                "SemiSupervised takes heads on named taps as deep=DeepSupervision(model, example_input, taps=...)."
+            )
             return output, None
 
     # --- of the base

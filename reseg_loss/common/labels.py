@@ -102,7 +102,8 @@ class LabelEncoding:
             )
             raise ReSegError(
                 f"label has values {[round(v, 4) for v in wrong[:5].tolist()]}, but for {kind} they must be whole "
-                f"numbers from 0 to {classes - 1}; if a value marks pixels to ignore, pass it as ignore_index="
+                f"numbers from 0 to {classes - 1}; if a value marks pixels to ignore, pass it as ignore_index= "
+                "(with SemiSupervised: to its task_loss)"
             )
         if self.mode == "index" and per_class:
             ignored = self._ignored(label)
