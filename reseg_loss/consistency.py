@@ -22,7 +22,7 @@ from .common.inputs import (
     value_of,
 )
 from .common.labels import plain_label, unwrapped
-from .common.outputs import activation_of, as_path, ending_named, full_size, is_softmax, refuse_probabilities
+from .common.outputs import activation_of, as_path, ending_named, full_size, refuse_other_ending, refuse_probabilities
 from .common.state import load_states
 from .errors import ReSegError, outline, warn
 from .mean_teacher import MeanTeacher
@@ -129,11 +129,6 @@ class CutMixConsistency(Regularizer):
                 raise ReSegError(f"{name}={value!r}; it is True or False")
         if perturb is not None and not callable(perturb):
             raise ReSegError(f"perturb={perturb!r}; it is a function of images, or None")
-        if overlapping and is_softmax(dict(self._model.named_modules()).get(ending_named(output) or "")):
-            raise ReSegError(
-                f"overlapping=True, but the model ends in the softmax module {ending_named(output)!r}, whose classes "
-                "exclude each other: let it end in a sigmoid or in logits, or leave out overlapping"
-            )
         self._forward = model
         self.deep, self.perturb, self.overlapping = deep, perturb, overlapping
         self.rampup_steps, self.threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
@@ -143,6 +138,7 @@ class CutMixConsistency(Regularizer):
         self._check_deep()  # before a copy is made
         self._mean_teacher = MeanTeacher(model, ema_decay, average_buffers=average_buffers)
         self.output, self._endings = self._hooked(output)
+        refuse_other_ending(self._model, ending_named(self.output), None, overlapping=overlapping)
         self._check_deep()
         self._shares: Tensor | None = None
         self._forgotten = Forgotten()
@@ -270,6 +266,8 @@ class CutMixConsistency(Regularizer):
         logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
         classes = logits.shape[1]
         refuse_class(self.ignore_index, classes, overlapping=self.overlapping)
+        if first:
+            refuse_other_ending(self._model, ending_named(self.output), classes, overlapping=self.overlapping)
         if self.deep is not None and self.deep.num_classes != classes:
             raise ReSegError(
                 f"the output that was taken for logits has {classes} channels, the heads of deep supervision have "

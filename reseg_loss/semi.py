@@ -20,6 +20,7 @@ from .common.outputs import (
     full_size,
     in_training,
     loss_of_logits,
+    refuse_other_ending,
     refuse_probabilities,
 )
 from .consistency import CutMixConsistency, Forgotten, Mixed, plain_images, refuse_class, refuse_two_forwards
@@ -99,7 +100,8 @@ class SemiSupervised(Regularizer):
             same `ignore_index`.
         joint: True for one forward of all images, False for one forward of each kind. None means one forward, or two
             if the model has batch normalisation.
-        overlapping: classes may overlap: labels are (B, classes, *spatial), and each channel is a sigmoid.
+        overlapping: classes may overlap: labels are (B, classes, *spatial), and each channel is a sigmoid. A model that
+            ends in a sigmoid module with several channels needs it.
         weight: a factor of the unlabelled loss; it may change between steps. At 0 the mean teacher still follows the
             model, buffers included, and the unlabelled images are not used.
         threshold: a prediction is sure if its probability is at least this.
@@ -492,6 +494,7 @@ class SemiSupervised(Regularizer):
                 refuse_probabilities(activation, what, self._model)
             output = f"in:{module}"
         refuse_class(ignore_index, logits.shape[1], overlapping=overlapping)
+        refuse_other_ending(self._model, ending_named(output), logits.shape[1], overlapping=overlapping)
         if isinstance(deep, DeepSupervision) and deep.num_classes != logits.shape[1]:
             raise ReSegError(
                 f"the output that is taken for logits has {logits.shape[1]} channels, the heads of deep supervision "

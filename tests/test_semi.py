@@ -595,6 +595,16 @@ def test_classes_that_exclude_each_other_cannot_overlap(end):
     made(EndsIn(nn.Sigmoid()), overlapping=True)
 
 
+def test_classes_that_may_overlap_are_not_taken_for_others():
+    model = EndsIn(nn.Sigmoid())
+    said = "sigmoid module 'end' with 3 channels, so its classes may overlap: pass overlapping=True"
+    with pytest.raises(ReSegError, match=said):
+        made(model)
+    alone = CutMixConsistency(model, rampup_steps=None, ignore_index=IGNORED, output="in:end")
+    with pytest.raises(ReSegError, match=said):
+        alone.loss(batch()[0], nn.CrossEntropyLoss(ignore_index=IGNORED))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("output", [None, ()])
 def test_probabilities_that_no_module_makes_are_refused_with_the_recipe(compiled, output):

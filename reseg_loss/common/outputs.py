@@ -197,9 +197,26 @@ def is_activation(module: nn.Module) -> bool:
     return isinstance(module, tuple(chain(*MODULES.values())))
 
 
-def is_softmax(module: nn.Module | None) -> bool:
-    """Whether a module is a softmax or log-softmax."""
-    return isinstance(module, (*MODULES["softmax"], *MODULES["log-softmax"]))
+def refuse_other_ending(model: nn.Module, ending: str | None, channels: int | None, *, overlapping: bool) -> None:
+    """Raise a ReSegError if classes overlap, but the model ends in a softmax module, or the other way round.
+
+    Args:
+        model: ends in the module `ending`, or in none if that is None.
+        ending: the module's name.
+        channels: of the model's output; None if not known yet. One channel is a binary model, which has a sigmoid.
+        overlapping: as the loss was told.
+    """
+    module = None if ending is None else model.get_submodule(ending)
+    if overlapping and isinstance(module, (*MODULES["softmax"], *MODULES["log-softmax"])):
+        raise ReSegError(
+            f"overlapping=True, but the model ends in the softmax module {ending!r}, whose classes exclude each other: "
+            "let it end in a sigmoid or in logits, or leave out overlapping"
+        )
+    if not overlapping and (channels or 1) > 1 and isinstance(module, (*MODULES["sigmoid"], *MODULES["log-sigmoid"])):
+        raise ReSegError(
+            f"the model ends in the sigmoid module {ending!r} with {channels} channels, so its classes may overlap: "
+            f"pass overlapping=True and labels (B, {channels}, *spatial), or let it end in a softmax or in logits"
+        )
 
 
 def loss_of_logits(
