@@ -141,7 +141,7 @@ class CutMixConsistency(Regularizer):
         refuse_other_ending(self._model, ending_named(self.output), None, overlapping=overlapping)
         self._check_deep()
         self._shares: Tensor | None = None
-        self._forgotten = Forgotten()
+        self.forgotten = _Forgotten()  # `SemiSupervised` asks it, too, for its steps at weight 0
         self._looked = False  # at values of the first call
         self._asked = False  # whether the task loss leaves `ignore_index` out
 
@@ -363,7 +363,7 @@ class CutMixConsistency(Regularizer):
         self._shares = y.sure
         self._last = {"sure": sure.float().mean()}
         self._calls += 1
-        self._forgotten.check(self._model)
+        self.forgotten.check(self._model)
         return value
 
     def update(self) -> None:
@@ -374,7 +374,7 @@ class CutMixConsistency(Regularizer):
         """
         # at weight 0 no forward of its own brings its buffers up to date
         self._mean_teacher.update(buffers=self._weight == 0)
-        self._forgotten.updated()
+        self.forgotten.updated()
 
     def reset(self) -> None:
         """Start over: the mean teacher becomes the model as it is now, in place, and the ramp restarts at 0.
@@ -386,7 +386,7 @@ class CutMixConsistency(Regularizer):
         """
         self._mean_teacher.reset()
         self._calls = 0
-        self._forgotten.updated()
+        self.forgotten.updated()
 
     def remove(self) -> None:
         """Remove all hooks; the loss raises from now on, and the mean teacher stays. May be called twice."""
@@ -505,7 +505,7 @@ class CutMixConsistency(Regularizer):
             )
 
 
-class Forgotten:
+class _Forgotten:
     """Warns once if the parameters change 20 times without an `update`; a loop needs one `update` per change."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from .common.outputs import (
     refuse_other_ending,
     refuse_probabilities,
 )
-from .consistency import CutMixConsistency, Forgotten, Mixed, plain_images, refuse_class, refuse_two_forwards
+from .consistency import CutMixConsistency, Mixed, plain_images, refuse_class, refuse_two_forwards
 from .errors import ReSegError, TapError, outline, warn
 from .mixing import pixels_per_class, random_intensities
 from .recording.copying import compiler_of
@@ -176,7 +176,6 @@ class SemiSupervised(Regularizer):
         self._unsure: Tensor | None = None  # for each class, the steps after the ramp since it last had a sure pixel
         self._labelled: Tensor | None = None  # for each class, whether a label had it
         self._told_of: set[int] = set()
-        self._forgotten = Forgotten()  # at weight 0; else the consistency loss has its own
         self._looked = self._judged = False  # at the images and at the loss of a first call
 
     @property
@@ -320,12 +319,10 @@ class SemiSupervised(Regularizer):
             ReSegError: the model's parameters are not those it had when this was built.
         """
         self._consistency.update()
-        self._forgotten.updated()
 
     def reset(self) -> None:
         """Start over: the mean teacher becomes the model as it is now, in place, and the ramp restarts at 0."""
         self._consistency.reset()
-        self._forgotten.updated()
         self._calls, self._unsure, self._labelled = 0, None, None
         self._told_of.clear()
 
@@ -410,7 +407,7 @@ class SemiSupervised(Regularizer):
         total = main + levels
         self._last = {"labelled": main.detach(), "labelled/deep": levels.detach(), "weight": 0.0}
         if mixed is None:
-            self._forgotten.check(self._model)
+            self._consistency.forgotten.check(self._model)
             return total
         name = "task_loss" if self.unlabelled_loss is None else "unlabelled_loss"
         loss = task_loss if self.unlabelled_loss is None else self.unlabelled_loss
