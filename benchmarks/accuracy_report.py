@@ -267,13 +267,11 @@ def origins(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _panels(all_scores: Sequence[Scores], beside: float) -> tuple[Any, list[Any]]:
     """A figure, and a panel of it per plan, as high as the most rows and `beside` inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     most, columns = max(len(scores.lines) for scores in all_scores), min(2, len(all_scores))
     rows = -(-len(all_scores) // columns)
     drawn = Figure(figsize=(5.2 * columns + 1.5, rows * (0.32 * most + beside)), layout="constrained")
-    FigureCanvasAgg(drawn)
     panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[len(all_scores) :]:
         axes.set_visible(False)

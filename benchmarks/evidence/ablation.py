@@ -46,11 +46,9 @@ def ablation_figure(variants: Sequence[Variant], gains: Mapping[str, Difference]
     by_weight = sorted((weight_of(v), gain.mean, gain) for v, terms, gain in known if len(terms) == len(TERMS))
     if not known:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(10, 1.6 + 0.4 * max(4, len(by_terms))), layout="constrained")
-    FigureCanvasAgg(drawn)
     left, right = drawn.subplots(1, 2, width_ratios=[1.3, 1])
     by_terms.sort(key=lambda row: (len(row[0]), [name not in row[0] for name in TERMS]))
     for row, (_, gain) in enumerate(by_terms):

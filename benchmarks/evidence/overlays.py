@@ -51,13 +51,11 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
 def draw(file: Path) -> Path:
     """The picture beside the file: a row per slice, with the image, the truth and each network's classes over it."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     image, truth, names, predictions = _read(file)
     columns = [("image", np.zeros_like(truth)), ("truth", truth), *zip(names, predictions)]
     drawn = Figure(figsize=(1.6 * len(columns), 1.6 * len(image) + 0.6), layout="constrained")
-    FigureCanvasAgg(drawn)
     panels = drawn.subplots(len(image), len(columns), squeeze=False)
     for column, (name, classes) in enumerate(columns):
         panels[0, column].set_title("\n".join(textwrap.wrap(name, 20)), fontsize=6)

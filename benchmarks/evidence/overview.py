@@ -26,12 +26,10 @@ def overview(all_scores: Sequence[Scores], path: Path) -> bool:
     ours = of_variants(all_scores)
     if not ours:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = sorted({n for rows in ours.values() for n in rows} | {p.patients for p in PUBLISHED})
     drawn = Figure(figsize=(9.5, 5.5), layout="constrained")
-    FigureCanvasAgg(drawn)
     axes = drawn.subplots()
     for number, (name, rows) in enumerate(ours.items()):
         colour, left = COLOURS[number % len(COLOURS)], 0.05 * number - 0.3

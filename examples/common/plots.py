@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -41,7 +40,6 @@ def ways_figure(
     columns = 2 + len(ways)
     figure = Figure(figsize=(1.9 * columns, 4.6))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, columns)
     _show_image(axes[0, 0], image, "image\nof a test volume")
     _show_labels(axes[0, 1], truth, "truth")
@@ -73,7 +71,6 @@ def overlays_figure(rows: Sequence[OverlayRow], class_names: Sequence[str]) -> F
     names = list(rows[0].labels)
     figure = Figure(figsize=(2.4 * (1 + len(names)), 2.4 * len(rows) + 0.4))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 1 + len(names), squeeze=False)
     for line, (row, cells) in enumerate(zip(rows, axes)):
         _show_image(cells[0], row.image, "image" if line == 0 else "")
@@ -89,7 +86,6 @@ def ablation_figure(
 ) -> Figure:
     """DSC in % by the terms that are on and by lambda: a dot per seed, a line at the mean."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, groups, label in ((left, subsets, "terms that are on"), (right, weights, "weight λ")):
