@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import reseg_loss
 from benchmarks.evidence.commit import head_commit
 from benchmarks.evidence.compiler import set_up
+from benchmarks.evidence.graphs import warm_up
 from examples.backbones.swin_unet import SwinUNet
 from examples.backbones.transunet import TransUNet
 from examples.backbones.unet import UNet
@@ -338,12 +339,7 @@ def timed(step: Callable[[], Any], steps: int = 1) -> float:
 
 def captured(step: Callable[[], Any]) -> Callable[[], None]:
     """A replay of the step."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from models import UNet, batch, ready, task_loss
 from torch import Tensor, nn
 
+from benchmarks.evidence.graphs import warm_up
 from reseg_loss import (
     CrossAlignmentLoss,
     CutMixConsistency,
@@ -198,12 +199,7 @@ def aligned_step(
 
 def warmed_up(step: Callable[[], Tensor], optimizer: torch.optim.Optimizer, graphed: bool) -> Callable[[], Tensor]:
     """What runs a step after three of them: the step itself, or a CUDA graph of it, whose result stays in place."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
+    warm_up(step)
     if not graphed:
         return step
     graph = torch.cuda.CUDAGraph()

@@ -39,6 +39,7 @@ from .compiler import set_up
 from .copy_paste import CopyPaste
 from .damage import damaged
 from .field_unet import FieldUNet
+from .graphs import warm_up
 from .label_teacher import (
     RESTORED,
     Aligning,
@@ -56,7 +57,6 @@ from .mixing import mixing_of
 from .variants import Variant
 
 TO_LOOK = 50  # steps between two looks at the time
-WARM_UP = 3  # eager steps before the capture: they compile, choose algorithms and make the optimizer's state
 EVALUATED = 64  # slices, or volumes in 3D, predicted at once
 RAMP = 0.4  # share of the run over which the loss on unlabelled images grows
 EMA = 0.99  # of the mean teacher's weights
@@ -76,6 +76,7 @@ Network = Literal[
     "unet_3d",
     "unet_3d_thick",
 ]
+IN_3D = ("unet_3d", "unet_3d_thick")
 LATER = ("stage_1", "protocol", "others", "depth")  # settings that came after the first results
 
 
@@ -188,7 +189,7 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
         from examples.backbones.swin_unet import SwinUNet
 
         return SwinUNet(classes, 1, settings.size)
-    if settings.model in ("unet_3d", "unet_3d_thick"):
+    if settings.model in IN_3D:
         from monai.networks.nets import DynUNet
 
         filters = [settings.width << level for level in range(5)]
@@ -204,8 +205,7 @@ def make_model(settings: Settings, classes: int) -> nn.Module:
 
 def on_device(settings: Settings, classes: int, device: torch.device) -> nn.Module:
     """A new network, in 2D with channels last; in 3D its instance normalisations would undo that."""
-    in_3d = settings.model in ("unet_3d", "unet_3d_thick")
-    layout = torch.contiguous_format if in_3d else torch.channels_last
+    layout = torch.contiguous_format if settings.model in IN_3D else torch.channels_last
     return make_model(settings, classes).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]
 
 
@@ -281,12 +281,7 @@ class Loop:
         if self.machine.device.type != "cuda":
             step()  # what the first step alone does (checks, optimizer state) belongs to no run
             return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        warm_up(step)
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -439,7 +434,7 @@ class Stage1:
 
 def label_teacher(sees: str, settings: Settings, classes: int, device: torch.device) -> LabelTeacher:
     """A new one that restores label maps, of the width of the plan."""
-    if settings.model == "unet_3d":
+    if settings.model in IN_3D:
         raise ValueError("teachers that restore label maps are there for slices, not for volumes")
     teacher = LabelTeacher(classes, settings.width, sees)
     return teacher.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -591,8 +586,7 @@ class Stage2:
 
     def _alignment(self, image: Tensor, label: Tensor) -> Tensor:
         assert self.reseg is not None
-        if self.variant.fed == "other label":
-            label = label.roll(1, 0)
+        label = self._fed(label)
         if self.variant.fed != "image" and self.variant.crossed:
             return self.reseg.alignment_loss(label)
         # what the wrapper does not offer, from its parts
@@ -605,8 +599,12 @@ class Stage2:
             taught = Features(taught.decoder, taught.encoder, taught.bottleneck)
         return self.reseg.weight * self.reseg.criterion(student, taught)
 
+    def _fed(self, label: Tensor) -> Tensor:
+        """The labels that a teacher sees: the samples' own, or as a control those of others."""
+        return label.roll(1, 0) if self.variant.fed == "other label" else label
+
     def _distilled(self, idea: Distilling, logits: Tensor, image: Tensor, label: Tensor) -> Tensor:
-        seen = damaged(label.roll(1, 0) if self.variant.fed == "other label" else label, self.classes)
+        seen = damaged(self._fed(label), self.classes)
         with torch.no_grad(), self.machine.autocast():
             taught = self.restorer(seen, image)
         return distillation(logits, taught, idea.temperature)
