@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from benchmarks.accuracy_report import Scores, paired, resampled, select
 from benchmarks.evidence.plan import read_plan
@@ -87,12 +89,25 @@ def check_memory(cells: list[list[str]], file: str) -> None:
         assert values == [f"{known[row]['peak_mib'] / 1024:.1f}", f"{known[row]['peak_ratio']:.2f}"], row
 
 
+@cache
+def lines_of(*files: str) -> list[dict[str, Any]]:
+    """The lines of results, each run's last one."""
+    return [*finished([line for file in files for line in read_lines(BENCHMARKS / "results" / file)]).values()]
+
+
 def scores_of(names: Sequence[str]) -> list[Scores]:
     """What was measured of these plans, each on the part that it decides on."""
-    files = (BENCHMARKS / "results" / f"{name}.jsonl" for name in ("accuracy", "ssl4mis", "table_2"))
-    lines = list(finished([line for file in files for line in read_lines(file)]).values())
+    lines = lines_of("accuracy.jsonl", "ssl4mis.jsonl", "table_2.jsonl")
     plans = (read_plan(BENCHMARKS / "plans" / f"{name}.json") for name in names)
     return [select(plan, lines, plan.decide_on) for plan in plans]
+
+
+def shown(scores: Scores, variant: str, seeds: Collection[int]) -> str:
+    """A table's cell: the bare run's DSC over these seeds, or a variant's paired difference to it; "" if not run."""
+    if variant not in scores.lines:
+        return ""
+    bare, own = (scores.values(name, "mean_dsc") for name in ("bare", variant))
+    return f"{fmean(bare[seed] for seed in seeds):.1f}" if variant == "bare" else str(paired(own, bare))
 
 
 def difference(plans: Sequence[Scores], variant: str, reference: str, pairs: int = 8) -> str | None:
@@ -135,8 +150,7 @@ def check_rows(cells: list[list[str]], files: Sequence[str]) -> None:
 def heldout(name: str) -> Scores:
     """What was measured of a plan outside this repository."""
     plan = read_plan(BENCHMARKS / "plans" / f"{name}.json")
-    lines = finished(read_lines(BENCHMARKS / "results" / "heldout_2026-11-29.jsonl"))
-    return select(plan, list(lines.values()), plan.decide_on)
+    return select(plan, lines_of("heldout_2026-11-29.jsonl"), plan.decide_on)
 
 
 FIRST = {  # a row of the README's table, by data, patients and network: its plans
@@ -182,12 +196,9 @@ def check_field(cells: list[list[str]], text: str) -> None:
     _, _, *lines = [[cell.strip("*") for cell in row] for row in cells]
     for (_, *values), variant in zip(lines, rows, strict=True):
         for value, scores in zip(values, columns, strict=True):
-            if variant not in scores.lines:
-                assert value == ""
-                continue
-            bare, own = scores.values("bare", "mean_dsc"), scores.values(variant, "mean_dsc")
-            assert len(own) == 5
-            assert value == (f"{fmean(own.values()):.1f}" if variant == "bare" else str(paired(own, bare)))
+            seeds = scores.lines.get(variant, scores.lines["bare"]).keys()
+            assert len(seeds) == 5
+            assert value == shown(scores, variant, seeds)
     text = " ".join(text.split())
     light, strong = (f"{fmean(scores.values(rows[-1], 'mean_dsc').values()):.1f}" for scores in columns[:2])
     assert f"the mean teacher reaches {strong}, and {light} with light augmentation" in text
@@ -222,13 +233,9 @@ def check_heldout(cells: list[list[str]]) -> None:
     _, _, *lines, pairs = cells
     for (_, *values), variant in zip(lines, rows, strict=True):
         for value, scores, n in zip(values, columns, pairs[1:], strict=True):
-            if variant not in scores.lines:
-                assert value == ""
-                continue
-            bare, own = scores.values("bare", "mean_dsc"), scores.values(variant, "mean_dsc")
-            whole = bare.keys() & scores.values("ds equal", "mean_dsc").keys()
+            whole = scores.values("bare", "mean_dsc").keys() & scores.values("ds equal", "mean_dsc").keys()
             assert len(whole) == int(n)
-            assert value == (f"{fmean(bare[s] for s in whole):.1f}" if variant == "bare" else str(paired(own, bare)))
+            assert value == shown(scores, variant, whole)
 
 
 def check_controls(cells: list[list[str]]) -> None:

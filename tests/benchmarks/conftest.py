@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from native_slices import write_native
 
+from benchmarks.evidence.data import Slices, load
+
 SHAPE = (16, 48, 32)  # of volumes
 
 
@@ -41,6 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = (60 * labels + rng.integers(0, 20, labels.shape)).astype(np.uint8)
     np.savez(folder / "hippocampus.npz", images=images, labels=labels, patient=np.arange(1, 261))
     return folder
+
+
+@pytest.fixture(scope="module")
+def acdc(folder: Path) -> Slices:
+    return load(folder / "acdc.npz")
 
 
 @pytest.fixture(scope="module")

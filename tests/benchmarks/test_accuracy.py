@@ -62,11 +62,6 @@ SHAPE = (16, 48, 32)  # of the volumes in conftest.py
 
 
 @pytest.fixture(scope="module")
-def acdc(folder: Path) -> Slices:
-    return load(folder / "acdc.npz")
-
-
-@pytest.fixture(scope="module")
 def hippocampus(folder: Path) -> Slices:
     return load(folder / "hippocampus.npz")
 

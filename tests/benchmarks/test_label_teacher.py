@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates, uniform_filter
-from test_accuracy import Watch, feed_of, run
+from test_accuracy import Watch, feed_of, plan_of, run
 from torch import Tensor, nn
 
 from benchmarks import accuracy
 from benchmarks.evidence.damage import damaged, ellipse, grown, moved, position, rectangle, replaced
-from benchmarks.evidence.data import Slices, load
 from benchmarks.evidence.harness import Machine, Settings, Stage1, Stage2
 from benchmarks.evidence.label_teacher import (
     RESTORED,
@@ -30,7 +29,6 @@ from benchmarks.evidence.label_teacher import (
     distillation,
     idea_of,
 )
-from benchmarks.evidence.plan import Plan
 from benchmarks.evidence.results import read_lines
 from benchmarks.evidence.variants import CATALOGUE, DS_EQUAL, Variant
 from reseg_loss import CutMixConsistency, consistency
@@ -54,10 +52,6 @@ VARIANTS = {
 }
 
 
-def plan_of(*variants: Variant, settings: Settings) -> Plan:
-    return Plan("trial", "which?", "the higher", "acdc", 5, (0,), "test", variants, settings, ("test",))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ACDC in the form of the real one: rings whose brightness is that of their class."""
@@ -67,11 +61,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = (60 * labels + rng.integers(0, 20, labels.shape)).astype(np.uint8)
     np.savez(folder / "acdc.npz", images=images, labels=labels, patient=patient, phase=phase, slice=position)
     return folder
-
-
-@pytest.fixture(scope="module")
-def acdc(folder: Path) -> Slices:
-    return load(folder / "acdc.npz")
 
 
 # --- damages
@@ -191,7 +180,7 @@ def test_every_idea_trains_and_is_another_training_than_without(name, folder, tm
         replace(variant, name="without", label_teacher=None, reseg=None),
         replace(variant, name="untrained", teacher="untrained"),
     )
-    assert run(plan_of(*variants, settings=replace(SETTINGS, steps=6, stage1_steps=6)), folder, out)
+    assert run(plan_of(seeds=(0,), variants=variants, settings=replace(SETTINGS, steps=6, stage1_steps=6)), folder, out)
     lines = read_lines(out)
     assert not [line["error"] for line in lines if "error" in line]
     assert [line["stage_1_loss"] is None for line in lines] == [False, True, True]
@@ -407,7 +396,8 @@ def test_the_student_learns_the_teachers_logits(fed, acdc):
 
 
 def test_a_saved_run_of_an_idea_goes_on_where_it_was(folder, tmp_path, monkeypatch):
-    plan = plan_of(VARIANTS["cleans, image, mean"], settings=replace(SETTINGS, steps=7, stage1_steps=5))
+    settings = replace(SETTINGS, steps=7, stage1_steps=5)
+    plan = plan_of(seeds=(0,), variants=(VARIANTS["cleans, image, mean"],), settings=settings)
     assert run(plan, folder, tmp_path / "whole.jsonl")
     monkeypatch.setattr("benchmarks.evidence.harness.TO_LOOK", 2)
     out, attempts = tmp_path / "parts.jsonl", 0
