@@ -427,6 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="results, a line a run")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which a run is left for the next call")
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="some of the rows")
+    parser.add_argument("--seeds", nargs="+", type=int, help="some of a row's seeds")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="steps an epoch")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for preprocessing")
@@ -445,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     bench = Bench(args)
     for row in rows:
-        for seed in row.seeds:
+        for seed in row.seeds if args.seeds is None else sorted({*row.seeds} & {*args.seeds}):
             lines, key = finished(read_lines(args.out)), key_of(row, seed, args)
             if key in lines:
                 continue
