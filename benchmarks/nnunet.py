@@ -262,6 +262,7 @@ class Bench:
         )
         made.num_epochs, made.num_iterations_per_epoch = epochs, self.args.iterations
         made.num_val_iterations_per_epoch, made.save_every = 1, 10**9
+        made._best_ema = float("inf")  # noqa: SLF001  no checkpoint of a best epoch: it takes seconds, and chooses
         maybe_load_checkpoint(made, resume, False)
         end = made.on_epoch_end
 
@@ -431,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="steps an epoch")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for preprocessing")
-    parser.add_argument("--smoke", action="store_true", help="two epochs of 20 steps of each kind of row")
+    parser.add_argument("--smoke", action="store_true", help="two epochs of 100 steps of each kind of row")
     parser.add_argument("--report", action="store_true", help="print what --out says")
     args = parser.parse_args(arguments)
     if args.report:
@@ -439,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rows = [named(name) for name in args.rows]
     if args.smoke:
-        args.iterations = 20
+        args.iterations = 100
         for row in rows:
             if row.taught_by is None and row.as_long_as is None:
                 print(Bench(args).smoke(row), flush=True)
