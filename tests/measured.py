@@ -210,6 +210,17 @@ def check_field(cells: list[list[str]], text: str) -> None:
         assert len(reached) == 8
         mean = f"{fmean(reached):.1f} ± {stdev(reached):.1f}"
         assert f"{said} reaches {mean}, and {min(reached):.1f} with the worst." in text
+    few, everyone = (columns[1], rows[-1]), (columns[2], "ds equal")
+    apart = stdev(few[0].values(few[1], "mean_dsc").values())
+    lacks = (f"{b - a:.1f}" for a, b in zip(*(scores.per_class(variant, "dsc") for scores, variant in (few, everyone))))
+    assert f"seeds differ by {apart:.1f}." in text
+    assert "right ventricle lacks {}, the myocardium {} and the left ventricle {}.".format(*lacks) in text
+    a, b = (scores.patients(variant) for scores, variant in (few, everyone))
+    gaps = sorted((b[patient] - a[patient] for patient in a), reverse=True)
+    assert "Five of the 20 test patients make up half of it." in text
+    assert len(gaps) == 20
+    assert round(sum(gaps[:5]) / sum(gaps), 1) == 0.5
+
 
 def check_claim(cells: list[list[str]], text: str) -> None:
     """The table of the paper's claim, with the published gains of the plans of its tables 1 and 2."""
