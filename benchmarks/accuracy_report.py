@@ -3,9 +3,10 @@
     python benchmarks/accuracy_report.py results.jsonl --plan benchmarks/plans/confirm_acdc_5.json --figure out.png
 
 Scores in percent (DSC) and pixels or voxels (HD95), over the seeds that a variant was run with; differences are paired,
-over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds. Where a plan has
-published scores, a second table puts them beside ours, with a paired bootstrap over the patients that were scored. For
-a plan of the field's protocol the second table also has the worst seed or draw, and what was published follows it.
+over the seeds that both have, with Student's 95 % interval. `(2 pairs)`: the row has more seeds. Where a plan compares
+ideas at equal GPU time, a second table says what each run took. Where it has published scores, a second table puts them
+beside ours, with a paired bootstrap over the patients that were scored. For a plan of the field's protocol the second
+table also has the worst seed or draw, and what was published follows it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -183,9 +184,9 @@ def table(scores: Scores, references: Sequence[str] = REFERENCES) -> str:
 def beside_published(scores: Scores, reference: str = "bare") -> str:
     """A Markdown table of published scores and ours, and of what both gain over the reference."""
     published, published_hd95 = scores.plan.published, scores.plan.published_hd95
-    head = ["variant", "published DSC", "ours", "seeds", "published gain", "our gain, over seeds", "over patients"]
+    head = ["variant", "published DSC", "our DSC", "seeds", "published gain", "our gain, over seeds", "over patients"]
     if published_hd95:
-        head += ["published HD95", "ours"]
+        head += ["published HD95", "our HD95"]
     rows = [head, ["---"] * len(head)]
     for name in scores.lines:
         values, base = (scores.values(of, "mean_dsc") if of in scores.lines else {} for of in (name, reference))
@@ -203,6 +204,33 @@ def beside_published(scores: Scores, reference: str = "bare") -> str:
             row.append(f"{published_hd95[name]:.2f}" if name in published_hd95 else "")
             row.append(f"{fmean(scores.values(name, 'mean_hd95').values()):.2f}")
         rows.append(row)
+    return _markdown(rows)
+
+
+def times(scores: Scores) -> str:
+    """A Markdown table of what a run takes, medians over seeds; a stage 1 that runs share counts for each of them."""
+    plan, known = scores.plan, {run["key"]: run for run in scores.runs if run.get("ms_per_step")}
+    runs: dict[str, dict[int, Mapping[str, Any]]] = {variant.name: {} for variant in plan.variants}
+    shared: dict[tuple[str, str], dict[int, float]] = {}
+    for size in {run["stored"] for run in scores.runs}:
+        for seed, variant in plan.runs():
+            run = known.get(plan.key(seed, variant, size))
+            if run is None:
+                continue
+            runs[variant.name][seed] = run
+            if variant.stage_1 is not None:  # the first that asked for it has waited
+                of_kind = shared.setdefault(variant.stage_1, {})
+                of_kind[seed] = max(of_kind.get(seed, 0.0), run["seconds"]["stage_1"])
+    rows = [["variant", "steps", "ms a step", "stage 2, s", "stage 1, s", "both, s"], ["---"] * 6]
+    for variant in plan.variants:
+        if not runs[variant.name]:
+            continue
+        steps = variant.steps(plan.settings.steps, plan.settings.stage1_steps)
+        ms = median(run["ms_per_step"] for run in runs[variant.name].values())
+        second, first = steps * ms / 1e3, 0.0
+        if variant.stage_1 is not None:
+            first = median(shared[variant.stage_1].values())
+        rows.append([variant.name, str(steps), f"{ms:.1f}", f"{second:.1f}", f"{first:.1f}", f"{second + first:.1f}"])
     return _markdown(rows)
 
 
@@ -359,6 +387,7 @@ def report(scores: Scores, references: Sequence[str] | None = None) -> str:
         *([f"All scores are of the {plan.of_class} alone."] if plan.of_class else []),
         f"{there} of {planned} runs are there. A class's column is DSC / HD95 ({unit}).",
         *([table(scores, references), origins(scores.runs)] if scores.runs else ["Nothing was run."]),
+        *([times(scores)] if scores.runs and any(variant.label_teacher for variant in plan.variants) else []),
         *([beside_published(scores)] if scores.runs and plan.published else []),
         *(field_section(scores, references) if scores.runs and plan.settings.protocol == "ssl4mis" else []),
     ]

@@ -415,7 +415,11 @@ class Stage1:
         return teacher, loss_of
 
     def fit(self, seed: int, pause: Pause | None = None) -> tuple[dict[str, Tensor], float]:
-        """The trained teacher's weights and its last losses' mean; with `pause`, its file keeps them."""
+        """The trained teacher's weights and its last losses' mean; with `pause`, its file keeps them.
+
+        Raises:
+            ValueError: the loss is NaN or infinite at the end.
+        """
         if isinstance(self.teacher, LabelTeacher):
             self.teacher.redraw(seed)
             torch.manual_seed(seed)  # of the damages
@@ -428,8 +432,10 @@ class Stage1:
         self.loop.run(steps, pause)
         if pause is not None:
             self.loop.save(pause.file)
-        state = {name: value.detach().clone() for name, value in self.teacher.state_dict().items()}
-        return state, float(self.loop.losses[-50:].mean())
+        loss = float(self.loop.losses[-50:].mean())
+        if not math.isfinite(loss):  # no step on a GPU looks at values, and stage 2 would be for nothing
+            raise ValueError(f"stage 1 diverged: its loss is {loss} at the end, with {self.settings.stage_1!r}")
+        return {name: value.detach().clone() for name, value in self.teacher.state_dict().items()}, loss
 
 
 def label_teacher(sees: str, settings: Settings, classes: int, device: torch.device) -> LabelTeacher:

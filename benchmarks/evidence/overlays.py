@@ -31,41 +31,37 @@ def keep_slices(file: Path, data: Slices, rows: np.ndarray, name: str, predictio
     """Put the predicted classes (N, S, S) of a network's slices `rows` into the file, or in place of its last ones."""
     at = places(data.volume[rows])
     chosen = rows[at]
-    found = dict(zip(*_read(file)[2:])) if file.exists() else {}
+    found: dict[str, np.ndarray] = {}
+    if file.exists():
+        with np.load(file) as arrays:
+            found = dict(zip(arrays["names"].tolist(), arrays["predictions"]))
     found[name] = prediction[torch.tensor(at)].numpy()
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         file,
         image=data.images[chosen],
         truth=data.labels[chosen],
+        patient=data.patient[chosen],
+        classes=np.array(data.class_names),
         names=np.array(list(found)),
         predictions=np.stack(list(found.values())),
     )
 
 
-def _read(file: Path) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray]:
-    with np.load(file) as arrays:
-        return arrays["image"], arrays["truth"], arrays["names"].tolist(), arrays["predictions"]
-
-
 def draw(file: Path) -> Path:
     """The picture beside the file: a row per slice, with the image, the truth and each network's classes over it."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+    from examples.common.plots import OverlayRow, overlays_figure, save_figure
 
-    image, truth, names, predictions = _read(file)
-    columns = [("image", np.zeros_like(truth)), ("truth", truth), *zip(names, predictions)]
-    drawn = Figure(figsize=(1.6 * len(columns), 1.6 * len(image) + 0.6), layout="constrained")
-    panels = drawn.subplots(len(image), len(columns), squeeze=False)
-    for column, (name, classes) in enumerate(columns):
-        panels[0, column].set_title("\n".join(textwrap.wrap(name, 20)), fontsize=6)
-        for row, axes in enumerate(panels[:, column]):
-            axes.imshow(image[row], cmap="gray", vmin=0, vmax=255)
-            over = np.ma.masked_equal(classes[row], 0)  # the background is not coloured
-            axes.imshow(over, cmap=colormaps["tab10"], vmin=0, vmax=9, alpha=0.55, interpolation="nearest")
-            axes.set_axis_off()
+    with np.load(file) as arrays:
+        names = ["\n".join(textwrap.wrap(name, 24)) for name in ("truth", *arrays["names"].tolist())]
+        maps = [arrays["truth"], *arrays["predictions"]]
+        rows = [
+            OverlayRow(f"patient {patient}", image, dict(zip(names, each)))
+            for patient, image, *each in zip(arrays["patient"], arrays["image"], *maps)
+        ]
+        classes = ["background", *arrays["classes"].tolist()]
     picture = file.with_suffix(".png")
-    drawn.savefig(picture, dpi=130)
+    save_figure(overlays_figure(rows, classes), picture)
     return picture
 
 

@@ -965,6 +965,14 @@ def test_stage_1_can_have_the_settings_of_stage_2(acdc):
     assert not all(torch.equal(ours[name], value) for name, value in weights.items())
 
 
+def test_a_stage_1_that_diverges_stops_its_run(acdc):
+    """Else stage 2 would align with NaN, and a row of the table be of that."""
+    settings = replace(SETTINGS, stage_1="as stage 2", lr=1e20, stage1_steps=6)
+    stage = Stage1(("index", "image"), settings, 4, feed_of(acdc, 6), Machine.make())
+    with pytest.raises(ValueError, match=r"stage 1 diverged: its loss is (nan|inf) at the end, with 'as stage 2'"):
+        stage.fit(0)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_learning_rate_ends_near_zero(optimizer):
     rates = schedule(replace(SETTINGS, optimizer=optimizer, lr=0.5), 100)

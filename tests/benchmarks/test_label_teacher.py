@@ -16,6 +16,7 @@ from test_accuracy import Watch, feed_of, plan_of, run
 from torch import Tensor, nn
 
 from benchmarks import accuracy
+from benchmarks.accuracy_report import report, select
 from benchmarks.evidence.damage import damaged, ellipse, grown, moved, position, rectangle, replaced
 from benchmarks.evidence.harness import Machine, Settings, Stage1, Stage2
 from benchmarks.evidence.label_teacher import (
@@ -412,3 +413,20 @@ def test_a_saved_run_of_an_idea_goes_on_where_it_was(folder, tmp_path, monkeypat
     (whole,), (parts,) = read_lines(tmp_path / "whole.jsonl"), read_lines(out)
     for what in ("task_loss", "stage_1_loss", "scores", "key"):
         assert parts[what] == whole[what], what
+
+
+def test_the_report_says_what_an_idea_took_stage_1_included():
+    cleans, distils = VARIANTS["cleans, image, mean"], VARIANTS["distils"]  # which share a stage 1
+    longer = replace(CATALOGUE["ds equal"], name="as long", longer=1.5)
+    plan = plan_of(seeds=(0, 1, 2), variants=(longer, cleans, distils), settings=replace(SETTINGS, steps=1000))
+    ms, lines = {longer.name: 10.0, cleans.name: 30.0, distils.name: 20.0}, []
+    for seed, variant in plan.runs():
+        stage_1 = [9.0, 4.0, 5.0][seed] if variant == cleans else 0.001
+        score = {"classes": ["lv"], "dsc": [0.5], "hd95": [1.0], "mean_dsc": 0.5, "mean_hd95": 1.0}
+        line = {"key": plan.key(seed, variant, 32), "stored": 32, "seed": seed, "scores": {"test": score}}
+        lines.append({**line, "ms_per_step": ms[variant.name] + seed, "seconds": {"stage_1": stage_1}})
+    text = report(select(plan, lines[:-1], "test"))
+    assert "| as long | 1500 | 11.0 | 16.5 | 0.0 | 16.5 |" in text
+    assert f"| {cleans.name} | 1000 | 31.0 | 31.0 | 5.0 | 36.0 |" in text
+    assert "| distils | 1000 | 20.5 | 20.5 | 5.0 | 25.5 |" in text
+    assert "ms a step" not in report(select(replace(plan, variants=(longer,)), lines, "test"))

@@ -20,15 +20,17 @@ from benchmarks import accuracy
 from benchmarks.accuracy_report import report, select
 from benchmarks.evidence import lite0
 from benchmarks.evidence.batches import augment, toned
-from benchmarks.evidence.data import Split, centred, drawn_patients, half_without, load, load_native, split
+from benchmarks.evidence.data import Slices, Split, centred, drawn_patients, half_without, load, load_native, split
 from benchmarks.evidence.harness import Machine, Settings, make_model
 from benchmarks.evidence.lite0 import BLOCKS, imagenet_weights, lite0_unet, timm_keys
 from benchmarks.evidence.overlays import draw as draw_overlays
+from benchmarks.evidence.overlays import keep_slices
 from benchmarks.evidence.overview import by_choice, of_variants, overview
 from benchmarks.evidence.plan import Plan, read_plan, smaller
 from benchmarks.evidence.published import PUBLISHED
 from benchmarks.evidence.results import read_lines
 from benchmarks.evidence.stacks import StackedFeed, Stacks
+from benchmarks.evidence.synapse import ORGANS, TEST
 
 ROOT = Path(__file__).parents[2]
 
@@ -393,11 +395,29 @@ def test_overlays_show_the_same_few_slices_of_every_network(folder, native, tmp_
         for name, prediction in zip(("ds_equal_test", "ds_equal_deep_cutmix_test"), arrays["predictions"]):
             with np.load(kept / f"{plan.name}_11_{name}.npz") as whole:
                 assert (prediction == whole["prediction"][at]).all()
-        truth = arrays["truth"]
+        assert arrays["truth"].any()
+        assert (arrays["patient"] == data.patient[test[at]]).all()
     picture = draw_overlays(file)
     with Image.open(picture) as image:
         assert image.width > image.height, "five columns, four rows"
-    assert truth.any()
+
+
+def test_every_organ_has_a_colour_of_its_own_in_an_overlay_and_a_name_below_it(tmp_path, monkeypatch):
+    """Not one of grey, which is the image's."""
+    file, figures = tmp_path / "slices.npz", []
+    truth = np.repeat(np.arange(9, dtype=np.uint8), 4).reshape(1, 6, 6)
+    data = Slices("synapse", np.full((1, 6, 6), 90, np.uint8), truth, np.array([8]), np.array([0]), {}, TEST, ORGANS)
+    keep_slices(file, data, np.array([0]), "bare", torch.from_numpy(truth))
+    monkeypatch.setattr("examples.common.plots.save_figure", lambda figure, path: figures.append(figure))
+    draw_overlays(file)
+    over = figures[0].axes[1].images[1]
+    colours = [over.cmap(over.norm(c))[:3] for c in range(1, 9)]
+    assert len(set(colours)) == 8
+    assert sum(max(colour) - min(colour) < 0.1 for colour in colours) <= 1, "white, not grey"
+    assert all(max(colour) == 1 for colour in colours if max(colour) - min(colour) < 0.1)
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == list(ORGANS)
+    assert figures[0].axes[0].get_ylabel() == "patient 8"
 
 
 def test_overlays_are_of_slices(folder):
