@@ -180,12 +180,15 @@ def test_images_are_preprocessed_as_nnunet_does_it(folders, monkeypatch, tmp_pat
 
     shutil.copy(raw / "imagesTr" / "case_003_0000.nii.gz", raw / "imagesUn")
     refused("case_003: in imagesUn and in imagesTr")
-    os.rename(raw / "imagesUn" / "case_003_0000.nii.gz", raw / "imagesUn" / "other_0001.nii.gz")
+    os.rename(raw / "imagesUn" / "case_003_0000.nii.gz", raw / "imagesUn" / "case.nii.gz")
+    refused(f"case.nii.gz in {raw / 'imagesUn'}: name images as in imagesTr, NAME_0000.nii.gz and so on")
+    os.rename(raw / "imagesUn" / "case.nii.gz", raw / "imagesUn" / "other_0001.nii.gz")
     refused(f"other in {raw / 'imagesUn'}: these do not have the 1 channels of dataset.json")
     shutil.rmtree(raw / "imagesUn")
     refused("imagesUn has no images; name them as in imagesTr: NAME_0000.nii.gz and so on")
     refused("the plans have no configuration 4d; they have 2d, 3d_fullres", "-c", "4d")
-    refused("OtherPlans.json does not exist; run nnUNetv2_plan_and_preprocess first", "-p", "OtherPlans")
+    missing = "OtherPlans.json does not exist; run nnUNetv2_plan_and_preprocess first, or name your plans with -p"
+    refused(missing, "-p", "OtherPlans")
     shutil.rmtree(done / "nnUNetPlans_2d")
     refused("lacks preprocessed cases of imagesTr; run nnUNetv2_plan_and_preprocess first", "-c", "2d")
 
@@ -265,6 +268,24 @@ def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch,
     plans["configurations"]["2d"]["normalization_schemes"] = ["CTNormalization"]
     file.write_text(json.dumps(plans))
     with pytest.raises(ReSegError, match="were preprocessed with other plans: run `python -m reseg_loss"):
+        make().on_train_start()
+    plans["plans_name"], plans["configurations"]["2d"]["data_identifier"] = "MyPlans", "MyPlans_2d"
+    file.write_text(json.dumps(plans))
+    (done / "nnUNetPlans_2d").rename(done / "MyPlans_2d")
+    command = f"`python -m reseg_loss.integrations.nnunet prepare {tiny.DATASET} -p MyPlans`"
+    with pytest.raises(ReSegError, match=f"are not preprocessed for this configuration: run {command}, or move"):
+        make().on_train_start()
+
+
+def test_images_that_got_a_label_since_they_were_prepared_are_refused(folders, monkeypatch, tmp_path):
+    """nnU-Net keeps the fingerprint and the plans unless told otherwise, so these are the same."""
+    shutil.copytree(folders / "preprocessed", tmp_path / "preprocessed")
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    own = tmp_path / "preprocessed" / tiny.DATASET / "nnUNetPlans_2d"
+    for end in (".b2nd", "_seg.b2nd", ".pkl"):
+        shutil.copy(own / f"case_000{end}", own / f"more_001{end}")
+    with pytest.raises(ReSegError, match="more_001: in imagesUn and in imagesTr, so labelled images would count"):
         make().on_train_start()
 
 
@@ -596,6 +617,7 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
     assert validation == [case for case in folds[0]["val"] if case not in unlabelled]
     assert seen <= set(training)
     assert "2 unlabelled images; a step has 2 patches with labels and 2 without" in log_of(made)
+    assert f"{len(training)} training and {len(validation)} validation cases have a label" in log_of(made)
     made.fold = "all"
     assert set(made.do_split()[0]) == {f"case_00{i}" for i in range(8)} - unlabelled
     made.unlabelled_weight = 0

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ...errors import ReSegError
 from .patients import UP_TO_A_NUMBER, patients, split_between, write_splits
-from .unlabelled import folder_of, named, preprocessing, record_of
+from .unlabelled import folder_of, named, preprocessing, record_of, refuse_labelled
 
 
 def prepare(
@@ -50,7 +50,9 @@ def prepare(
     name = maybe_convert_to_dataset_name(dataset)
     raw, done = Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name
     if not (done / f"{plans_name}.json").exists():
-        raise ReSegError(f"{done / plans_name}.json does not exist; run nnUNetv2_plan_and_preprocess first")
+        raise ReSegError(
+            f"{done / plans_name}.json does not exist; run nnUNetv2_plan_and_preprocess first, or name your plans with -p"
+        )
     plans = PlansManager(str(done / f"{plans_name}.json"))
     about = json.loads((done / "dataset.json").read_text())
     chosen = _configurations(plans, configurations, done)
@@ -58,11 +60,7 @@ def prepare(
     cases = find_cases(raw / "imagesUn", about["file_ending"], channels)
     first = str(done / chosen[0].data_identifier)
     labelled = infer_dataset_class(first).get_identifiers(first)
-    if both := set(cases) & set(labelled):
-        raise ReSegError(
-            f"{named(both)}: in imagesUn and in imagesTr, so labelled images would count as unlabelled ones; remove "
-            "them from imagesUn"
-        )
+    refuse_labelled(cases, labelled)
     splits_file = done / "splits_final.json"
     pattern = patient_splits if isinstance(patient_splits, str) else UP_TO_A_NUMBER
     if patient_splits:
@@ -93,13 +91,18 @@ def find_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]
     """The files of each image, in the order of channels.
 
     Raises:
-        ReSegError: there are no images, or one of them lacks channels.
+        ReSegError: there are no images, one of them lacks channels, or a file's name lacks the number of a channel.
     """
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
     cases: dict[str, dict[int, str]] = defaultdict(dict)
+    unnumbered: list[str] = []
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := pattern.fullmatch(file.name):
             cases[match[1]][int(match[2])] = str(file)
+        elif file.name.endswith(ending):
+            unnumbered.append(file.name)
+    if unnumbered:
+        raise ReSegError(f"{named(unnumbered)} in {folder}: name images as in imagesTr, NAME_0000{ending} and so on")
     if not cases:
         raise ReSegError(f"{folder} has no images; name them as in imagesTr: NAME_0000{ending} and so on")
     wrong = [case for case, files in cases.items() if sorted(files) != list(range(channels))]
