@@ -151,8 +151,7 @@ def preprocess(
         else:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(processes, len(work)), mp_context=spawn) as pool:
-                for future in [pool.submit(preprocess_case, *arguments) for arguments in work]:
-                    future.result()
+                for _ in pool.map(preprocess_case, *zip(*work)):  # one that fails cancels the others
                     bar.update()
     made = {"preprocessing": preprocessing(plans, configuration), "cases": sorted(cases)}
     record_of(folder).write_text(json.dumps(made, indent=4))
