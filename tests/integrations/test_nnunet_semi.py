@@ -618,6 +618,10 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
     assert seen <= set(training)
     assert "2 unlabelled images; a step has 2 patches with labels and 2 without" in log_of(made)
     assert f"{len(training)} training and {len(validation)} validation cases have a label" in log_of(made)
+    assert "WARNING" not in log_of(made)
+    made.configuration_manager.configuration["use_mask_for_norm"] = [True]
+    assert set(made.unlabelled_images().identifiers) == unlabelled
+    assert "WARNING: case_001, case_006: nnU-Net normalizes images of this data set without the zeros" in log_of(made)
     made.fold = "all"
     assert set(made.do_split()[0]) == {f"case_00{i}" for i in range(8)} - unlabelled
     made.unlabelled_weight = 0

@@ -94,6 +94,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
             unlabelled.refuse_unprepared(dataset.name, self.plans_manager)
         unlabelled.refuse_labelled(sources, labelled.identifiers)
         sources |= dict.fromkeys(self.without_labels, labelled)
+        if self.without_labels and any(self.configuration_manager.use_mask_for_norm):
+            self.print_to_log_file(
+                f"WARNING: {unlabelled.named(self.without_labels)}: nnU-Net normalizes images of this data set without "
+                'the zeros around them, but not where the label is "ignore", so these look different from all others; '
+                "put them into imagesUn instead"
+            )
         if sources:
             return unlabelled.Images(sources)
         self.print_to_log_file(
