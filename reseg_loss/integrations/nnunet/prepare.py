@@ -114,8 +114,11 @@ def find_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]
 def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path, pattern: str) -> list[str]:
     """Warnings about whatever would let a fold's training see its validation patients, judged by the ids."""
     own, others, found = patients(labelled, pattern), patients(unlabelled, pattern), []
-    if len({*own, *others}) == 1:
-        return []  # all ids start alike: the pattern does not tell patients
+    if len(everyone := {*own, *others}) == 1:
+        return [
+            f"all ids start with {everyone.pop()!r}, which tells no patients, so it was not checked whether folds mix "
+            "them; --patient-splits PATTERN says what does"
+        ]
     several = {who: cases for who, cases in own.items() if len(cases) > 1}
     if not splits.exists() and several:
         found.append(
