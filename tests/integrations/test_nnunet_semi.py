@@ -23,7 +23,7 @@ import torch
 from frameworks_page import section
 from launch import environment, run
 from nnunet_tiny import equal, predict
-from torch import Tensor
+from torch import Tensor, nn
 
 from reseg_loss import ReSegError
 from reseg_loss.integrations.nnunet import __main__ as command_line
@@ -449,6 +449,23 @@ def test_losses_that_cannot_leave_voxels_out_are_refused(folders, monkeypatch, t
         monkeypatch.setattr(made, "_build_loss", lambda made=made, other=other: other._build_loss(made))  # noqa: SLF001 - nnU-Net's
         with pytest.raises(ReSegError, match="loss cannot ignore voxels without a sure pseudo-label"):
             made.on_train_start()
+
+
+def test_a_loss_is_checked_where_it_works(folders):
+    """A class-weighted loss has its weights on the GPU."""
+    from reseg_loss.integrations.nnunet.step import check_ignoring
+
+    seen = []
+
+    class Weighted(nn.Module):
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            seen.extend([output.device.type, target.device.type])
+            return output.sum()
+
+    for regions in (False, True):
+        with pytest.raises(ReSegError, match="cannot ignore voxels"):
+            check_ignoring(Weighted(), 2, None, 2, regions, 2, torch.device("meta"))
+    assert seen == ["meta"] * 4
 
 
 def test_cascades_are_refused(folders, monkeypatch, tmp_path):

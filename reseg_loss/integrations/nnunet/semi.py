@@ -239,8 +239,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         scales = self._get_deep_supervision_scales()
         levels = None if scales is None else len(scales)
         axes = len(self.configuration_manager.patch_size)
-        if not self.is_ddp:  # there it would reduce values over processes
-            step.check_ignoring(loss, own.num_segmentation_heads, levels, self._ignored(), own.has_regions, axes)
+        heads, regions = own.num_segmentation_heads, own.has_regions
+        step.check_ignoring(loss, heads, levels, self._ignored(), regions, axes, self.device)
         return loss
 
 
