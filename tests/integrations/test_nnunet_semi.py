@@ -311,6 +311,7 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, de
     labelled, images = next(made.dataloader_train), next(made.dataloader_unlabelled)["data"]
     assert (len(labelled["data"]), len(images)) == {5: (3, 2), 2: (2, 2)}[batch]
     assert next(made.dataloader_val)["data"].shape[0] == len(labelled["data"])
+    assert made.num_val_iterations_per_epoch == {5: 2, 2: 1}[batch]  # of as many patches as 1 of the whole batch
     made.dataloader_unlabelled = iter([{"data": images.clone()}])
     torch.manual_seed(1)
     output = made.train_step({name: copy.deepcopy(value) for name, value in labelled.items()})
@@ -354,6 +355,35 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, de
         assert torch.allclose(mine, 0.99 * before + 0.01 * theirs, atol=1e-7)
     for mine, theirs in zip(made.network.parameters(), student.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_patches_without_labels_are_cut_and_augmented_as_those_with(folders, configuration, monkeypatch, tmp_path):
+    """To the bit what nnU-Net's loader gives for the same images, if it oversamples nothing."""
+    from reseg_loss.integrations.nnunet.unlabelled import augmented
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    made = make(configuration)
+    made.initialize()
+    images = made.unlabelled_images()
+    made.configuration_manager.configuration["use_mask_for_norm"] = [True]  # an augmentation of its own
+    theirs = made.get_dataloaders()[0].data_loader
+    theirs._data, theirs.indices = images, images.identifiers  # noqa: SLF001 - nnU-Net's
+    theirs.oversample_foreground_percent = 0.0
+    ours = augmented(made, images, theirs.batch_size).data_loader
+    for seed in range(6):
+        tiny.seed_everything(seed)
+        expected = theirs.generate_train_batch()
+        tiny.seed_everything(seed)
+        found = ours.generate_train_batch()
+        assert list(found["keys"]) == list(expected["keys"])
+        assert torch.equal(found["data"], expected["data"])
+
+
+def test_a_step_has_two_images_without_labels_at_least():
+    from reseg_loss.integrations.nnunet.step import shares
+
+    assert [shares(size) for size in range(1, 7)] == [(1, 2), (2, 2), (3, 3), (2, 2), (3, 2), (3, 3)]
 
 
 def levels(outputs: Any) -> list[Tensor]:
@@ -547,16 +577,26 @@ def test_final_checkpoints_predict_with_the_mean_teacher_and_go_on_with_the_stud
     made = make()
     kept: dict[str, Any] = {}
     tiny.note_at_the_end(made, kept)
-    validated = []
-    step = made.validation_step
+    trained, validated = [], []
+    step, trained_epoch = made.validation_step, made.on_train_epoch_end
+
+    def pair() -> list[list[Tensor]]:
+        networks = (made.network, made.mean_teacher.network)
+        return [[t.clone() for t in network.state_dict().values()] for network in networks]
+
+    def on_train_epoch_end(outputs: Any) -> None:
+        trained.append(pair())
+        trained_epoch(outputs)
 
     def validation_step(batch: Any) -> Any:
-        pair = (made.network, made.mean_teacher.network)
-        validated.append([[t.clone() for t in network.state_dict().values()] for network in pair])
+        validated.append(pair())
         return step(batch)
 
-    made.validation_step = validation_step
+    made.validation_step, made.on_train_epoch_end = validation_step, on_train_epoch_end
     tiny.train(made)
+    for before, during in zip(trained, validated, strict=True):  # swapped
+        for mine, part in zip(during, reversed(before), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, part, strict=True))
     # the last epoch's end: validation had the mean teacher's weights in the network
     for mine, part in zip(validated[-1], ("teacher", "student")):
         assert all(torch.equal(a, b) for a, b in zip(mine, kept[part], strict=True))

@@ -51,7 +51,8 @@ def prepare(
     raw, done = Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name
     if not (done / f"{plans_name}.json").exists():
         raise ReSegError(
-            f"{done / plans_name}.json does not exist; run nnUNetv2_plan_and_preprocess first, or name your plans with -p"
+            f"{done / plans_name}.json does not exist; run nnUNetv2_plan_and_preprocess first, or name your plans with "
+            "-p"
         )
     plans = PlansManager(str(done / f"{plans_name}.json"))
     about = json.loads((done / "dataset.json").read_text())

@@ -81,7 +81,7 @@ def refuse_unprepared(dataset: str, plans: Any) -> None:
 
 
 def refuse_labelled(unlabelled: Iterable[str], labelled: Iterable[str]) -> None:
-    """Raise a ReSegError if an image without a label is a case of imagesTr as well, for instance since it has a label."""
+    """Raise a ReSegError if an image without a label is a case of imagesTr as well; it may have got a label since."""
     if both := set(unlabelled) & set(labelled):
         raise ReSegError(
             f"{named(both)}: in imagesUn and in imagesTr, so labelled images would count as unlabelled ones; remove "
