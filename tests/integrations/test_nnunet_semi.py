@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_images_are_preprocessed_as_nnunet_does_it(folders, monkeypatch, tmp_pat
     os.rename(raw / "imagesUn" / "case_003_0000.nii.gz", raw / "imagesUn" / "case.nii.gz")
     refused(f"case.nii.gz in {raw / 'imagesUn'}: name images as in imagesTr, NAME_0000.nii.gz and so on")
     os.rename(raw / "imagesUn" / "case.nii.gz", raw / "imagesUn" / "other_0001.nii.gz")
-    refused(f"other in {raw / 'imagesUn'}: these do not have the 1 channels of dataset.json")
+    refused(f"other in {raw / 'imagesUn'}: each needs the files _0000, like the cases of imagesTr")
     shutil.rmtree(raw / "imagesUn")
     refused("imagesUn has no images; name them as in imagesTr: NAME_0000.nii.gz and so on")
     refused("the plans have no configuration 4d; they have 2d, 3d_fullres", "-c", "4d")
@@ -191,6 +192,47 @@ def test_images_are_preprocessed_as_nnunet_does_it(folders, monkeypatch, tmp_pat
     refused(missing, "-p", "OtherPlans")
     shutil.rmtree(done / "nnUNetPlans_2d")
     refused("lacks preprocessed cases of imagesTr; run nnUNetv2_plan_and_preprocess first", "-c", "2d")
+
+
+def test_an_image_has_as_many_files_as_the_labelled_ones(tmp_path):
+    """One per channel, but RGB images have one; cases of the data set may be listed in dataset.json."""
+    from reseg_loss.integrations.nnunet.prepare import files_per_case, find_cases
+
+    about: dict[str, Any] = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
+    listed = {"dataset": {"a": {"images": ["there/a.png", "there/b.png"], "label": "there/c.png"}}}
+    assert files_per_case(tmp_path, about) == 3
+    assert files_per_case(tmp_path, about | listed) == 2
+    for folder in ("imagesTr", "imagesUn"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p_1_0000.png").touch()
+    assert files_per_case(tmp_path, about) == 1
+    assert find_cases(tmp_path / "imagesUn", ".png", 1) == {"p_1": [str(tmp_path / "imagesUn" / "p_1_0000.png")]}
+    with pytest.raises(ReSegError, match=r"p_1 in .*imagesUn: each needs the files _0000 to _0002, like the cases of"):
+        find_cases(tmp_path / "imagesUn", ".png", 3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "value", "message"),
+    [(1, 0.0, "1 channels, but dataset.json has 3"), (3, np.nan, "it has values that are not finite")],
+)
+def test_images_with_other_channels_or_nan_are_refused(channels, value, message, tmp_path):
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    from reseg_loss.integrations.nnunet.prepare import preprocess_case
+
+    class Preprocessor:
+        def __init__(self, verbose: bool) -> None:
+            pass
+
+        def run_case_save(self, output: str, *_: Any) -> None:
+            image = np.zeros((channels, 1, 8, 8), np.float32)
+            image[-1, 0, 3, 4] = value
+            nnUNetDatasetBlosc2.save_case(image, np.zeros((1, 1, 8, 8), np.int16), {}, output)
+
+    about = {"channel_names": {"0": "R", "1": "G", "2": "B"}}
+    configuration = types.SimpleNamespace(preprocessor_class=Preprocessor)
+    with pytest.raises(ReSegError, match=f"gray_0000.png: .*{message}"):
+        preprocess_case(str(tmp_path / "gray"), ["gray_0000.png"], None, configuration, about)
 
 
 def test_patients_by_their_ids():
