@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from reseg_loss import ReSegError
+
 DATASET, ID = "Dataset901_Tiny", "901"
 LABELS = {"background": 0, "outer": 1, "inner": 2, "rim": 3}
 CPU = torch.device("cpu")
@@ -184,6 +186,19 @@ def note_at_the_end(made: Any, kept: dict[str, Any]) -> None:
     made.on_train_end = on_train_end
 
 
+def refusal_of_a_loss() -> str:
+    """What is said of a loss that is not finite if all is ignored."""
+    from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerCELoss import nnUNetTrainerCELoss
+
+    made = make("nnUNetTrainerSemi", "2d")
+    made._build_loss = lambda: nnUNetTrainerCELoss._build_loss(made)  # noqa: SLF001 - nnU-Net's
+    try:
+        made.on_train_start()
+    except ReSegError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(rank: int, folder: str) -> None:
     """One of two processes. nnU-Net takes DDP for CUDA, so its device and its DDP call are turned to the CPU."""
     import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as module  # noqa: N813
@@ -217,6 +232,7 @@ def main(rank: int, folder: str) -> None:
                 continue
             kept |= {"wrapped": type(made.network).__name__, "steps": made.steps}
             found[f"{trainer} {run}"] = kept
+    found["refused"] = refusal_of_a_loss()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -195,6 +195,8 @@ def test_compiled_networks_are_served(folders, monkeypatch, tmp_path):
 def test_on_two_processes_student_and_teacher_are_the_same_and_a_killed_run_goes_on(folders, tmp_path):
     two_processes(tiny.__file__, tmp_path, nnUNet_results=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for rank in (zero, one):
+        assert "loss cannot ignore voxels without a sure pseudo-label" in rank["refused"]
     for trainer in ("nnUNetTrainerReSeg", "nnUNetTrainerSemi"):
         whole = zero[f"{trainer} whole"]
         assert not all(torch.equal(a, b) for a, b in zip(whole["student"], whole["teacher"]))

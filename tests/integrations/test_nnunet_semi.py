@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from frameworks_page import section
 from launch import environment, run
 from nnunet_tiny import equal, predict
-from torch import Tensor
+from torch import Tensor, nn
 
 from reseg_loss import ReSegError
 from reseg_loss.integrations.nnunet import __main__ as command_line
@@ -180,14 +181,58 @@ def test_images_are_preprocessed_as_nnunet_does_it(folders, monkeypatch, tmp_pat
 
     shutil.copy(raw / "imagesTr" / "case_003_0000.nii.gz", raw / "imagesUn")
     refused("case_003: in imagesUn and in imagesTr")
-    os.rename(raw / "imagesUn" / "case_003_0000.nii.gz", raw / "imagesUn" / "other_0001.nii.gz")
-    refused(f"other in {raw / 'imagesUn'}: these do not have the 1 channels of dataset.json")
+    os.rename(raw / "imagesUn" / "case_003_0000.nii.gz", raw / "imagesUn" / "case.nii.gz")
+    refused(f"case.nii.gz in {raw / 'imagesUn'}: name images as in imagesTr, NAME_0000.nii.gz and so on")
+    os.rename(raw / "imagesUn" / "case.nii.gz", raw / "imagesUn" / "other_0001.nii.gz")
+    refused(f"other in {raw / 'imagesUn'}: each needs the files _0000, like the cases of imagesTr")
     shutil.rmtree(raw / "imagesUn")
     refused("imagesUn has no images; name them as in imagesTr: NAME_0000.nii.gz and so on")
     refused("the plans have no configuration 4d; they have 2d, 3d_fullres", "-c", "4d")
-    refused("OtherPlans.json does not exist; run nnUNetv2_plan_and_preprocess first", "-p", "OtherPlans")
+    missing = "OtherPlans.json does not exist; run nnUNetv2_plan_and_preprocess first, or name your plans with -p"
+    refused(missing, "-p", "OtherPlans")
     shutil.rmtree(done / "nnUNetPlans_2d")
     refused("lacks preprocessed cases of imagesTr; run nnUNetv2_plan_and_preprocess first", "-c", "2d")
+
+
+def test_an_image_has_as_many_files_as_the_labelled_ones(tmp_path):
+    """One per channel, but RGB images have one; cases of the data set may be listed in dataset.json."""
+    from reseg_loss.integrations.nnunet.prepare import files_per_case, find_cases
+
+    about: dict[str, Any] = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
+    listed = {"dataset": {"a": {"images": ["there/a.png", "there/b.png"], "label": "there/c.png"}}}
+    assert files_per_case(tmp_path, about) == 3
+    assert files_per_case(tmp_path, about | listed) == 2
+    for folder in ("imagesTr", "imagesUn"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p_1_0000.png").touch()
+    assert files_per_case(tmp_path, about) == 1
+    assert find_cases(tmp_path / "imagesUn", ".png", 1) == {"p_1": [str(tmp_path / "imagesUn" / "p_1_0000.png")]}
+    with pytest.raises(ReSegError, match=r"p_1 in .*imagesUn: each needs the files _0000 to _0002, like the cases of"):
+        find_cases(tmp_path / "imagesUn", ".png", 3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "value", "message"),
+    [(1, 0.0, "1 channels, but dataset.json has 3"), (3, np.nan, "it has values that are not finite")],
+)
+def test_images_with_other_channels_or_nan_are_refused(channels, value, message, tmp_path):
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    from reseg_loss.integrations.nnunet.prepare import preprocess_case
+
+    class Preprocessor:
+        def __init__(self, verbose: bool) -> None:
+            pass
+
+        def run_case_save(self, output: str, *_: Any) -> None:
+            image = np.zeros((channels, 1, 8, 8), np.float32)
+            image[-1, 0, 3, 4] = value
+            nnUNetDatasetBlosc2.save_case(image, np.zeros((1, 1, 8, 8), np.int16), {}, output)
+
+    about = {"channel_names": {"0": "R", "1": "G", "2": "B"}}
+    configuration = types.SimpleNamespace(preprocessor_class=Preprocessor)
+    with pytest.raises(ReSegError, match=f"gray_0000.png: .*{message}"):
+        preprocess_case(str(tmp_path / "gray"), ["gray_0000.png"], None, configuration, about)
 
 
 def test_patients_by_their_ids():
@@ -232,8 +277,8 @@ def test_folds_of_patients_and_warnings_where_they_are_not(tmp_path):
         write_splits(patients(cases), file)
     with pytest.raises(ReSegError, match="5 folds need at least 5 patients, but there are 2: p0, p1"):
         write_splits(patients(cases[:4]), tmp_path / "none.json")
-    # ids that all start alike tell no patients
-    assert warnings_of(["site1_a", "site1_b"], ["site1_c"], tmp_path / "none.json", pattern) == []
+    (told,) = warnings_of(["site1_a", "site1_b"], ["site1_c"], tmp_path / "none.json", pattern)
+    assert told.startswith("all ids start with 'site1', which tells no patients, so it was not checked")
 
 
 def test_patient_splits_are_written_on_request(folders, monkeypatch, tmp_path, capsys):
@@ -266,6 +311,24 @@ def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch,
     file.write_text(json.dumps(plans))
     with pytest.raises(ReSegError, match="were preprocessed with other plans: run `python -m reseg_loss"):
         make().on_train_start()
+    plans["plans_name"], plans["configurations"]["2d"]["data_identifier"] = "MyPlans", "MyPlans_2d"
+    file.write_text(json.dumps(plans))
+    (done / "nnUNetPlans_2d").rename(done / "MyPlans_2d")
+    command = f"`python -m reseg_loss.integrations.nnunet prepare {tiny.DATASET} -p MyPlans`"
+    with pytest.raises(ReSegError, match=f"are not preprocessed for this configuration: run {command}, or move"):
+        make().on_train_start()
+
+
+def test_images_that_got_a_label_since_they_were_prepared_are_refused(folders, monkeypatch, tmp_path):
+    """nnU-Net keeps the fingerprint and the plans unless told otherwise, so these are the same."""
+    shutil.copytree(folders / "preprocessed", tmp_path / "preprocessed")
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    own = tmp_path / "preprocessed" / tiny.DATASET / "nnUNetPlans_2d"
+    for end in (".b2nd", "_seg.b2nd", ".pkl"):
+        shutil.copy(own / f"case_000{end}", own / f"more_001{end}")
+    with pytest.raises(ReSegError, match="more_001: in imagesUn and in imagesTr, so labelled images would count"):
+        make().on_train_start()
 
 
 # --- the step
@@ -290,6 +353,7 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, de
     labelled, images = next(made.dataloader_train), next(made.dataloader_unlabelled)["data"]
     assert (len(labelled["data"]), len(images)) == {5: (3, 2), 2: (2, 2)}[batch]
     assert next(made.dataloader_val)["data"].shape[0] == len(labelled["data"])
+    assert made.num_val_iterations_per_epoch == {5: 2, 2: 1}[batch]  # of as many patches as 1 of the whole batch
     made.dataloader_unlabelled = iter([{"data": images.clone()}])
     torch.manual_seed(1)
     output = made.train_step({name: copy.deepcopy(value) for name, value in labelled.items()})
@@ -333,6 +397,35 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, de
         assert torch.allclose(mine, 0.99 * before + 0.01 * theirs, atol=1e-7)
     for mine, theirs in zip(made.network.parameters(), student.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_patches_without_labels_are_cut_and_augmented_as_those_with(folders, configuration, monkeypatch, tmp_path):
+    """To the bit what nnU-Net's loader gives for the same images, if it oversamples nothing."""
+    from reseg_loss.integrations.nnunet.unlabelled import augmented
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    made = make(configuration)
+    made.initialize()
+    images = made.unlabelled_images()
+    made.configuration_manager.configuration["use_mask_for_norm"] = [True]  # an augmentation of its own
+    theirs = made.get_dataloaders()[0].data_loader
+    theirs._data, theirs.indices = images, images.identifiers  # noqa: SLF001 - nnU-Net's
+    theirs.oversample_foreground_percent = 0.0
+    ours = augmented(made, images, theirs.batch_size).data_loader
+    for seed in range(6):
+        tiny.seed_everything(seed)
+        expected = theirs.generate_train_batch()
+        tiny.seed_everything(seed)
+        found = ours.generate_train_batch()
+        assert list(found["keys"]) == list(expected["keys"])
+        assert torch.equal(found["data"], expected["data"])
+
+
+def test_a_step_has_two_images_without_labels_at_least():
+    from reseg_loss.integrations.nnunet.step import shares
+
+    assert [shares(size) for size in range(1, 7)] == [(1, 2), (2, 2), (3, 3), (2, 2), (3, 2), (3, 3)]
 
 
 def levels(outputs: Any) -> list[Tensor]:
@@ -430,6 +523,23 @@ def test_losses_that_cannot_leave_voxels_out_are_refused(folders, monkeypatch, t
             made.on_train_start()
 
 
+def test_a_loss_is_checked_where_it_works(folders):
+    """A class-weighted loss has its weights on the GPU."""
+    from reseg_loss.integrations.nnunet.step import check_ignoring
+
+    seen = []
+
+    class Weighted(nn.Module):
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            seen.extend([output.device.type, target.device.type])
+            return output.sum()
+
+    for regions in (False, True):
+        with pytest.raises(ReSegError, match="cannot ignore voxels"):
+            check_ignoring(Weighted(), 2, None, 2, regions, 2, torch.device("meta"))
+    assert seen == ["meta"] * 4
+
+
 def test_cascades_are_refused(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     made = make()
@@ -509,16 +619,26 @@ def test_final_checkpoints_predict_with_the_mean_teacher_and_go_on_with_the_stud
     made = make()
     kept: dict[str, Any] = {}
     tiny.note_at_the_end(made, kept)
-    validated = []
-    step = made.validation_step
+    trained, validated = [], []
+    step, trained_epoch = made.validation_step, made.on_train_epoch_end
+
+    def pair() -> list[list[Tensor]]:
+        networks = (made.network, made.mean_teacher.network)
+        return [[t.clone() for t in network.state_dict().values()] for network in networks]
+
+    def on_train_epoch_end(outputs: Any) -> None:
+        trained.append(pair())
+        trained_epoch(outputs)
 
     def validation_step(batch: Any) -> Any:
-        pair = (made.network, made.mean_teacher.network)
-        validated.append([[t.clone() for t in network.state_dict().values()] for network in pair])
+        validated.append(pair())
         return step(batch)
 
-    made.validation_step = validation_step
+    made.validation_step, made.on_train_epoch_end = validation_step, on_train_epoch_end
     tiny.train(made)
+    for before, during in zip(trained, validated, strict=True):  # swapped
+        for mine, part in zip(during, reversed(before), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, part, strict=True))
     # the last epoch's end: validation had the mean teacher's weights in the network
     for mine, part in zip(validated[-1], ("teacher", "student")):
         assert all(torch.equal(a, b) for a, b in zip(mine, kept[part], strict=True))
@@ -596,6 +716,11 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
     assert validation == [case for case in folds[0]["val"] if case not in unlabelled]
     assert seen <= set(training)
     assert "2 unlabelled images; a step has 2 patches with labels and 2 without" in log_of(made)
+    assert f"{len(training)} training and {len(validation)} validation cases have a label" in log_of(made)
+    assert "WARNING" not in log_of(made)
+    made.configuration_manager.configuration["use_mask_for_norm"] = [True]
+    assert set(made.unlabelled_images().identifiers) == unlabelled
+    assert "WARNING: case_001, case_006: nnU-Net normalizes images of this data set without the zeros" in log_of(made)
     made.fold = "all"
     assert set(made.do_split()[0]) == {f"case_00{i}" for i in range(8)} - unlabelled
     made.unlabelled_weight = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -13,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 from ...errors import ReSegError
 from .patients import UP_TO_A_NUMBER, patients, split_between, write_splits
-from .unlabelled import folder_of, named, preprocessing, record_of
+from .unlabelled import folder_of, named, preprocessing, record_of, refuse_labelled
 
 
 def prepare(
@@ -45,24 +47,23 @@ def prepare(
             and including the first number.
 
     Raises:
-        ReSegError: there are no such images or plans, images lack channels, or an id is also in imagesTr.
+        ReSegError: there are no such images or plans, images lack files or channels or have NaN, or an id is also in
+            imagesTr.
     """
     name = maybe_convert_to_dataset_name(dataset)
     raw, done = Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name
     if not (done / f"{plans_name}.json").exists():
-        raise ReSegError(f"{done / plans_name}.json does not exist; run nnUNetv2_plan_and_preprocess first")
+        raise ReSegError(
+            f"{done / plans_name}.json does not exist; run nnUNetv2_plan_and_preprocess first, or name your plans with "
+            "-p"
+        )
     plans = PlansManager(str(done / f"{plans_name}.json"))
     about = json.loads((done / "dataset.json").read_text())
     chosen = _configurations(plans, configurations, done)
-    channels = len(about.get("channel_names", about.get("modality")))
-    cases = find_cases(raw / "imagesUn", about["file_ending"], channels)
+    cases = find_cases(raw / "imagesUn", about["file_ending"], files_per_case(raw, about))
     first = str(done / chosen[0].data_identifier)
     labelled = infer_dataset_class(first).get_identifiers(first)
-    if both := set(cases) & set(labelled):
-        raise ReSegError(
-            f"{named(both)}: in imagesUn and in imagesTr, so labelled images would count as unlabelled ones; remove "
-            "them from imagesUn"
-        )
+    refuse_labelled(cases, labelled)
     splits_file = done / "splits_final.json"
     pattern = patient_splits if isinstance(patient_splits, str) else UP_TO_A_NUMBER
     if patient_splits:
@@ -89,30 +90,58 @@ def _configurations(plans: Any, names: Sequence[str] | None, done: Path) -> list
     return found
 
 
-def find_cases(folder: Path, ending: str, channels: int) -> dict[str, list[str]]:
-    """The files of each image, in the order of channels.
+def files_per_case(raw: Path, about: Any) -> int:
+    """How many files a case of imagesTr has: one per channel, but one in all for RGB images."""
+    if "dataset" in about:  # nnU-Net's list of cases in other places
+        return len(next(iter(about["dataset"].values()))["images"])
+    cases, _ = numbered(raw / "imagesTr", about["file_ending"])
+    return len(next(iter(cases.values()))) if cases else channels_of(about)
 
-    Raises:
-        ReSegError: there are no images, or one of them lacks channels.
-    """
+
+def channels_of(about: Any) -> int:
+    """The number of channels of an image, according to dataset.json."""
+    return len(about.get("channel_names", about.get("modality")))
+
+
+def numbered(folder: Path, ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """{case: {number of a channel: file}}, and the names of files without a number."""
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
     cases: dict[str, dict[int, str]] = defaultdict(dict)
+    others: list[str] = []
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := pattern.fullmatch(file.name):
             cases[match[1]][int(match[2])] = str(file)
+        elif file.name.endswith(ending):
+            others.append(file.name)
+    return cases, others
+
+
+def find_cases(folder: Path, ending: str, files: int) -> dict[str, list[str]]:
+    """The files of each image, in the order of channels.
+
+    Raises:
+        ReSegError: there are no images, one of them lacks files, or a file's name lacks the number of a channel.
+    """
+    cases, unnumbered = numbered(folder, ending)
+    if unnumbered:
+        raise ReSegError(f"{named(unnumbered)} in {folder}: name images as in imagesTr, NAME_0000{ending} and so on")
     if not cases:
         raise ReSegError(f"{folder} has no images; name them as in imagesTr: NAME_0000{ending} and so on")
-    wrong = [case for case, files in cases.items() if sorted(files) != list(range(channels))]
+    wrong = [case for case, own in cases.items() if sorted(own) != list(range(files))]
     if wrong:
-        raise ReSegError(f"{named(wrong)} in {folder}: these do not have the {channels} channels of dataset.json")
-    return {case: [files[channel] for channel in range(channels)] for case, files in cases.items()}
+        last = "" if files == 1 else f" to _{files - 1:04d}"
+        raise ReSegError(f"{named(wrong)} in {folder}: each needs the files _0000{last}, like the cases of imagesTr")
+    return {case: [own[channel] for channel in range(files)] for case, own in cases.items()}
 
 
 def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path, pattern: str) -> list[str]:
     """Warnings about whatever would let a fold's training see its validation patients, judged by the ids."""
     own, others, found = patients(labelled, pattern), patients(unlabelled, pattern), []
-    if len({*own, *others}) == 1:
-        return []  # all ids start alike: the pattern does not tell patients
+    if len(everyone := {*own, *others}) == 1:
+        return [
+            f"all ids start with {everyone.pop()!r}, which tells no patients, so it was not checked whether folds mix "
+            "them; --patient-splits PATTERN says what does"
+        ]
     several = {who: cases for who, cases in own.items() if len(cases) > 1}
     if not splits.exists() and several:
         found.append(
@@ -148,16 +177,25 @@ def preprocess(
         else:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(min(processes, len(work)), mp_context=spawn) as pool:
-                for future in [pool.submit(preprocess_case, *arguments) for arguments in work]:
-                    future.result()
+                for _ in pool.map(preprocess_case, *zip(*work)):  # one that fails cancels the others
                     bar.update()
     made = {"preprocessing": preprocessing(plans, configuration), "cases": sorted(cases)}
     record_of(folder).write_text(json.dumps(made, indent=4))
 
 
 def preprocess_case(output: str, files: list[str], plans: Any, configuration: Any, about: Any) -> None:
-    """One image with nnU-Net's preprocessor, with an empty list of places for each class, as its loader needs them."""
+    """One image with nnU-Net's preprocessor, with an empty list of places for each class, as its loader needs them.
+
+    Raises:
+        ReSegError: the image does not have the data set's number of channels, or has NaN.
+    """
     configuration.preprocessor_class(verbose=False).run_case_save(output, files, None, plans, configuration, about)
+    folder, case = os.path.split(output)
+    image = infer_dataset_class(folder)(folder, [case]).load_case(case)[0][:]
+    if len(image) != channels_of(about):
+        raise ReSegError(f"{files[0]}: {len(image)} channels, but dataset.json has {channels_of(about)}")
+    if not np.isfinite(image).all():
+        raise ReSegError(f"{files[0]}: preprocessed, it has values that are not finite (NaN or infinite)")
     labels = plans.get_label_manager(about)
     keys = labels.foreground_regions if labels.has_regions else labels.foreground_labels
     keys = [tuple(map(int, key)) if isinstance(key, (tuple, list)) else int(key) for key in keys]

@@ -88,15 +88,24 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
     def unlabelled_images(self) -> unlabelled.Images | None:
         """The images from `prepare`, and cases of imagesTr whose label is only "ignore"; None if there are none."""
         dataset = Path(self.preprocessed_dataset_folder_base)
+        labelled = self.dataset_class(self.preprocessed_dataset_folder)
         sources = unlabelled.prepared(dataset, self.plans_manager, self.configuration_manager)
         if not sources:
-            unlabelled.refuse_unprepared(dataset.name)
-        sources |= dict.fromkeys(self.without_labels, self.dataset_class(self.preprocessed_dataset_folder))
+            unlabelled.refuse_unprepared(dataset.name, self.plans_manager)
+        unlabelled.refuse_labelled(sources, labelled.identifiers)
+        sources |= dict.fromkeys(self.without_labels, labelled)
+        if self.without_labels and any(self.configuration_manager.use_mask_for_norm):
+            self.print_to_log_file(
+                f"WARNING: {unlabelled.named(self.without_labels)}: nnU-Net normalizes images of this data set without "
+                'the zeros around them, but not where the label is "ignore", so these look different from all others; '
+                "put them into imagesUn instead"
+            )
         if sources:
             return unlabelled.Images(sources)
         self.print_to_log_file(
             f"No unlabelled images: this training is nnU-Net's own. To use images in {dataset.name}/imagesUn of "
-            f'nnUNet_raw, run `{unlabelled.PREPARE} {dataset.name}`. Cases whose label is only "ignore" are used, too'
+            f"nnUNet_raw, run {unlabelled.command(dataset.name, self.plans_manager)}. Cases whose label is only "
+            '"ignore" are used, too'
         )
         return None
 
@@ -106,6 +115,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         if not self.unlabelled_weight or not self.without_labels:
             return split
         training, validation = ([case for case in part if case not in self.without_labels] for part in split)
+        self.print_to_log_file(f"{len(training)} training and {len(validation)} validation cases have a label.")
         if not training or not validation:
             raise ReSegError(f"fold {self.fold} has no case with a label to train on, or none to validate on")
         return training, validation
@@ -229,8 +239,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         scales = self._get_deep_supervision_scales()
         levels = None if scales is None else len(scales)
         axes = len(self.configuration_manager.patch_size)
-        if not self.is_ddp:  # there it would reduce values over processes
-            step.check_ignoring(loss, own.num_segmentation_heads, levels, self._ignored(), own.has_regions, axes)
+        heads, regions = own.num_segmentation_heads, own.has_regions
+        step.check_ignoring(loss, heads, levels, self._ignored(), regions, axes, self.device)
         return loss
 
 

@@ -102,8 +102,10 @@ def _part(outputs: Any, which: slice) -> Any:
     return outputs[which] if isinstance(outputs, Tensor) else [output[which] for output in outputs]
 
 
-def check_ignoring(loss: nn.Module, heads: int, levels: int | None, ignored: int, regions: bool, axes: int) -> None:
-    """Raise a ReSegError unless a loss ignores the ignored voxels, if they are a part or all of a target. Runs on CPU.
+def check_ignoring(
+    loss: nn.Module, heads: int, levels: int | None, ignored: int, regions: bool, axes: int, device: torch.device
+) -> None:
+    """Raise a ReSegError unless a loss ignores the ignored voxels, if they are a part or all of a target.
 
     Args:
         loss: of the mixed images.
@@ -112,16 +114,17 @@ def check_ignoring(loss: nn.Module, heads: int, levels: int | None, ignored: int
         ignored: the value of voxels that do not count.
         regions: the channels are regions.
         axes: number of spatial axes, 2 or 3.
+        device: where the loss works. In DDP all processes call this, since the loss may reduce values over them.
     """
     shape = (2, heads, *[4] * axes)
     for part in (2, 4):
-        left_out = torch.zeros(2, 1, *shape[2:], dtype=torch.bool)
+        left_out = torch.zeros(2, 1, *shape[2:], dtype=torch.bool, device=device)
         left_out[:, :, :part] = True
         if regions:
-            target = torch.cat([torch.zeros(shape, dtype=torch.bool), left_out], 1)
+            target = torch.cat([torch.zeros(shape, dtype=torch.bool, device=device), left_out], 1)
         else:
             target = left_out.to(torch.int16) * ignored
-        outputs = [torch.zeros(shape, requires_grad=True) for _ in range(levels or 1)]
+        outputs = [torch.zeros(shape, device=device, requires_grad=True) for _ in range(levels or 1)]
         try:
             with torch.compiler.set_stance("force_eager"):
                 value = loss(outputs, [target] * len(outputs)) if levels else loss(outputs[0], target)

@@ -21,7 +21,12 @@ OTHER = {  # what a configuration says beside how images are preprocessed
     "architecture", "batch_dice", "batch_size", "data_identifier", "inherits_from", "median_image_size_in_voxels",
     "next_stage", "patch_size", "previous_stage",
 }  # fmt: skip
-PREPARE = "python -m reseg_loss.integrations.nnunet prepare"
+
+
+def command(dataset: str, plans: Any) -> str:
+    """What a user runs to prepare a data set's images, for a message."""
+    other = "" if plans.plans_name == "nnUNetPlans" else f" -p {plans.plans_name}"
+    return f"`python -m reseg_loss.integrations.nnunet prepare {dataset}{other}`"
 
 
 def folder_of(dataset: Path, configuration: Any) -> Path:
@@ -56,7 +61,7 @@ def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
     if not record.exists():
         return {}
     about = json.loads(record.read_text())
-    again = f"run `{PREPARE} {dataset.name}` again"
+    again = f"run {command(dataset.name, plans)} again"
     if about["preprocessing"] != preprocessing(plans, configuration):
         raise ReSegError(f"the unlabelled images in {folder} were preprocessed with other plans: {again}")
     if {file.stem for file in folder.glob("*.pkl")} != {*about["cases"]}:
@@ -64,15 +69,24 @@ def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
     return dict.fromkeys(about["cases"], infer_dataset_class(str(folder))(str(folder)))
 
 
-def refuse_unprepared(dataset: str) -> None:
+def refuse_unprepared(dataset: str, plans: Any) -> None:
     """Raise a ReSegError if nnUNet_raw has unlabelled images of a data set; called if none are prepared."""
     if nnUNet_raw.is_set():
         folder = Path(nnUNet_raw) / dataset / "imagesUn"
         if folder.is_dir() and any(folder.iterdir()):
             raise ReSegError(
-                f"the images in {folder} are not preprocessed for this configuration: run `{PREPARE} {dataset}`, or "
-                "move them away to train without them"
+                f"the images in {folder} are not preprocessed for this configuration: run {command(dataset, plans)}, "
+                "or move them away to train without them"
             )
+
+
+def refuse_labelled(unlabelled: Iterable[str], labelled: Iterable[str]) -> None:
+    """Raise a ReSegError if an image without a label is a case of imagesTr as well; it may have got a label since."""
+    if both := set(unlabelled) & set(labelled):
+        raise ReSegError(
+            f"{named(both)}: in imagesUn and in imagesTr, so labelled images would count as unlabelled ones; remove "
+            "them from imagesUn, and prepare the other images again if you have done that before"
+        )
 
 
 def without_labels(dataset: Any, labels: Any) -> set[str]:
