@@ -235,6 +235,14 @@ def test_images_with_other_channels_or_nan_are_refused(channels, value, message,
         preprocess_case(str(tmp_path / "gray"), ["gray_0000.png"], None, configuration, about)
 
 
+def test_without_nnunet_prepare_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(printer, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        printer.main(["prepare", tiny.ID])
+    assert stopped.value.code == 1
+    assert "pip install 'reseg-loss[nnunet]'" in capsys.readouterr().err
+
+
 def test_patients_by_their_ids():
     from reseg_loss.integrations.nnunet.patients import patients
 
@@ -329,6 +337,26 @@ def test_images_that_got_a_label_since_they_were_prepared_are_refused(folders, m
         shutil.copy(own / f"case_000{end}", own / f"more_001{end}")
     with pytest.raises(ReSegError, match="more_001: in imagesUn and in imagesTr, so labelled images would count"):
         make().on_train_start()
+
+
+def test_images_added_or_removed_since_they_were_prepared_are_refused(folders, monkeypatch, tmp_path):
+    shutil.copytree(folders / "raw", tmp_path / "raw")
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    images = tmp_path / "raw" / tiny.DATASET / "imagesUn"
+    first, second, *_ = sorted(images.iterdir())
+    message = "has other images than were prepared: {}. Run `python -m reseg_loss.integrations.nnunet prepare "
+    shutil.copy(first, images / first.name.replace("more_", "new_"))
+    with pytest.raises(ReSegError, match=message.format("new_[0-9]+")):
+        make().on_train_start()
+    first.rename(images / first.name.replace("more_", "new_"))
+    second.unlink()
+    with pytest.raises(ReSegError, match=message.format("more_[0-9]+, more_[0-9]+, new_[0-9]+")):
+        make().on_train_start()
+    shutil.rmtree(images)
+    made = make()
+    made.on_train_start()  # what was prepared is enough
+    assert made.mean_teacher is not None
 
 
 # --- the step

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ...errors import ReSegError
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.command is None:
         print_lines()
         return
-    from .prepare import prepare  # needs nnU-Net
+    if find_spec("nnunetv2") is None:
+        parser.exit(1, "nnU-Net is not installed in this environment: pip install 'reseg-loss[nnunet]'\n")
+    from .prepare import prepare
 
     try:
         prepare(given.dataset, given.plans, given.configurations, given.processes, given.patient_splits or False)

@@ -6,9 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,7 +23,7 @@ from tqdm import tqdm
 
 from ...errors import ReSegError
 from .patients import UP_TO_A_NUMBER, patients, split_between, write_splits
-from .unlabelled import folder_of, named, preprocessing, record_of, refuse_labelled
+from .unlabelled import folder_of, named, numbered, preprocessing, record_of, refuse_labelled
 
 
 def prepare(
@@ -101,19 +99,6 @@ def files_per_case(raw: Path, about: Any) -> int:
 def channels_of(about: Any) -> int:
     """The number of channels of an image, according to dataset.json."""
     return len(about.get("channel_names", about.get("modality")))
-
-
-def numbered(folder: Path, ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
-    """{case: {number of a channel: file}}, and the names of files without a number."""
-    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
-    cases: dict[str, dict[int, str]] = defaultdict(dict)
-    others: list[str] = []
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := pattern.fullmatch(file.name):
-            cases[match[1]][int(match[2])] = str(file)
-        elif file.name.endswith(ending):
-            others.append(file.name)
-    return cases, others
 
 
 def find_cases(folder: Path, ending: str, files: int) -> dict[str, list[str]]:

@@ -90,8 +90,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         dataset = Path(self.preprocessed_dataset_folder_base)
         labelled = self.dataset_class(self.preprocessed_dataset_folder)
         sources = unlabelled.prepared(dataset, self.plans_manager, self.configuration_manager)
-        if not sources:
-            unlabelled.refuse_unprepared(dataset.name, self.plans_manager)
+        unlabelled.refuse_unprepared(sources, dataset.name, self.dataset_json["file_ending"], self.plans_manager)
         unlabelled.refuse_labelled(sources, labelled.identifiers)
         sources |= dict.fromkeys(self.without_labels, labelled)
         if self.without_labels and any(self.configuration_manager.use_mask_for_norm):

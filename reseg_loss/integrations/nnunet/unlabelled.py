@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,15 +71,34 @@ def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
     return dict.fromkeys(about["cases"], infer_dataset_class(str(folder))(str(folder)))
 
 
-def refuse_unprepared(dataset: str, plans: Any) -> None:
-    """Raise a ReSegError if nnUNet_raw has unlabelled images of a data set; called if none are prepared."""
-    if nnUNet_raw.is_set():
-        folder = Path(nnUNet_raw) / dataset / "imagesUn"
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ReSegError(
-                f"the images in {folder} are not preprocessed for this configuration: run {command(dataset, plans)}, "
-                "or move them away to train without them"
-            )
+def numbered(folder: Path, ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """{case: {number of a channel: file}}, and the names of files without a number."""
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
+    cases: dict[str, dict[int, str]] = defaultdict(dict)
+    others: list[str] = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := pattern.fullmatch(file.name):
+            cases[match[1]][int(match[2])] = str(file)
+        elif file.name.endswith(ending):
+            others.append(file.name)
+    return cases, others
+
+
+def refuse_unprepared(sources: Iterable[str], dataset: str, ending: str, plans: Any) -> None:
+    """Raise a ReSegError unless the unlabelled images that nnUNet_raw has of a data set, if any, are those prepared."""
+    if not nnUNet_raw.is_set():
+        return
+    folder = Path(nnUNet_raw) / dataset / "imagesUn"
+    there, known = set(numbered(folder, ending)[0]), set(sources)
+    if known and (changed := there ^ known if there else set()):
+        raise ReSegError(
+            f"{folder} has other images than were prepared: {named(changed)}. Run {command(dataset, plans)} again"
+        )
+    if not known and folder.is_dir() and any(folder.iterdir()):
+        raise ReSegError(
+            f"the images in {folder} are not preprocessed for this configuration: run {command(dataset, plans)}, "
+            "or move them away to train without them"
+        )
 
 
 def refuse_labelled(unlabelled: Iterable[str], labelled: Iterable[str]) -> None:
