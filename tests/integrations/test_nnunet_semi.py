@@ -236,9 +236,9 @@ def test_images_with_other_channels_or_nan_are_refused(channels, value, message,
 
 
 def test_without_nnunet_prepare_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(printer, "find_spec", lambda name: None)
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
-        printer.main(["prepare", tiny.ID])
+        command_line.main(["prepare", tiny.ID])
     assert stopped.value.code == 1
     assert "pip install 'reseg-loss[nnunet]'" in capsys.readouterr().err
 
