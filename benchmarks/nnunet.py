@@ -262,7 +262,7 @@ class Bench:
         )
         made.num_epochs, made.num_iterations_per_epoch = epochs, self.args.iterations
         made.num_val_iterations_per_epoch, made.save_every = 1, 10**9
-        made._best_ema = float("inf")  # noqa: SLF001  no checkpoint of a best epoch: it takes seconds, and chooses
+        made._best_ema = float("inf")  # noqa: SLF001 - no checkpoint of a best epoch: it takes seconds, and is not used
         maybe_load_checkpoint(made, resume, False)
         end = made.on_epoch_end
 
