@@ -30,6 +30,7 @@ from benchmarks.evidence.overview import overview
 from benchmarks.evidence.plan import Plan, read_plan
 from benchmarks.evidence.published import PUBLISHED, SEEN, published
 from benchmarks.evidence.results import finished, read_lines
+from benchmarks.evidence.variants import Variant
 
 REFERENCES = ("bare", "ds x2")
 FIELD_REFERENCES = ("bare", "ds equal")  # of plans of the field's protocol; in one that chooses, its first variant
@@ -129,16 +130,22 @@ def _by_patient(scores: Mapping[str, Any]) -> dict[int, float]:
     return {patient: fmean(values) for patient, values in found.items()}
 
 
+def _planned(plan: Plan, lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, Variant]]:
+    """{key: (seed, variant)} of all runs of a plan, on slices of the sizes that the lines have."""
+    sizes = {line["stored"] for line in lines}
+    return {plan.key(seed, variant, size): (seed, variant) for seed, variant in plan.runs() for size in sizes}
+
+
 def select(plan: Plan, lines: Sequence[Mapping[str, Any]], part: str) -> Scores:
     """The runs of a plan, by what was run and not by the plan's name, so that plans share runs."""
-    sizes = {line["stored"] for line in lines}
-    wanted = {plan.key(seed, variant, size): (seed, variant.name) for seed, variant in plan.runs() for size in sizes}
+    wanted = _planned(plan, lines)
     found: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in plan.variants}
     classes: tuple[str, ...] = ()
     runs: list[Mapping[str, Any]] = []
     for line in lines:
         if line["key"] in wanted and part in line["scores"]:
-            seed, name = wanted[line["key"]]
+            seed, variant = wanted[line["key"]]
+            name = variant.name
             if seed in found[name]:
                 raise ValueError(f"{plan.name}: seed {seed} of {name!r} was run on slices of two sizes; report one")
             found[name][seed] = _of_class(line["scores"][part], plan.of_class)
@@ -209,24 +216,23 @@ def beside_published(scores: Scores, reference: str = "bare") -> str:
 
 def times(scores: Scores) -> str:
     """A Markdown table of what a run takes, medians over seeds; a stage 1 that runs share counts for each of them."""
-    plan, known = scores.plan, {run["key"]: run for run in scores.runs if run.get("ms_per_step")}
-    runs: dict[str, dict[int, Mapping[str, Any]]] = {variant.name: {} for variant in plan.variants}
+    plan, planned = scores.plan, _planned(scores.plan, scores.runs)
+    each: dict[str, list[float]] = {}
     shared: dict[tuple[str, str], dict[int, float]] = {}
-    for size in {run["stored"] for run in scores.runs}:
-        for seed, variant in plan.runs():
-            run = known.get(plan.key(seed, variant, size))
-            if run is None:
-                continue
-            runs[variant.name][seed] = run
-            if variant.stage_1 is not None:  # the first that asked for it has waited
-                of_kind = shared.setdefault(variant.stage_1, {})
-                of_kind[seed] = max(of_kind.get(seed, 0.0), run["seconds"]["stage_1"])
+    for run in scores.runs:
+        if not run.get("ms_per_step"):
+            continue
+        seed, variant = planned[run["key"]]
+        each.setdefault(variant.name, []).append(run["ms_per_step"])
+        if variant.stage_1 is not None:  # the first that asked for it has waited
+            of_kind = shared.setdefault(variant.stage_1, {})
+            of_kind[seed] = max(of_kind.get(seed, 0.0), run["seconds"]["stage_1"])
     rows = [["variant", "steps", "ms a step", "stage 2, s", "stage 1, s", "both, s"], ["---"] * 6]
     for variant in plan.variants:
-        if not runs[variant.name]:
+        if variant.name not in each:
             continue
         steps = variant.steps(plan.settings.steps, plan.settings.stage1_steps)
-        ms = median(run["ms_per_step"] for run in runs[variant.name].values())
+        ms = median(each[variant.name])
         second, first = steps * ms / 1e3, 0.0
         if variant.stage_1 is not None:
             first = median(shared[variant.stage_1].values())
