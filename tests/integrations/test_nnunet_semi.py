@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def make(configuration: str = "2d", **options: Any) -> Any:
     made = tiny.make(SEMI, configuration, **options)
     made.threshold = 0.65 if made.label_manager.has_regions else 0.4
     return made
+
+
+@pytest.fixture
+def copied(folders: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Puts a copy in the place of nnUNet_raw or nnUNet_preprocessed, and returns the data set's folder in it."""
+
+    def copy_of(part: str) -> Path:
+        shutil.copytree(folders / part, tmp_path / part)
+        monkeypatch.setenv(f"nnUNet_{part}", str(tmp_path / part))
+        return tmp_path / part / tiny.DATASET
+
+    return copy_of
 
 
 def file_of(made: Any, name: str) -> dict[str, Any]:
@@ -155,14 +168,10 @@ def test_the_commands_plan_prepare_train_survive_a_kill_and_predict_without_the_
 # --- prepare
 
 
-def test_images_are_preprocessed_as_nnunet_does_it(folders, monkeypatch, tmp_path, capsys):
+def test_images_are_preprocessed_as_nnunet_does_it(copied, capsys):
     import blosc2
 
-    raw, done = tmp_path / "raw" / tiny.DATASET, tmp_path / "preprocessed" / tiny.DATASET
-    shutil.copytree(folders / "raw" / tiny.DATASET, raw)
-    shutil.copytree(folders / "preprocessed" / tiny.DATASET, done)
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    raw, done = copied("raw"), copied("preprocessed")
     shutil.copy(raw / "imagesTr" / "case_003_0000.nii.gz", raw / "imagesUn" / "again_0000.nii.gz")
     command_line.main(["prepare", tiny.DATASET, "-c", "3d_fullres", "-np", "1"])
     folder = done / "unlabelled" / "nnUNetPlans_3d_fullres"
@@ -289,10 +298,8 @@ def test_folds_of_patients_and_warnings_where_they_are_not(tmp_path):
     assert told.startswith("all ids start with 'site1', which tells no patients, so it was not checked")
 
 
-def test_patient_splits_are_written_on_request(folders, monkeypatch, tmp_path, capsys):
-    shutil.copytree(folders / "preprocessed", tmp_path / "preprocessed")
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
-    file = tmp_path / "preprocessed" / tiny.DATASET / "splits_final.json"
+def test_patient_splits_are_written_on_request(copied, capsys):
+    file = copied("preprocessed") / "splits_final.json"
     file.unlink(missing_ok=True)
     # of case_000 to case_007, by the last digit over two
     command_line.main(["prepare", tiny.ID, "-c", "2d", "-np", "1", "--patient-splits", "case_00[0-3]?"])
@@ -302,11 +309,9 @@ def test_patient_splits_are_written_on_request(folders, monkeypatch, tmp_path, c
     )
 
 
-def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch, tmp_path):
-    shutil.copytree(folders / "preprocessed", tmp_path / "preprocessed")
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+def test_images_of_other_plans_or_missing_ones_are_refused(copied, monkeypatch, tmp_path):
+    done = copied("preprocessed")
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    done = tmp_path / "preprocessed" / tiny.DATASET
     folder = done / "unlabelled" / "nnUNetPlans_2d"
     (folder / "more_001.pkl").unlink()
     with pytest.raises(
@@ -327,23 +332,19 @@ def test_images_of_other_plans_or_missing_ones_are_refused(folders, monkeypatch,
         make().on_train_start()
 
 
-def test_images_that_got_a_label_since_they_were_prepared_are_refused(folders, monkeypatch, tmp_path):
+def test_images_that_got_a_label_since_they_were_prepared_are_refused(copied, monkeypatch, tmp_path):
     """nnU-Net keeps the fingerprint and the plans unless told otherwise, so these are the same."""
-    shutil.copytree(folders / "preprocessed", tmp_path / "preprocessed")
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    own = copied("preprocessed") / "nnUNetPlans_2d"
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    own = tmp_path / "preprocessed" / tiny.DATASET / "nnUNetPlans_2d"
     for end in (".b2nd", "_seg.b2nd", ".pkl"):
         shutil.copy(own / f"case_000{end}", own / f"more_001{end}")
     with pytest.raises(ReSegError, match="more_001: in imagesUn and in imagesTr, so labelled images would count"):
         make().on_train_start()
 
 
-def test_images_added_or_removed_since_they_were_prepared_are_refused(folders, monkeypatch, tmp_path):
-    shutil.copytree(folders / "raw", tmp_path / "raw")
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+def test_images_added_or_removed_since_they_were_prepared_are_refused(copied, monkeypatch, tmp_path):
+    images = copied("raw") / "imagesUn"
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    images = tmp_path / "raw" / tiny.DATASET / "imagesUn"
     first, second, *_ = sorted(images.iterdir())
     message = "has other images than were prepared: {}. Run `python -m reseg_loss.integrations.nnunet prepare "
     shutil.copy(first, images / first.name.replace("more_", "new_"))
