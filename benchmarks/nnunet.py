@@ -17,6 +17,7 @@ patients alone. A run that `--minutes` cuts short goes on in the next call, and 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -225,10 +226,16 @@ class Bench:
 
     def dataset(self, row: Row, seed: int) -> str:
         """The row's data set, planned and preprocessed unless that was done."""
+        with (self.args.work / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # runs side by side share the data sets: one of them makes each
+            return self._dataset(row, seed)
+
+    def _dataset(self, row: Row, seed: int) -> str:
         task, processes = row.task, self.args.processes
         raw, preprocessed = (self.args.work / part for part in ("raw", "preprocessed"))
         name = f"Dataset{task.dataset:03d}_{task.data}_{task.labelled}"
         if not (preprocessed / name / "done").exists():
+            shutil.rmtree(preprocessed / name, ignore_errors=True)  # what a stopped run left cannot be written over
             write_raw(task, self.of(task), raw / name)
             plan(name, [*dict.fromkeys(r.configuration for r in ROWS if r.task == task)], processes)
             (preprocessed / name / "done").touch()
@@ -236,6 +243,7 @@ class Bench:
             return name
         taught = f"Dataset{task.dataset + 1 + seed:03d}_{task.data}_{task.labelled}_taught"
         if not (preprocessed / taught / "done").exists():
+            shutil.rmtree(preprocessed / taught, ignore_errors=True)
             teacher = folder_of(named(row.taught_by), seed)
             unlabelled = split(self.of(task), task.labelled, 0).unlabelled
             pseudo = {volume.name: segmented for volume, segmented in self.predicted(teacher, task, unlabelled)}
