@@ -1,7 +1,7 @@
 """What unlabelled images are worth in nnU-Net itself: its own trainer against `nnUNetTrainerSemi`, patients held out.
 
     python benchmarks/nnunet.py --data data --work outputs/nnunet --out nnunet.jsonl --minutes 9  # and again
-    python benchmarks/nnunet.py --out nnunet.jsonl --report
+    python benchmarks/nnunet.py --out nnunet.jsonl --report > nnunet.md
     python benchmarks/nnunet.py --data data --work outputs/nnunet --smoke                          # the time of a step
 
 Needs nnunetv2 in an environment of its own (pip install '.[nnunet]'; of image readers it uses nibabel alone), and
@@ -45,6 +45,10 @@ from benchmarks.evidence.results import append, finished, read_lines
 EPOCHS, ITERATIONS = 40, 250  # of nnU-Net's 1000 epochs
 # between slices, rows and columns, in mm; ACDC's are a guess
 ACDC_SPACING, HIPPOCAMPUS_SPACING = (10.0, 1.5, 1.5), (1.0, 1.0, 1.0)
+ABOUT = """Fold "all", last weights, test patients; nothing was chosen on any part. nnU-Net trains 250,000 steps by
+default. These are 10,000, or as many as take as long where a row says so. ACDC's voxel sizes are guessed, so
+differences count, not values. Milliseconds are medians of epochs, with other runs on the same GPU. HD95 is in pixels of
+the images."""
 STOCK, SEMI = "nnUNetTrainer", "nnUNetTrainerSemi"
 
 
@@ -387,7 +391,8 @@ def key_of(row: Row, seed: int, args: argparse.Namespace) -> str:
 
 def report(lines: Sequence[Mapping[str, Any]]) -> str:
     """Each row's mean over seeds, and paired differences over seeds and over patients, all in percent DSC."""
-    text = ["| row | DSC | HD95, pixels | ms a step | peak MiB | minutes | runs |", "|---|---|---|---|---|---|---|"]
+    text = ["# nnU-Net with unlabelled images", "", ABOUT, ""]
+    text += ["| row | DSC | HD95, pixels | ms a step | peak MiB | minutes | runs |", "|---|---|---|---|---|---|---|"]
     runs = {row.name: {line["seed"]: line for line in lines if line["row"] == row.name} for row in ROWS}
     for name, of_row in runs.items():
         if of_row:
@@ -409,6 +414,10 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
         of_patients = [100 * fmean(x[p] - y[p] for x, y in zip(a, b)) for p in a[0]]
         low, high = resampled(of_patients)
         text.append(f"| {name} - {other} | {difference} | {fmean(of_patients):+.1f} ({low:+.1f} to {high:+.1f}) |")
+    text += ["", f"Not run: {'; '.join(name for name, of_row in runs.items() if not of_row) or 'nothing'}."]
+    what = ("device", "torch", "nnunetv2", "commit")
+    origins = sorted({", ".join(f"{name} {line[name]}" for name in what) for line in lines})
+    text += ["", f"Runs: {'; '.join(origins)}."]
     return "\n".join(text)
 
 

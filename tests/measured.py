@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.accuracy_report import Scores, paired, resampled, select
 from benchmarks.evidence.plan import read_plan
+from benchmarks.evidence.published import PUBLISHED
 from benchmarks.evidence.results import finished, read_lines
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -164,6 +165,7 @@ FIRST = {  # a row of the README's table, by data, patients and network: its pla
     ("CHAOS, abdominal MR", "3", "U-Net"): "h_chaos3",
     ("BTCV, abdominal CT", "18", "U-Net"): "h_btcv18",
 }
+NNUNET = "nnU-Net, 2D"  # has deep supervision of its own, and its results in a file of its own
 HEADED = (  # its columns of differences: with equal level weights, and with the earlier ones
     ("paper", "paper"),
     ("ds equal", "ds x2"),
@@ -175,6 +177,11 @@ PAIRS = {"h_chaos3": 4, "h_btcv18": 2, "ssl4mis_3": 5, "ssl4mis_70": 5}  # other
 def check_settings(cells: list[list[str]]) -> None:
     """The README's table with a row for each data set: DSC of the bare run, and what the losses gain over it."""
     _, _, *lines = cells
+    in_nnunet = next(row for row in lines if row[2] == NNUNET)
+    lines.remove(in_nnunet)
+    stock, semi = (nnunet_dsc(nnunet_runs(f"3 patients, 2d: {which}")) for which in ("stock", "semi"))
+    assert len(stock) == 3
+    assert in_nnunet[1:] == ["3", NNUNET, f"{fmean(stock.values()):.1f}", "", "its own", str(paired(semi, stock))]
     assert [tuple(row[:3]) for row in lines] == list(FIRST)
     for row in lines:
         names = FIRST[row[0], row[1], row[2]]
@@ -190,7 +197,8 @@ def check_settings(cells: list[list[str]]) -> None:
 
 def check_field(cells: list[list[str]], text: str) -> None:
     """The table of the field's protocol, and what the text says of it in DSC."""
-    columns = [scores_of([f"ssl4mis_{name}"])[0] for name in ("3_weak", "3", "70")]
+    columns = [scores_of([f"ssl4mis_{name}"])[0] for name in ("3_weak", "1", "3", "7", "70")]
+    weak, one, three, seven, everyone = columns
     mixed = "ds equal + deep cutmix"
     rows = ("bare", "ds equal", mixed, f"{mixed}: its mean teacher")
     _, _, *lines = [[cell.strip("*") for cell in row] for row in cells]
@@ -200,9 +208,15 @@ def check_field(cells: list[list[str]], text: str) -> None:
             assert len(seeds) == 5
             assert value == shown(scores, variant, seeds)
     text = " ".join(text.split())
-    light, strong = (f"{fmean(scores.values(rows[-1], 'mean_dsc').values()):.1f}" for scores in columns[:2])
-    assert f"the mean teacher reaches {strong}, and {light} with light augmentation" in text
-    all_labelled = f"{fmean(columns[2].values('ds equal', 'mean_dsc').values()):.1f}"
+    long = scores_of(["ssl4mis_3_minutes"])[0]
+    of_1, light, of_3, of_7, in_minutes = (
+        f"{fmean(scores.values(rows[-1], 'mean_dsc').values()):.1f}" for scores in (one, weak, three, seven, long)
+    )
+    assert f"the mean teacher reaches {of_3}, and {light} with light augmentation" in text
+    assert f"With 1 patient the mean teacher reaches {of_1}, and with 7 it reaches {of_7}." in text
+    assert f"12,000 steps reach {in_minutes} (one seed)." in text
+    assert long.plan.settings.steps == 12_000
+    all_labelled = f"{fmean(everyone.values('ds equal', 'mean_dsc').values()):.1f}"
     assert f"All 70 labelled patients reach {all_labelled}." in text
     draws = scores_of(["ssl4mis_3_draws"])[0]
     for variant, said in ((rows[-1], "the mean teacher"), ("ds equal", "Deep supervision alone")):
@@ -210,12 +224,12 @@ def check_field(cells: list[list[str]], text: str) -> None:
         assert len(reached) == 8
         mean = f"{fmean(reached):.1f} ± {stdev(reached):.1f}"
         assert f"{said} reaches {mean}, and {min(reached):.1f} with the worst." in text
-    few, everyone = (columns[1], rows[-1]), (columns[2], "ds equal")
+    few, many = (three, rows[-1]), (everyone, "ds equal")
     apart = stdev(few[0].values(few[1], "mean_dsc").values())
-    lacks = (f"{b - a:.1f}" for a, b in zip(*(scores.per_class(variant, "dsc") for scores, variant in (few, everyone))))
+    lacks = (f"{b - a:.1f}" for a, b in zip(*(scores.per_class(variant, "dsc") for scores, variant in (few, many))))
     assert f"seeds differ by {apart:.1f}." in text
     assert "right ventricle lacks {}, the myocardium {} and the left ventricle {}.".format(*lacks) in text
-    a, b = (scores.patients(variant) for scores, variant in (few, everyone))
+    a, b = (scores.patients(variant) for scores, variant in (few, many))
     gaps = sorted((b[patient] - a[patient] for patient in a), reverse=True)
     assert "Five of the 20 test patients make up half of it." in text
     assert len(gaps) == 20
@@ -237,6 +251,49 @@ def check_claim(cells: list[list[str]], text: str) -> None:
         assert values == [(gain or "").removesuffix(" (1)") for gain in gains]
     low, high = resampled(list(rows[0][1][0].of_patients("paper", "bare").values()))
     assert f"over the 20 test patients is {low:+.1f} to {high:+.1f} as published" in " ".join(text.split())
+
+
+def check_nnunet(cells: list[list[str]], text: str) -> None:
+    """The table of nnU-Net's runs and what the text says of them."""
+    text = " ".join(text.split())
+    stock, semi = runs = [nnunet_runs(f"3 patients, 2d: {which}") for which in ("stock", "semi")]
+    _, _, *rows = cells
+    for (_, *values), lines in zip(rows, runs, strict=True):
+        dsc = fmean(line["mean_dsc"] for line in lines.values())
+        ratios = (fmean(o[w] for o in lines.values()) / fmean(s[w] for s in stock.values()) for w in ("ms", "peak_mib"))
+        assert values == [f"{100 * dsc:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+    low, high = resampled([*gains_by_patient(semi, stock).values()])
+    over_seeds = str(paired(*(nnunet_dsc(lines) for lines in (semi, stock))))
+    assert f"{over_seeds} over the seeds, and {low:+.1f} to {high:+.1f} over the test patients." in text
+    (a, b), (c, d) = ((min(dsc), max(dsc)) for dsc in ([*nnunet_dsc(lines).values()] for lines in runs))
+    assert f"Stock trainings differ much: {a:.1f} to {b:.1f}. Ours differ less: {c:.1f} to {d:.1f}." in text
+    (stock_published, semi_published) = (
+        next(p.dsc for p in PUBLISHED if (p.method, p.patients) == (method, 3))
+        for method in ("nnU-Net, labelled only", "nnU-Net + consistency")
+    )
+    assert f"report {stock_published:.1f} for nnU-Net on these patients, and {semi_published:.1f} with" in text
+
+
+def nnunet_runs(row: str) -> dict[int, dict[str, Any]]:
+    """{seed: line} of a row of benchmarks/nnunet.py."""
+    return {line["seed"]: line for line in lines_of("nnunet.jsonl") if line["row"] == row}
+
+
+def nnunet_dsc(lines: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    return {seed: 100 * line["mean_dsc"] for seed, line in lines.items()}
+
+
+def gains_by_patient(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    """{patient: DSC of a - DSC of b}, means over seeds, classes and volumes."""
+    means = []
+    for lines in (a, b):
+        values: dict[int, list[float]] = {}
+        for line in lines.values():
+            for column in line["each_dsc"]:
+                for patient, value in zip(line["patients"], column, strict=True):
+                    values.setdefault(patient, []).append(100 * value)
+        means.append({patient: fmean(of) for patient, of in values.items()})
+    return {patient: means[0][patient] - means[1][patient] for patient in sorted(means[0])}
 
 
 def check_heldout(cells: list[list[str]]) -> None:

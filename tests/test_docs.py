@@ -23,6 +23,7 @@ from measured import (
     check_field,
     check_heldout,
     check_memory,
+    check_nnunet,
     table,
 )
 from models import UNet, batch, ignoring, loader
@@ -126,6 +127,11 @@ def test_the_table_of_unseen_data_is_that_of_the_results():
 def test_the_table_of_the_fields_protocol_is_that_of_the_results():
     text = (PAGES / "explanation" / "measured.md").read_text()
     check_field(table(text, "| the field's patients |"), text)
+
+
+def test_the_table_of_nnunet_is_that_of_the_results():
+    text = (PAGES / "explanation" / "measured.md").read_text()
+    check_nnunet(table(text, "| nnU-Net, 3 labelled patients |"), text)
 
 
 def test_the_table_of_the_papers_claim_is_that_of_the_results():
