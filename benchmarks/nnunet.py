@@ -46,9 +46,8 @@ EPOCHS, ITERATIONS = 40, 250  # of nnU-Net's 1000 epochs
 # between slices, rows and columns, in mm; ACDC's are a guess
 ACDC_SPACING, HIPPOCAMPUS_SPACING = (10.0, 1.5, 1.5), (1.0, 1.0, 1.0)
 ABOUT = """Fold "all", last weights, test patients; nothing was chosen on any part. nnU-Net trains 250,000 steps by
-default. These are 10,000, or as many as take as long where a row says so. ACDC's voxel sizes are guessed, so
-differences count, not values. Milliseconds are medians of epochs, with other runs on the same GPU. HD95 is in pixels of
-the images."""
+default. ACDC's voxel sizes are guessed, so differences count, not values. Milliseconds are medians of epochs, with
+other runs on the same GPU. HD95 is in pixels of the images."""
 STOCK, SEMI = "nnUNetTrainer", "nnUNetTrainerSemi"
 
 
@@ -392,7 +391,7 @@ def key_of(row: Row, seed: int, args: argparse.Namespace) -> str:
 def report(lines: Sequence[Mapping[str, Any]]) -> str:
     """Each row's mean over seeds, and paired differences over seeds and over patients, all in percent DSC."""
     text = ["# nnU-Net with unlabelled images", "", ABOUT, ""]
-    text += ["| row | DSC | HD95, pixels | ms a step | peak MiB | minutes | runs |", "|---|---|---|---|---|---|---|"]
+    text += ["| row | DSC | HD95, pixels | ms a step | peak MiB | minutes | steps | runs |", "|---|" + "---|" * 7]
     runs = {row.name: {line["seed"]: line for line in lines if line["row"] == row.name} for row in ROWS}
     for name, of_row in runs.items():
         if of_row:
@@ -402,7 +401,8 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
             )
             cells = [100 * (dsc or 0), hd95, ms, peak, (seconds or 0) / 60]
             shown = ["-" if cell is None else f"{cell:.1f}" for cell in cells]
-            text.append(f"| {name} | {' | '.join(shown)} | {len(of_row)} |")
+            steps = {f"{line['epochs'] * line['iterations']:,}" for line in of_row.values()}
+            text.append(f"| {name} | {' | '.join(shown)} | {' or '.join(sorted(steps))} | {len(of_row)} |")
     text += ["", "| difference | over seeds | over patients, 95 % interval |", "|---|---|---|"]
     for name, other in PAIRS:
         seeds = [{seed: 100 * line["mean_dsc"] for seed, line in runs[row].items()} for row in (name, other)]
