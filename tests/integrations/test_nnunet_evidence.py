@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,29 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeyp
     assert f"| {names[1]} - {names[0]} | {by_hand[names[1]] - by_hand[names[0]]:+.1f} | " in told
     nnunet.main([*command[:-3], "--smoke"])
     assert re.search(f"{names[0]}: \\d+\\.\\d ms a step of 2 x 32x32, \\d+\\.\\d min", capsys.readouterr().out)
+
+
+def test_runs_side_by_side_make_a_data_set_once_and_over_what_was_left_half_done(nnunet, monkeypatch, tmp_path):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
+        monkeypatch.setenv(name, "")
+    folder = tmp_path / "preprocessed" / "Dataset103_acdc_native_3"
+    folder.mkdir(parents=True)
+    (folder / "half").touch()
+    made: list[list[Path]] = []
+
+    def slow_plan(*_: Any) -> None:
+        made.append([*tmp_path.glob("preprocessed/*/half")])
+        time.sleep(0.2)
+        folder.mkdir()
+
+    monkeypatch.setattr(nnunet, "read", lambda *_: None)
+    monkeypatch.setattr(nnunet, "write_raw", lambda *_: None)
+    monkeypatch.setattr(nnunet, "plan", slow_plan)
+    bench = nnunet.Bench(argparse.Namespace(data=tmp_path, work=tmp_path, minutes=1, processes=1))
+    with ThreadPoolExecutor() as pool:
+        names = [*pool.map(lambda seed: bench.dataset(nnunet.ROWS[0], seed), range(3))]
+    assert names == [folder.name] * 3
+    assert made == [[]]
 
 
 def _of_one_seed(row: Any) -> Any:
