@@ -98,14 +98,7 @@ class Scores:
 
     def of_patients(self, variant: str, reference: str) -> dict[int, float]:
         """{patient: difference in DSC, in percent, of two variants}, a mean over classes, volumes and their seeds."""
-        a, b = self.lines.get(variant, {}), self.lines.get(reference, {})
-        seeds = [seed for seed in a.keys() & b.keys() if "patients" in a[seed] and "patients" in b[seed]]
-        found: dict[int, list[float]] = {}
-        for seed in seeds:
-            ours, theirs = _by_patient(a[seed]), _by_patient(b[seed])
-            for patient in ours.keys() & theirs.keys():
-                found.setdefault(patient, []).append(100 * (ours[patient] - theirs[patient]))
-        return {patient: fmean(values) for patient, values in sorted(found.items())}
+        return paired_by_patient(self.lines.get(variant, {}), self.lines.get(reference, {}))
 
     def per_class(self, variant: str, metric: str) -> list[float | None]:
         """Means over seeds of "dsc" (in percent) or "hd95" per class."""
@@ -118,6 +111,17 @@ class Scores:
         """{patient: DSC in percent}, a mean over classes, volumes and seeds."""
         each = [_by_patient(scores) for scores in self.lines[variant].values() if "patients" in scores]
         return {p: 100 * fmean(values[p] for values in each if p in values) for p in sorted(set().union(*each))}
+
+
+def paired_by_patient(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    """{patient: a - b in DSC, in percent} of {seed: scores}, a mean over classes, volumes and the seeds of both."""
+    seeds = [seed for seed in a.keys() & b.keys() if "patients" in a[seed] and "patients" in b[seed]]
+    found: dict[int, list[float]] = {}
+    for seed in seeds:
+        ours, theirs = _by_patient(a[seed]), _by_patient(b[seed])
+        for patient in ours.keys() & theirs.keys():
+            found.setdefault(patient, []).append(100 * (ours[patient] - theirs[patient]))
+    return {patient: fmean(values) for patient, values in sorted(found.items())}
 
 
 def _by_patient(scores: Mapping[str, Any]) -> dict[int, float]:

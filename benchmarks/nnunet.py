@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.accuracy_report import paired, resampled
+from benchmarks.accuracy_report import paired, paired_by_patient, resampled
 from benchmarks.evidence.commit import head_commit
 from benchmarks.evidence.data import Slices, load, load_native, split
 from benchmarks.evidence.metrics import score
@@ -227,32 +228,37 @@ class Bench:
             self.data[task.data] = read(task, self.args.data)
         return self.data[task.data]
 
+    @contextmanager
+    def made_once(self, folder: Path) -> Iterator[bool]:
+        """Whether to make a folder now. Of runs side by side one makes it, and what a stopped run left is made anew."""
+        done = folder / "done"
+        with (self.args.work / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            missing = not done.exists()
+            if missing:
+                shutil.rmtree(folder, ignore_errors=True)  # nnU-Net's files cannot be written over
+            yield missing
+            done.touch()
+
     def dataset(self, row: Row, seed: int) -> str:
         """The row's data set, planned and preprocessed unless that was done."""
-        with (self.args.work / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # runs side by side share the data sets: one of them makes each
-            return self._dataset(row, seed)
-
-    def _dataset(self, row: Row, seed: int) -> str:
         task, processes = row.task, self.args.processes
         raw, preprocessed = (self.args.work / part for part in ("raw", "preprocessed"))
         name = f"Dataset{task.dataset:03d}_{task.data}_{task.labelled}"
-        if not (preprocessed / name / "done").exists():
-            shutil.rmtree(preprocessed / name, ignore_errors=True)  # what a stopped run left cannot be written over
-            write_raw(task, self.of(task), raw / name)
-            plan(name, [*dict.fromkeys(r.configuration for r in ROWS if r.task == task)], processes)
-            (preprocessed / name / "done").touch()
+        with self.made_once(preprocessed / name) as missing:
+            if missing:
+                write_raw(task, self.of(task), raw / name)
+                plan(name, [*dict.fromkeys(r.configuration for r in ROWS if r.task == task)], processes)
         if row.taught_by is None:
             return name
         taught = f"Dataset{task.dataset + 1 + seed:03d}_{task.data}_{task.labelled}_taught"
-        if not (preprocessed / taught / "done").exists():
-            shutil.rmtree(preprocessed / taught, ignore_errors=True)
-            teacher = folder_of(named(row.taught_by), seed)
-            unlabelled = split(self.of(task), task.labelled, 0).unlabelled
-            pseudo = {volume.name: segmented for volume, segmented in self.predicted(teacher, task, unlabelled)}
-            write_raw(task, self.of(task), raw / taught, pseudo)
-            plan_as(preprocessed / name, preprocessed / taught, raw / taught, row.configuration, processes)
-            (preprocessed / taught / "done").touch()
+        with self.made_once(preprocessed / taught) as missing:
+            if missing:
+                teacher = folder_of(named(row.taught_by), seed)
+                unlabelled = split(self.of(task), task.labelled, 0).unlabelled
+                pseudo = {volume.name: segmented for volume, segmented in self.predicted(teacher, task, unlabelled)}
+                write_raw(task, self.of(task), raw / taught, pseudo)
+                plan_as(preprocessed / name, preprocessed / taught, raw / taught, row.configuration, processes)
         return taught
 
     def trained(self, row: Row, seed: int, epochs: int, folder: str) -> tuple[Any, list[float]]:
@@ -405,13 +411,12 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
             text.append(f"| {name} | {' | '.join(shown)} | {' or '.join(sorted(steps))} | {len(of_row)} |")
     text += ["", "| difference | over seeds | over patients, 95 % interval |", "|---|---|---|"]
     for name, other in PAIRS:
-        seeds = [{seed: 100 * line["mean_dsc"] for seed, line in runs[row].items()} for row in (name, other)]
-        difference = paired(*seeds)
+        difference = paired(
+            *({seed: 100 * line["mean_dsc"] for seed, line in runs[row].items()} for row in (name, other))
+        )
         if difference is None:
             continue
-        a, b = ([by_patient(line) for s, line in runs[row].items() if s in seeds[0] and s in seeds[1]]
-                for row in (name, other))  # fmt: skip
-        of_patients = [100 * fmean(x[p] - y[p] for x, y in zip(a, b)) for p in a[0]]
+        of_patients = [*paired_by_patient(runs[name], runs[other]).values()]
         low, high = resampled(of_patients)
         text.append(f"| {name} - {other} | {difference} | {fmean(of_patients):+.1f} ({low:+.1f} to {high:+.1f}) |")
     text += ["", f"Not run: {'; '.join(name for name, of_row in runs.items() if not of_row) or 'nothing'}."]
@@ -419,16 +424,6 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
     origins = sorted({", ".join(f"{name} {line[name]}" for name in what) for line in lines})
     text += ["", f"Runs: {'; '.join(origins)}."]
     return "\n".join(text)
-
-
-def by_patient(line: Mapping[str, Any]) -> dict[int, float]:
-    """{patient: DSC}, a mean over classes and volumes."""
-    found: dict[int, list[float]] = {}
-    for column in line["each_dsc"]:
-        for patient, value in zip(line["patients"], column):
-            if value is not None:
-                found.setdefault(patient, []).append(value)
-    return {patient: fmean(values) for patient, values in sorted(found.items())}
 
 
 def origin(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.accuracy_report import Scores, paired, resampled, select
+from benchmarks.accuracy_report import Scores, paired, paired_by_patient, resampled, select
 from benchmarks.evidence.plan import read_plan
 from benchmarks.evidence.published import PUBLISHED
 from benchmarks.evidence.results import finished, read_lines
@@ -262,7 +262,7 @@ def check_nnunet(cells: list[list[str]], text: str) -> None:
         dsc = fmean(line["mean_dsc"] for line in lines.values())
         ratios = (fmean(o[w] for o in lines.values()) / fmean(s[w] for s in stock.values()) for w in ("ms", "peak_mib"))
         assert values == [f"{100 * dsc:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
-    low, high = resampled([*gains_by_patient(semi, stock).values()])
+    low, high = resampled([*paired_by_patient(semi, stock).values()])
     over_seeds = str(paired(*(nnunet_dsc(lines) for lines in (semi, stock))))
     assert f"{over_seeds} over the seeds, and {low:+.1f} to {high:+.1f} over the test patients." in text
     (a, b), (c, d) = ((min(dsc), max(dsc)) for dsc in ([*nnunet_dsc(lines).values()] for lines in runs))
@@ -281,19 +281,6 @@ def nnunet_runs(row: str) -> dict[int, dict[str, Any]]:
 
 def nnunet_dsc(lines: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
     return {seed: 100 * line["mean_dsc"] for seed, line in lines.items()}
-
-
-def gains_by_patient(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
-    """{patient: DSC of a - DSC of b}, means over seeds, classes and volumes."""
-    means = []
-    for lines in (a, b):
-        values: dict[int, list[float]] = {}
-        for line in lines.values():
-            for column in line["each_dsc"]:
-                for patient, value in zip(line["patients"], column, strict=True):
-                    values.setdefault(patient, []).append(100 * value)
-        means.append({patient: fmean(of) for patient, of in values.items()})
-    return {patient: means[0][patient] - means[1][patient] for patient in sorted(means[0])}
 
 
 def check_heldout(cells: list[list[str]]) -> None:

@@ -25,6 +25,8 @@ pytestmark = tiny.MARKS
 def nnunet(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script; nothing later finds the checkout by its path, so that the installed package stays the one tested."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
+        monkeypatch.setenv(name, "")  # the script sets them
     return importlib.import_module("benchmarks.nnunet")
 
 
@@ -36,8 +38,6 @@ def write_few(path: Path) -> None:
 
 
 def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeypatch, tmp_path, capsys):
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
-        monkeypatch.setenv(name, "")  # the script sets them
     write_few(tmp_path / "acdc_native.npz")
     names = [row.name for row in nnunet.ROWS[:4]]
     out = tmp_path / "out.jsonl"
@@ -88,8 +88,6 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeyp
 
 
 def test_runs_side_by_side_make_a_data_set_once_and_over_what_was_left_half_done(nnunet, monkeypatch, tmp_path):
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
-        monkeypatch.setenv(name, "")
     folder = tmp_path / "preprocessed" / "Dataset103_acdc_native_3"
     folder.mkdir(parents=True)
     (folder / "half").touch()

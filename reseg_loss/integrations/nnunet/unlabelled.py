@@ -90,9 +90,9 @@ def refuse_unprepared(sources: Iterable[str], dataset: str, ending: str, plans: 
         return
     folder = Path(nnUNet_raw) / dataset / "imagesUn"
     there, known = set(numbered(folder, ending)[0]), set(sources)
-    if known and (changed := there ^ known if there else set()):
+    if there and known and there != known:
         raise ReSegError(
-            f"{folder} has other images than were prepared: {named(changed)}. Run {command(dataset, plans)} again"
+            f"{folder} has other images than were prepared: {named(there ^ known)}. Run {command(dataset, plans)} again"
         )
     if not known and folder.is_dir() and any(folder.iterdir()):
         raise ReSegError(
