@@ -317,16 +317,17 @@ class Bench:
         made, seconds = self.trained(row, seed, epochs, folder_of(row, seed))
         peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
         batch, patch = made.configuration_manager.batch_size, made.configuration_manager.patch_size
-        before = 0.0
+        before, taught = 0.0, {}
         if row.taught_by is not None:  # both trainings count
-            before = lines[key_of(named(row.taught_by), seed, self.args)]["seconds"]
+            teacher = lines[key_of(named(row.taught_by), seed, self.args)]
+            before, taught = teacher["seconds"], {"taught_by_dsc": teacher["mean_dsc"]}
         data = self.of(row.task)
         test = split(data, row.task.labelled, 0).test
         scores = scored(self.predicted(folder_of(row, seed), row.task, test), len(data.class_names))
         return {
             "row": row.name, "seed": seed, "epochs": epochs, "iterations": self.args.iterations, "batch": batch,
             "patch": [*patch], "seconds": before + sum(seconds), "ms": 1e3 * median(seconds) / self.args.iterations,
-            "peak_mib": peak, **scores,
+            "peak_mib": peak, **taught, **scores,
         }  # fmt: skip
 
     def smoke(self, row: Row) -> str:
@@ -419,6 +420,10 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
         of_patients = [*paired_by_patient(runs[name], runs[other]).values()]
         low, high = resampled(of_patients)
         text.append(f"| {name} - {other} | {difference} | {fmean(of_patients):+.1f} ({low:+.1f} to {high:+.1f}) |")
+    for line in lines:
+        if "taught_by_dsc" in line:
+            dsc = 100 * line["taught_by_dsc"]
+            text += ["", f"{line['row']} learnt from the predictions of a stock run that has {dsc:.1f} DSC."]
     text += ["", f"Not run: {'; '.join(name for name, of_row in runs.items() if not of_row) or 'nothing'}."]
     what = ("device", "torch", "nnunetv2", "commit")
     origins = sorted({", ".join(f"{name} {line[name]}" for name in what) for line in lines})

@@ -83,6 +83,8 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeyp
     by_hand = {name: 100 * lines[name]["mean_dsc"] for name in names}
     assert f"| {names[1]} | {by_hand[names[1]]:.1f} | " in told
     assert f"| {names[1]} - {names[0]} | {by_hand[names[1]] - by_hand[names[0]]:+.1f} | " in told
+    assert lines[names[3]]["taught_by_dsc"] == lines[names[0]]["mean_dsc"]
+    assert f"{names[3]} learnt from the predictions of a stock run that has {by_hand[names[0]]:.1f} DSC." in told
     nnunet.main([*command[:-3], "--smoke"])
     assert re.search(f"{names[0]}: \\d+\\.\\d ms a step of 2 x 32x32, \\d+\\.\\d min", capsys.readouterr().out)
 
