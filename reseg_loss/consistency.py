@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .common.distributed import refuse_join, wrappers_of
+from .common.dryrun import preserved_rng
 from .common.inputs import (
     OF_IMAGES,
     OF_MODEL,
@@ -22,7 +23,15 @@ from .common.inputs import (
     value_of,
 )
 from .common.labels import plain_label, unwrapped
-from .common.outputs import activation_of, as_path, ending_named, full_size, refuse_other_ending, refuse_probabilities
+from .common.outputs import (
+    activation_of,
+    as_path,
+    ending_named,
+    full_size,
+    refuse_other_ending,
+    refuse_probabilities,
+    sums_to_one,
+)
 from .common.state import load_states
 from .errors import ReSegError, outline, warn
 from .mean_teacher import MeanTeacher
@@ -33,6 +42,7 @@ from .regularizer import Regularizer, nothing
 from .supervision import DeepSupervision, TaskLoss, refuse_other_heads
 
 INSTEAD = "another loss here: it need not be the same one"  # if a task loss cannot ignore a label value
+ASKED_LOSSES = 8  # then no more are, because a loop may make one for each call
 FORGOTTEN_STEPS = 20  # changes of the parameters without `update`, after which we warn
 # before, DistributedDataParallel's second forward of a step marks buffers as changed that the first has saved
 BROADCASTS_TWICE = torch.__version__ >= "2.13"
@@ -131,7 +141,7 @@ class CutMixConsistency(Regularizer):
             raise ReSegError(f"perturb={perturb!r}; it is a function of images, or None")
         self._forward = model
         self.deep, self.perturb, self.overlapping = deep, perturb, overlapping
-        self.rampup_steps, self.threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
+        self._rampup_steps, self._threshold, ema_decay = _checked(rampup_steps, threshold, ema_decay)
         self.ignore_index = check_number("ignore_index", ignore_index, whole=True)
         self.output: Any = output
         self._endings: tuple[Ending, Ending] | None = None
@@ -143,7 +153,8 @@ class CutMixConsistency(Regularizer):
         self._shares: Tensor | None = None
         self.forgotten = _Forgotten()  # `SemiSupervised` asks it, too, for its steps at weight 0
         self._looked = False  # at values of the first call
-        self._asked = False  # whether the task loss leaves `ignore_index` out
+        self._asked: set[int] = set()  # the task losses that were asked whether they leave `ignore_index` out
+        self._skipped = False  # whether the last call was at weight=0
 
     @property
     def average(self) -> nn.Module:
@@ -161,9 +172,31 @@ class CutMixConsistency(Regularizer):
         return ending_named(self.output)
 
     @property
+    def rampup_steps(self) -> int | None:
+        """Number of calls over which the loss grows to its full weight; it may change."""
+        return self._rampup_steps
+
+    @rampup_steps.setter
+    def rampup_steps(self, value: int | None) -> None:
+        self._rampup_steps = _checked(value, self._threshold, self.ema_decay)[0]
+
+    @property
+    def threshold(self) -> float:
+        """A prediction is sure if its probability is at least this; it may change."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._threshold = _checked(None, value, self.ema_decay)[1]
+
+    @property
     def ema_decay(self) -> float:
-        """Decay of the average, per `update`."""
+        """Decay of the average, per `update`; it may change."""
         return self._mean_teacher.decay
+
+    @ema_decay.setter
+    def ema_decay(self, value: float) -> None:
+        self._mean_teacher.decay = _checked(None, self._threshold, value)[2]
 
     def factor(self) -> float:
         """The factor of the next call: `weight` times the ramp."""
@@ -179,8 +212,9 @@ class CutMixConsistency(Regularizer):
     ) -> Tensor:
         """The weighted loss of a batch of unlabelled images. It runs the mean teacher and the model.
 
-        Both run under the caller's autocast. Only the first call waits for the device: it asks `task_loss` for a
-        gradient, to check that it ignores `ignore_index`. With `deep`, call `deep.loss` for the labelled images first.
+        Both run under the caller's autocast. Only the first call with a `task_loss` waits for the device: it asks
+        for a gradient, to check that the loss ignores `ignore_index`. With `deep`, call `deep.loss` for the labelled
+        images first.
 
         Args:
             images: (B, C, *spatial), float, on the model's device, B at least 2. If it is a list, element 0 is used.
@@ -209,7 +243,7 @@ class CutMixConsistency(Regularizer):
         self._refuse_misuse()
         factor = self.factor_of(weight)
         if not isinstance(factor, Tensor) and factor == 0:
-            self._last = {}
+            self._last, self._skipped = {}, True
             return nothing(images.device)
         self._check_deep()
         if self.deep is not None and self.deep.extractor.waiting:
@@ -261,8 +295,9 @@ class CutMixConsistency(Regularizer):
         first = not self._looked
         refuse_not_finite(images, {}, f"unlabelled {OF_IMAGES}", first=first)
         self._mean_teacher.start()
-        if self._endings is not None:
-            self._endings[1].forget()  # what a validation of it may have left
+        for ending in self._endings or ():
+            ending.forget()  # what a forward of labelled images, or a validation of the mean teacher, may have left
+        self._skipped = False
         logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
         classes = logits.shape[1]
         refuse_class(self.ignore_index, classes, overlapping=self.overlapping)
@@ -314,7 +349,10 @@ class CutMixConsistency(Regularizer):
                 "pseudo-labels are made from logits (if the model returns logits as well, name them by output=; if a "
                 "module turns logits into probabilities, pass output='in:' and its path)"
             )
-            refuse_probabilities(activation_of(logits), what, self._model)
+            activation = activation_of(logits)
+            if activation is None and readable(logits.device, first=True) and sums_to_one(logits):
+                activation = "softmax"
+            refuse_probabilities(activation, what, self._model)
         return prediction, logits
 
     def value(
@@ -373,7 +411,7 @@ class CutMixConsistency(Regularizer):
             ReSegError: the model's parameters are not those it had when this was built.
         """
         # at weight 0 no forward of its own brings its buffers up to date
-        self._mean_teacher.update(buffers=self._weight == 0)
+        self._mean_teacher.update(buffers=self._weight == 0 or self._skipped)
         self.forgotten.updated()
 
     def reset(self) -> None:
@@ -430,11 +468,11 @@ class CutMixConsistency(Regularizer):
         for ending in self._endings or ():
             ending.remove()
         self.output, self._endings = output, endings
-        self.rampup_steps, self.threshold, self._mean_teacher.decay = rampup_steps, threshold, decay
+        self._rampup_steps, self._threshold, self._mean_teacher.decay = rampup_steps, threshold, decay
         self.ignore_index, self.overlapping = state["ignore_index"], state["overlapping"]
         self._mean_teacher.average_buffers = state["average_buffers"]
         self._mean_teacher.started = state["started"]
-        self._asked = False  # of another ignore_index
+        self._asked.clear()  # of another ignore_index
 
     def _told(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("rampup_steps", "threshold", "ema_decay", "ignore_index")}
@@ -476,18 +514,25 @@ class CutMixConsistency(Regularizer):
         name: str = "task_loss",
         instead: str = INSTEAD,
     ) -> None:
-        """Check at the first call that a task loss ignores `ignore_index`."""
-        if not self._asked:
+        """Check at its first call that a task loss ignores `ignore_index`."""
+        asked = id(getattr(task_loss, "__code__", task_loss))  # a function may be made anew for each call
+        if asked not in self._asked and len(self._asked) < ASKED_LOSSES:
             _check_ignoring(task_loss, prediction.detach(), label, self.ignore_index, name, instead)
-            self._asked = True
+            self._asked.add(asked)
 
     def _perturbed(self, images: Tensor) -> Tensor:
         if self.perturb is None:
             return images
-        shape, images = images.shape, self.perturb(images)
+        shape, dtype, device = images.shape, images.dtype, images.device
+        images = self.perturb(images)
         if not isinstance(images, Tensor) or images.shape != shape:
             found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise ReSegError(f"perturb= returned {found}, not images of the same shape {tuple(shape)}")
+        if (images.dtype, images.device) != (dtype, device):
+            raise ReSegError(
+                f"perturb= returned {images.dtype} on {images.device} for images of {dtype} on {device}; let it return "
+                "images.to(the given images)"
+            )
         return images
 
     def _check_deep(self) -> None:
@@ -564,7 +609,7 @@ def _check_ignoring(
         f"If the loss of the labelled images cannot, pass {instead}"
     )
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), preserved_rng():  # a loss may draw random numbers
             logits = logits.requires_grad_()
             value = value_of(task_loss, logits, label, "a label with pixels that do not count", name)
             (gradient,) = torch.autograd.grad(value, logits)

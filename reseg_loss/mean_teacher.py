@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -89,17 +89,14 @@ class MeanTeacher:
         """
         _refuse_sharded(self._model)
         self.start()
-        mine, theirs = list(self.network.parameters()), list(self._model.parameters())
-        _same("parameters", mine, theirs)
+        pairs = self._pairs("parameters")
         if self.average_buffers:
-            own, given = list(self.network.buffers()), list(self._model.buffers())
-            _same("buffers", own, given)
-            for a, b in zip(own, given):
-                if not a.is_floating_point():  # counters
-                    a.copy_(b)
-            mine, theirs = mine + own, theirs + given
-        pairs = [(a, p) for a, p in zip(mine, theirs) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)  # pyright: ignore
+            pairs += self._pairs("buffers")
+        averaged = [(a, p) for a, p in pairs if a.is_floating_point() or a.is_complex()]
+        torch._foreach_lerp_([a for a, _ in averaged], [p for _, p in averaged], 1 - self.decay)  # pyright: ignore
+        for a, p in pairs:
+            if not (a.is_floating_point() or a.is_complex()):  # counters
+                a.copy_(p)
         if buffers and not self.average_buffers:
             self._take_over("buffers")
 
@@ -140,10 +137,18 @@ class MeanTeacher:
 
     def _take_over(self, what: str) -> None:
         """Copy the model's "parameters" or "buffers" to the network."""
-        mine, theirs = (list(getattr(m, what)()) for m in (self.network, self._model))
-        _same(what, mine, theirs)
-        for a, p in zip(mine, theirs):
+        for a, p in self._pairs(what):
             a.copy_(p)
+
+    def _pairs(self, what: str) -> list[tuple[Tensor, Tensor]]:
+        """The network's "parameters" or "buffers" with the model's; a ReSegError unless names and shapes are equal."""
+        mine, theirs = (list(getattr(m, f"named_{what}")()) for m in (self.network, self._model))
+        if [_outline(*each) for each in mine] != [_outline(*each) for each in theirs]:
+            raise ReSegError(
+                f"the model's {what} have changed since its mean teacher was made; change the model first, then build "
+                "this loss"
+            )
+        return [(a, p) for (_, a), (_, p) in zip(mine, theirs)]
 
     def _to_model(self) -> None:
         """Move to the model's device, which may have changed; a ReSegError if its dtype has changed."""
@@ -177,13 +182,9 @@ def _refuse_sharded(model: nn.Module) -> None:
         raise ReSegError("the model is sharded (fully_shard), but its mean teacher needs whole parameters; use DDP")
 
 
-def _same(what: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    """Raise a ReSegError unless the mean teacher's tensors fit the model's."""
-    if [t.shape for t in mine] != [t.shape for t in theirs]:
-        raise ReSegError(
-            f"the model's {what} have changed since its mean teacher was made; change the model first, then build this "
-            "loss"
-        )
+def _outline(name: str, tensor: Tensor) -> tuple[str, torch.Size]:
+    """The shape alone would not tell a pruned weight from the weight. Parts may have been compiled since."""
+    return name.replace("_orig_mod.", ""), tensor.shape
 
 
 def _uncompiled(model: nn.Module) -> Iterator[Any]:

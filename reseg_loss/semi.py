@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .common.distributed import wrappers_of
 from .common.inputs import OF_IMAGES, is_dense, readable, refuse_not_finite, value_of
 from .common.labels import FEW_OPERATORS, plain_label, unwrapped
 from .common.outputs import (
@@ -26,7 +27,7 @@ from .common.outputs import (
 from .consistency import CutMixConsistency, Mixed, plain_images, refuse_class, refuse_two_forwards
 from .errors import ReSegError, TapError, outline, warn
 from .mixing import pixels_per_class, random_intensities
-from .recording.copying import compiler_of
+from .recording.copying import compiler_of, unwrap
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer
 from .supervision import DeepSupervision, HeadOutputs, TaskLoss, coarse_loss, refuse_other_heads
@@ -37,6 +38,7 @@ BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 IGNORED = 255  # the label value of pixels that do not count, unless the task loss has its own
 UNSURE_STEPS = 500  # after the ramp, without a sure pixel of a class that the labels have
 BETWEEN_LOOKS = 100  # steps after which the device is asked
+NO_CLASS = -1  # in place of a class that we have told of
 
 
 class Targets(NamedTuple):
@@ -87,8 +89,8 @@ class SemiSupervised(Regularizer):
     Args:
         model: as in `CutMixConsistency`. If torch.compile is among its wrappers, the mean teacher is compiled, too.
         example_input: an image batch as the model takes it. It may only be left out before `load_state_dict`.
-        rampup_steps: number of steps over which the unlabelled loss grows to its full weight, for instance 40 % of the
-            run. None uses the full weight from the start.
+        rampup_steps: number of calls of `loss` over which the unlabelled loss grows to its full weight, for instance
+            40 % of the run. None uses the full weight from the start.
         task_loss: a function of the model's output (B, classes, *spatial) and a label. If the model ends in a sigmoid
             or softmax module, the function gets the probabilities. Default: `task_losses.CrossEntropyDiceLoss`, or
             `BinaryCrossEntropyDiceLoss` for one channel or overlapping classes. These two always get logits. Pixels
@@ -197,7 +199,7 @@ class SemiSupervised(Regularizer):
     def consistency(self) -> CutMixConsistency:
         """The part that mixes the unlabelled images and holds the mean teacher.
 
-        Its settings may be changed, except its weight.
+        Its `threshold`, `rampup_steps`, `ema_decay` and `perturb` may be changed.
         """
         return self._consistency
 
@@ -236,6 +238,11 @@ class SemiSupervised(Regularizer):
             TapError: a tap of the heads did not fire.
         """
         forward = self._forward if forward is None else forward
+        if forward is self._model and any(unwrap(each) is self._model for each in wrappers_of(self._model)):
+            raise ReSegError(
+                "the model was wrapped in DistributedDataParallel after this was built, and its gradients would not be "
+                "averaged over the processes: pass loss(..., forward=the wrapped model)"
+            )
         compiler = compiler_of(forward)
         if compiler is not None:
             self._consistency.compile(compiler)
@@ -444,13 +451,21 @@ class SemiSupervised(Regularizer):
         if label.dtype in FEW_OPERATORS:
             label = label.long()
         per_channel = label.ndim == mixed.images.ndim and (self.overlapping or label.shape[1] > 1)
-        self._labelled |= pixels_per_class(label, classes, overlapping=per_channel) > 0
-        steps = self._consistency.calls - (self._consistency.rampup_steps or 0)
-        if steps <= 0:
+        if not per_channel or label.shape[1] == classes:  # other forms are known to the task loss alone
+            self._labelled |= pixels_per_class(label, classes, overlapping=per_channel) > 0
+        calls = self._consistency.calls
+        steps = calls - (self._consistency.rampup_steps or 0)
+        if steps > 0:
+            self._unsure.add_(1).mul_(~(mixed.sure > 0))
+        if calls % BETWEEN_LOOKS or not readable(device, first=True):
             return
-        self._unsure.add_(1).mul_(~(mixed.sure > 0))
-        if steps % BETWEEN_LOOKS or not readable(device, first=True):
-            return
+        ignored, first = self._consistency.ignore_index, 0 if self.overlapping else 1
+        if NO_CLASS not in self._told_of and not self._labelled[first:].any() and (label == ignored).any():
+            self._told_of.add(NO_CLASS)
+            warn(
+                f"in {calls} steps no label had anything but background, but labels have the value {ignored}, which "
+                "does not count. If that is the foreground of an 8-bit mask, divide the mask by it"
+            )
         wrong = (self._labelled & (self._unsure >= UNSURE_STEPS)).nonzero().flatten().tolist()
         for c in (c for c in wrong if c not in self._told_of):
             self._told_of.add(c)

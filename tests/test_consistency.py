@@ -729,6 +729,8 @@ def test_what_cannot_work_is_refused():
         made(ignore_index=2)[1].loss(image, task_loss)
     with pytest.raises(ReSegError, match="not images of the same shape"):
         made(perturb=lambda x: x[..., :8])[1].loss(image, task_loss)
+    with pytest.raises(ReSegError, match=r"perturb= returned torch\.float64 on cpu for images of torch\.float32"):
+        made(perturb=lambda x: x.double())[1].loss(image, task_loss)
     with pytest.raises(ReSegError, match=r"torch.bfloat16 parameters"):
         made(UNet().bfloat16())
     with pytest.raises(ReSegError, match="lazy"):
@@ -867,3 +869,86 @@ def test_at_weight_0_the_mean_teacher_has_the_models_statistics():
     pairs = list(zip(mixed.average.buffers(), model.buffers(), strict=True))
     assert pairs
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_each_task_loss_is_asked_whether_it_ignores_the_value():
+    image, _ = batch()
+    _, mixed = made()
+    mixed.loss(image, task_loss)
+    with pytest.raises(ReSegError, match="it must ignore the label value"):
+        mixed.loss(image, nn.CrossEntropyLoss(ignore_index=-1))
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_a_task_loss_that_is_made_anew_is_not_asked_at_each_call(kind):
+    image, _ = batch()
+    _, mixed = made()
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            calls.append(x)
+            return task_loss(x, y)
+
+    kept = []  # or the next would have the same place in memory
+    for _ in range(20):
+        loss = Counted()
+        kept.append(loss)
+        mixed.loss(image, loss if kind == "module" else lambda x, y, loss=loss: loss(x, y))
+    assert len(calls) == 20 + (8 if kind == "module" else 1)
+
+
+def test_asking_a_task_loss_draws_no_random_numbers():
+    def dropped(x: Tensor, y: Tensor) -> Tensor:
+        return task_loss(F.dropout(x, 0.5), y)
+
+    image, _ = batch()
+    _, mixed = made(perturb=None, ema_decay=0.5)
+    values = []
+    for _ in range(2):  # the second time nothing is asked
+        torch.manual_seed(0)
+        values.append(mixed.loss(image, dropped).item())
+    assert values[0] == values[1]
+
+
+def test_a_call_at_weight_0_leaves_the_mean_teacher_the_models_statistics():
+    model, mixed = made(average_buffers=False)
+    image, _ = batch()
+    for step in range(2):
+        model(batch(seed=step)[0])
+        mixed.loss(image, task_loss, weight=0.0)
+        mixed.update()
+        for a, b in zip(mixed.average.buffers(), model.buffers(), strict=True):
+            assert torch.equal(a, b)
+    mixed.loss(image, task_loss)
+    mixed.update()
+    assert not all(torch.equal(a, b) for a, b in zip(mixed.average.buffers(), model.buffers()))
+
+
+def test_the_logits_of_a_labelled_forward_are_not_waited_for():
+    model = nn.Sequential(UNet(classes=1), nn.Sigmoid())
+    _, mixed = made(model, output="in:1", threshold=0.55)
+
+    def copied(x: Tensor) -> Tensor:
+        return model(x).clone()  # as DistributedDataParallel may return it
+
+    copied(batch()[0])
+    probabilities = partial(_binary, activation=lambda p: p)
+    assert mixed.loss(batch()[0], probabilities, forward=copied).isfinite()
+
+
+def _binary(p: Tensor, label: Tensor, activation: Any = torch.sigmoid) -> Tensor:
+    counts = label != IGNORED
+    return (F.binary_cross_entropy(activation(p), label.clamp(max=1).float(), reduction="none") * counts).mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"), [("rampup_steps", 7, 0), ("threshold", 0.5, 95), ("ema_decay", 0.5, 1.0)]
+)
+def test_settings_may_change_and_are_checked(name, good, bad):
+    _, mixed = made()
+    setattr(mixed, name, good)
+    assert getattr(mixed, name) == mixed.state_dict()[name] == good
+    with pytest.raises(ReSegError, match=f"{name}={bad}"):
+        setattr(mixed, name, bad)
+    assert getattr(mixed, name) == good

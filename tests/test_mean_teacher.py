@@ -55,6 +55,20 @@ def test_it_predicts_in_the_models_modes_without_gradients():
     assert all(torch.equal(a, b) for a, b in pairs), "statistics of its own"
 
 
+def test_complex_parameters_are_averaged_and_parts_may_be_compiled():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+    teacher = MeanTeacher(model, 0.75)
+    teacher.start()
+    model[0] = torch.compile(model[0], backend="eager")
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(4)
+    teacher.update()
+    for a, b in zip(teacher.network.parameters(), before, strict=True):
+        torch.testing.assert_close(a.detach(), b + 1)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError, ValueError, KeyError])
 def test_whatever_it_fails_by_is_said_of_the_images(error):
     class Fussy(UNet):
@@ -100,6 +114,12 @@ def test_a_model_that_has_changed_is_refused():
     model.head = nn.Identity()
     with pytest.raises(ReSegError, match="modules have changed"):
         teacher.predict(IMAGE)
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))
+    teacher = MeanTeacher(model, 0.9)
+    teacher.start()
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)  # another parameter of the same shape
+    with pytest.raises(ReSegError, match="parameters have changed"):
+        teacher.update()
     model = UNet()
     teacher = MeanTeacher(model, 0.9)
     teacher.start()

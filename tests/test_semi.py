@@ -1039,6 +1039,27 @@ def test_a_class_without_a_sure_pixel_is_named_once(monkeypatch):
     assert saved(ours)["labelled"] == [True, True, False]
 
 
+def test_a_mask_of_0_and_255_is_told_of_once():
+    _, ours = made(UNet(classes=1), deep=None, threshold=0.55)
+    image, label, others = step(size=8)
+    mask = (label > 0).byte() * 255
+
+    def run() -> None:
+        for _ in range(100):
+            ours.loss(image, mask, others)
+            ours.update()
+
+    (caught,) = warned(run)
+    assert "in 100 steps no label had anything but background, but labels have the value 255" in str(caught.message)
+    assert not warned(run)
+
+
+def test_a_label_with_more_than_the_classes_is_the_task_losses_own():
+    image, label, others = step(size=8)
+    _, ours = made(deep=None, task_loss=lambda x, y: ignoring(x, y[:, 0] if y.ndim == 4 else y))
+    assert ours.loss(image, torch.stack([label, label], 1), others).isfinite()
+
+
 def test_classes_are_counted_in_labels_of_any_form(monkeypatch):
     image, label, others = step(size=8)
     one_hot = F.one_hot(label.clamp(max=1), 3).movedim(-1, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ReSegError, outline
+from ..errors import ReSegError, outline, warn
 from .dryrun import preserved_rng, restore_rng, rng_state
 from .inputs import check_number, is_dense, unpack_batch
 from .labels import plain_label, unwrapped
@@ -71,7 +71,7 @@ class batches:  # noqa: N801 - called as zip and range are
         if not (batch is None or callable(batch)):
             raise ReSegError(f"batch= must be a function from a batch to (image, label), got {type(batch).__name__}")
         self._unpack = batch
-        self._step = 0
+        self._step, self._ended = 0, False
         self._labelled, self._unlabelled = Rounds(labelled, "labelled"), Rounds(unlabelled, "unlabelled")
         if labelled is unlabelled:
             raise ReSegError(
@@ -92,11 +92,14 @@ class batches:  # noqa: N801 - called as zip and range are
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if self._ended and self._step == self.steps:
+            warn(f"all {self.steps} steps are done, so this loop has none: steps= is the whole run, not an epoch of it")
         while self._step < self.steps:
             image, label = pair_of(self._labelled.next_batch(), self._unpack, "batches")
             unlabelled = unlabelled_image(self._unlabelled.next_batch())
             self._step += 1
             yield image, label, unlabelled
+        self._ended = True
 
     def state_dict(self) -> dict[str, Any]:
         """The current position: tensors and plain Python values only. Call it after a step in the loop, or outside it.

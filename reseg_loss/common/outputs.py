@@ -27,8 +27,15 @@ MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "log-softmax": (nn.LogSoftmax,),
 }
 # what may stand between an activation and the output and leaves its values as they are, or between those around them
-PASSING = {f"{name}Backward0" for name in ("ToCopy", "Clone", "Slice", "Select", "View", "Alias", "Unsqueeze")}
-PASSING |= {f"Upsample{name}Backward0" for name in ("Nearest2D", "Nearest3D", "Bilinear2D", "Trilinear3D")}
+PASSING = {
+    f"{name}Backward{version}"
+    for version in (0, 1)
+    for name in (
+        *("ToCopy", "Clone", "Slice", "Select", "View", "Alias", "Unsqueeze", "Squeeze", "Permute", "Transpose"),
+        *("Clamp", "ClampMin", "ClampMax"),
+        *("UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D", "UpsampleTrilinear3D"),
+    )
+}
 
 
 def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
@@ -127,6 +134,12 @@ def activation_of(output: Tensor) -> str | None:
     while made_by is not None and made_by.name() in PASSING:
         made_by = made_by.next_functions[0][0]
     return None if made_by is None else ACTIVATIONS.get(made_by.name())
+
+
+def sums_to_one(output: Tensor) -> bool:
+    """Whether the channels of an output are probabilities, however they were made. Reading it waits for the device."""
+    x = output.detach().float()
+    return x.shape[1] > 1 and bool(((x >= 0).all() & ((x.sum(1) - 1).abs() < 1e-2).all()).item())
 
 
 def common_activation(output: Any, spatial: tuple[int, ...]) -> str | None:

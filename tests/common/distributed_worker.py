@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from reseg_loss import CutMixConsistency, DeepSupervision, ReSegWrapper
+from reseg_loss import CutMixConsistency, DeepSupervision, ReSegWrapper, SemiSupervised
 from reseg_loss.consistency import BROADCASTS_TWICE
 
 STEPS = 3
@@ -346,6 +346,21 @@ def join_refused(rank: int, world: int) -> Any:
     return messages
 
 
+def wrapped_later(rank: int, world: int) -> Any:
+    """What is said of a model that was wrapped after the loss was built, without and with the wrapper in `loss`."""
+    model = model_of_the_test()
+    semi = SemiSupervised(model, batch()[0], rampup_steps=None)
+    run = DistributedDataParallel(model)
+    image, label = part(0, rank, world)
+    try:
+        semi.loss(image, label, image)
+        message = "it was not refused"
+    except ValueError as error:
+        message = f"{type(error).__name__}: {error}"
+    semi.loss(image, label, image, forward=run).backward()
+    return message, [p.grad for p in model.parameters()]
+
+
 def join_that_ends_with_the_first(rank: int, world: int) -> Any:
     model = model_of_the_test()
     run = DistributedDataParallel(model)
@@ -425,6 +440,7 @@ CHECKS = [
     join_with_alignment,
     join_with_unlabelled_images,
     join_refused,
+    wrapped_later,
     join_that_ends_with_the_first,
     stage_1_uneven,
 ]

@@ -164,6 +164,13 @@ def test_what_is_reduced_beside_the_model_is_refused_under_join_on_every_process
             assert "DistributedSampler" in messages[name]
 
 
+def test_a_model_that_was_wrapped_later_is_not_run_without_its_wrapper(found):
+    (said, zero), (_, one) = both(found, worker.wrapped_later)
+    assert said.startswith("ReSegError: the model was wrapped in DistributedDataParallel after this was built")
+    assert "forward=" in said
+    assert equal(zero, one)
+
+
 def test_a_join_that_ends_with_the_first_process_may_have_heads_beside_it(found):
     assert [each[0] for each in both(found, worker.join_that_ends_with_the_first)] == [2, 2]
 

@@ -53,6 +53,9 @@ class Both(EndsIn):
         (F.logsigmoid, "log-sigmoid"),
         (lambda x: F.interpolate(x.softmax(1), scale_factor=2.0, mode="bilinear"), "softmax"),
         (lambda x: F.interpolate(x.sigmoid(), scale_factor=2.0), "sigmoid"),
+        (lambda x: x.movedim(1, -1).softmax(-1).movedim(-1, 1), "softmax"),
+        (lambda x: x.transpose(1, 3).softmax(-1).transpose(1, 3).clamp(1e-6, 1), "softmax"),
+        (lambda x: x[:, :1].sigmoid().squeeze(1).clamp_min(1e-6)[:, None], "sigmoid"),
         (lambda x: x, None),
         (lambda x: 2 * x.sigmoid(), None),
         (lambda x: x.sigmoid().detach(), None),
@@ -111,6 +114,16 @@ def test_pseudo_labels_of_probabilities_are_refused_and_output_names_the_logits(
         mixed.loss(image, ignoring)
     mixed = CutMixConsistency(Both(classes=3), rampup_steps=None, ignore_index=IGNORED, output="logits")
     mixed.loss(image, ignoring)
+
+
+def test_pseudo_labels_of_numbers_that_sum_to_one_are_refused():
+    class Normalized(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).log_softmax(1).exp() * 1.0
+
+    mixed = CutMixConsistency(Normalized(), rampup_steps=None, ignore_index=IGNORED)
+    with pytest.raises(ReSegError, match="ends in a softmax, and pseudo-labels are made from logits"):
+        mixed.loss(batch()[0], ignoring)
 
 
 def test_a_teacher_of_a_model_that_ends_in_a_sigmoid_can_paint_any_image():
