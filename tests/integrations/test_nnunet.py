@@ -20,8 +20,8 @@ from frameworks_page import section
 from launch import two_processes
 from nnunet_tiny import equal, predict
 
+from reseg_loss import ReSegError
 from reseg_loss.integrations.nnunet import __main__ as printer
-from reseg_loss.integrations.nnunet.checkpoints import trainer_to_predict_with
 
 pytestmark = tiny.MARKS
 
@@ -80,6 +80,28 @@ def test_a_killed_stage_1_goes_on_and_another_start_begins_anew(folders, monkeyp
     anew.recon_epochs, anew.num_epochs = 1, 1
     tiny.train(anew)
     assert len(torch.load(file, weights_only=True)["history"]) == 1
+
+
+@pytest.mark.parametrize("how", ["without its file", "no checkpoints", "longer"])
+def test_a_run_that_goes_on_does_so_with_its_own_teacher(folders, how, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    cut = tiny.make("nnUNetTrainerReSeg", "2d")
+    tiny.kill_at(cut, epoch=2, step=0)
+    with pytest.raises(tiny.KilledError):
+        tiny.train(cut)
+    resumed = tiny.make("nnUNetTrainerReSeg", "2d", resume=True)
+    if how == "no checkpoints":
+        resumed.disable_checkpointing = True
+        assert equal(tiny.train(resumed, resume=True).reseg.teacher, cut.reseg.teacher)
+        return
+    if how == "longer":
+        resumed.recon_epochs = 3
+    else:
+        (Path(cut.output_folder) / "reseg_stage1.pth").unlink()
+    with pytest.raises(
+        ReSegError, match=f"has {2 if how == 'longer' else 0} of {resumed.recon_epochs} epochs of stage 1"
+    ):
+        tiny.train(resumed, resume=True)
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
@@ -224,7 +246,3 @@ def test_the_pages_variant_is_found_beside_ours(folders, monkeypatch, tmp_path):
     assert made.reseg.settings.normalize is None
     about = torch.load(Path(made.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert about["trainer_name"] == "nnUNetTrainer_250epochs"
-    ours = type(tiny.make("nnUNetTrainerReSeg", "2d"))
-    assert trainer_to_predict_with(ours, ours) == "nnUNetTrainer"
-    own = type("WithANetworkOfItsOwn", (ours,), {"build_network_architecture": staticmethod(lambda: None)})
-    assert trainer_to_predict_with(own, ours) == "WithANetworkOfItsOwn"

@@ -244,6 +244,51 @@ def test_images_with_other_channels_or_nan_are_refused(channels, value, message,
         preprocess_case(str(tmp_path / "gray"), ["gray_0000.png"], None, configuration, about)
 
 
+def test_images_that_nnunet_cannot_preprocess_or_that_are_empty_are_refused_by_name(tmp_path):
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    from reseg_loss.integrations.nnunet.prepare import preprocess_case
+
+    class Fails:
+        def __init__(self, verbose: bool) -> None:
+            pass
+
+        def run_case_save(self, output: str, *_: Any) -> None:
+            raise RuntimeError
+
+    class Empty(Fails):
+        def run_case_save(self, output: str, *_: Any) -> None:
+            nnUNetDatasetBlosc2.save_case(
+                np.ones((1, 1, 8, 8), np.float32), np.zeros((1, 1, 8, 8), np.int16), {}, output
+            )
+
+    for kind, message in ((Fails, "nnU-Net cannot preprocess it"), (Empty, "all its voxels have the same value")):
+        configuration = types.SimpleNamespace(preprocessor_class=kind)
+        with pytest.raises(ReSegError, match=f"a_0000.png: .*{message}"):
+            preprocess_case(str(tmp_path / "a"), ["a_0000.png"], None, configuration, {"channel_names": {"0": "R"}})
+
+
+def test_files_that_are_no_images_are_named_and_arguments_are_checked(copied, capsys):
+    images = copied("raw") / "imagesUn"
+    done = copied("preprocessed") / "unlabelled" / "nnUNetPlans_2d"
+    command = ["prepare", tiny.ID, "-c", "2d", "-np"]
+    for name in ("scan_0000.nii", ".hidden", "spacing.json"):
+        (images / name).touch()
+    command_line.main([*command, "1"])
+    assert "WARNING: not used, because they do not end in .nii.gz: scan_0000.nii\n" in capsys.readouterr().out
+    first = next(images.glob("*.nii.gz"))
+    shutil.copy(first, images / "more_000_seg_0000.nii.gz")
+    for arguments, message in (
+        (["1"], "more_000_seg in .*: an id cannot end in _seg"),
+        (["0"], "processes must be at least 1, got 0"),
+        (["1", "--patient-splits", ""], "the pattern for patients is empty"),
+    ):
+        with pytest.raises(SystemExit):
+            command_line.main([*command, *arguments])
+        assert re.search(message, capsys.readouterr().err)
+    assert len([*done.glob("*.pkl")]) == 4
+
+
 def test_without_nnunet_prepare_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(command_line, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
@@ -313,11 +358,27 @@ def test_images_of_other_plans_or_missing_ones_are_refused(copied, monkeypatch, 
     done = copied("preprocessed")
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     folder = done / "unlabelled" / "nnUNetPlans_2d"
-    (folder / "more_001.pkl").unlink()
-    with pytest.raises(
-        ReSegError, match=f"not have the 4 images that nnUNetPlans_2d.json names: run .* {tiny.DATASET}"
-    ):
-        make().on_train_start()
+    for lost in ("more_001_seg.b2nd", "more_002.pkl"):
+        (folder / lost).rename(done / lost)
+        with pytest.raises(
+            ReSegError, match=f"not have the 4 images that nnUNetPlans_2d.json names: run .* {tiny.DATASET}"
+        ):
+            make().on_train_start()
+        (done / lost).rename(folder / lost)
+    with monkeypatch.context() as elsewhere:  # where nobody can look for the images
+        elsewhere.delenv("nnUNet_raw")
+        record = folder.with_name("nnUNetPlans_2d.json")
+        kept = record.read_text()
+        record.unlink()
+        with pytest.raises(ReSegError, match=r"the unlabelled images in .*nnUNetPlans_2d did not end: run"):
+            make().on_train_start()
+        folder.rename(done / "away")
+        with pytest.raises(
+            ReSegError, match=r"not preprocessed for this configuration: run .*, or move .*unlabelled away"
+        ):
+            make().on_train_start()
+        (done / "away").rename(folder)
+        record.write_text(kept)
     file = done / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["2d"]["normalization_schemes"] = ["CTNormalization"]
@@ -354,7 +415,11 @@ def test_images_added_or_removed_since_they_were_prepared_are_refused(copied, mo
     second.unlink()
     with pytest.raises(ReSegError, match=message.format("more_[0-9]+, more_[0-9]+, new_[0-9]+")):
         make().on_train_start()
-    shutil.rmtree(images)
+    for file in images.iterdir():
+        file.unlink()
+    with pytest.raises(ReSegError, match=message.format("more_.*")):
+        make().on_train_start()
+    images.rmdir()
     made = make()
     made.on_train_start()  # what was prepared is enough
     assert made.mean_teacher is not None
@@ -530,6 +595,7 @@ def test_the_first_epochs_weigh_little_and_the_weight_is_the_subclass(folders, m
         ("threshold", 1.5, "threshold"),
         ("ema_decay", 1.0, "ema_decay"),
         ("rampup", -0.1, "rampup"),
+        ("rampup", 20, "rampup"),  # epochs
     ],
 )
 def test_settings_out_of_range_are_refused(folders, setting, value, message, monkeypatch, tmp_path):
@@ -576,6 +642,83 @@ def test_cascades_are_refused(folders, monkeypatch, tmp_path):
     made.is_cascaded = True
     with pytest.raises(ReSegError, match="cascades are not supported"):
         made.on_train_start()
+
+
+def found_by_name(monkeypatch: pytest.MonkeyPatch, *classes: type) -> None:
+    """Let nnU-Net find trainers that are in no file."""
+    from nnunetv2.utilities import find_objects
+
+    known, original = {each.__name__: each for each in classes}, find_objects.recursive_find_trainer_class_by_name
+    monkeypatch.setattr(
+        find_objects, "recursive_find_trainer_class_by_name", lambda name: known.get(name) or original(name)
+    )
+
+
+def test_bases_that_go_round_ours_are_refused(folders, monkeypatch, tmp_path):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from reseg_loss.integrations.nnunet.semi import nnUNetTrainerSemi
+    from reseg_loss.integrations.nnunet.trainer import nnUNetTrainerReSeg
+
+    class Own(nnUNetTrainer):
+        def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+            nnUNetTrainer.load_checkpoint(self, filename_or_checkpoint)
+
+        def train_step(self, batch: Any) -> Any:
+            batch = {**batch, "data": batch["data"].to(self.device)}
+            return nnUNetTrainer.train_step(self, batch)
+
+    class OwnFirst(Own, nnUNetTrainerSemi):
+        pass
+
+    class OursFirst(nnUNetTrainerSemi, Own):
+        threshold = 0.4
+
+    class Both(nnUNetTrainerSemi, nnUNetTrainerReSeg):
+        pass
+
+    class Perturbs(nnUNetTrainerSemi):
+        def perturb(self, images: Tensor) -> Tensor:
+            return images[:1]
+
+    found_by_name(monkeypatch, OwnFirst, OursFirst, Both, Perturbs)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    with pytest.raises(ReSegError, match="cannot be bases of the same trainer"):
+        tiny.make("Both", "2d").on_train_start()
+    with pytest.raises(ReSegError, match=r"perturb must return images of the shape \(2, 1, 32, 32\)"):
+        tiny.train(tiny.make("Perturbs", "2d"))
+    with pytest.raises(ReSegError, match="list nnUNetTrainerSemi first among its bases, or call super"):
+        tiny.train(tiny.make("OwnFirst", "2d"))
+    ours = tiny.train(tiny.make("OursFirst", "2d"))
+    longer = tiny.make("OwnFirst", "2d", resume=True)
+    longer.num_epochs = 5
+    longer.load_checkpoint(str(Path(ours.output_folder) / "checkpoint_final.pth"))
+    with pytest.raises(ReSegError, match="has no 'reseg_student': this run was started without unlabelled images"):
+        longer.on_train_start()
+
+
+def test_the_trainer_to_predict_with_is_none_of_ours_and_builds_the_same_network():
+    from reseg_loss.integrations.nnunet.checkpoints import trainer_to_predict_with
+
+    class Stock:
+        def build_network_architecture(self) -> None: ...
+
+    class Ours(Stock): ...
+
+    class Normalized(Stock):
+        def build_network_architecture(self) -> None: ...
+
+    class Long(Stock): ...
+
+    def named(*bases: type) -> str:
+        return trainer_to_predict_with(type("Mine", bases, {}), Ours)
+
+    assert trainer_to_predict_with(Ours, Ours) == "Stock"
+    assert [named(Ours), named(Ours, Long), named(Long, Ours)] == ["Stock", "Long", "Long"]
+    assert [named(Ours, Normalized), named(Normalized, Ours)] == ["Normalized", "Normalized"]
+    own = type("Own", (Ours,), {"build_network_architecture": lambda self: None})
+    assert trainer_to_predict_with(own, Ours) == "Own"
+    assert trainer_to_predict_with(type("Mine", (own,), {}), Ours) == "Mine"
 
 
 # --- a run

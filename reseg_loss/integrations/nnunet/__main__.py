@@ -56,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, "nnU-Net is not installed in this environment: pip install 'reseg-loss[nnunet]'\n")
     from .prepare import prepare
 
+    splits = False if given.patient_splits is None else given.patient_splits
     try:
-        prepare(given.dataset, given.plans, given.configurations, given.processes, given.patient_splits or False)
+        prepare(given.dataset, given.plans, given.configurations, given.processes, splits)
     except ReSegError as error:
         parser.exit(1, f"{error}\n")
 

@@ -18,7 +18,9 @@ def finish(partial: str, filename: str, changes: dict[str, Any]) -> None:
 
 
 def trainer_to_predict_with(mine: Any, ours: type) -> str:
-    """The name of the trainer that `ours` extends in `mine`, unless a subclass of `ours` builds its own network."""
-    base = mine.__mro__[mine.__mro__.index(ours) + 1]
-    same = base.build_network_architecture is mine.build_network_architecture
-    return base.__name__ if same else mine.__name__
+    """The name of the first base of `mine` that is none of ours and builds the same network, or else of `mine`."""
+    for base in mine.__mro__:
+        own = getattr(base, "build_network_architecture", None)
+        if not issubclass(base, ours) and own is mine.build_network_architecture:
+            return base.__name__
+    return mine.__name__

@@ -45,9 +45,13 @@ def prepare(
             and including the first number.
 
     Raises:
-        ReSegError: there are no such images or plans, images lack files or channels or have NaN, or an id is also in
-            imagesTr.
+        ReSegError: there are no such images or plans; an image cannot be read, lacks files or channels, has NaN or only
+            one value; an id is also in imagesTr; or an argument is invalid.
     """
+    if processes is not None and processes < 1:
+        raise ReSegError(f"the number of processes must be at least 1, got {processes}")
+    if patient_splits == "":
+        raise ReSegError("the pattern for patients is empty; leave it out to use an id's start up to its first number")
     name = maybe_convert_to_dataset_name(dataset)
     raw, done = Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name
     if not (done / f"{plans_name}.json").exists():
@@ -59,6 +63,8 @@ def prepare(
     about = json.loads((done / "dataset.json").read_text())
     chosen = _configurations(plans, configurations, done)
     cases = find_cases(raw / "imagesUn", about["file_ending"], files_per_case(raw, about))
+    if others := other_files(raw / "imagesUn", about["file_ending"]):
+        print(f"WARNING: not used, because they do not end in {about['file_ending']}: {named(others)}")
     first = str(done / chosen[0].data_identifier)
     labelled = infer_dataset_class(first).get_identifiers(first)
     refuse_labelled(cases, labelled)
@@ -110,6 +116,10 @@ def find_cases(folder: Path, ending: str, files: int) -> dict[str, list[str]]:
     cases, unnumbered = numbered(folder, ending)
     if unnumbered:
         raise ReSegError(f"{named(unnumbered)} in {folder}: name images as in imagesTr, NAME_0000{ending} and so on")
+    if clash := [case for case in cases if case.endswith("_seg")]:
+        raise ReSegError(
+            f"{named(clash)} in {folder}: an id cannot end in _seg, as nnU-Net's files of segmentations do"
+        )
     if not cases:
         raise ReSegError(f"{folder} has no images; name them as in imagesTr: NAME_0000{ending} and so on")
     wrong = [case for case, own in cases.items() if sorted(own) != list(range(files))]
@@ -117,6 +127,11 @@ def find_cases(folder: Path, ending: str, files: int) -> dict[str, list[str]]:
         last = "" if files == 1 else f" to _{files - 1:04d}"
         raise ReSegError(f"{named(wrong)} in {folder}: each needs the files _0000{last}, like the cases of imagesTr")
     return {case: [own[channel] for channel in range(files)] for case, own in cases.items()}
+
+
+def other_files(folder: Path, ending: str) -> list[str]:
+    """Names of what else is in a folder of images, except hidden files and the .json with a TIFF's spacing."""
+    return [file.name for file in folder.iterdir() if not file.name.endswith((ending, ".json")) and file.name[0] != "."]
 
 
 def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path, pattern: str) -> list[str]:
@@ -172,15 +187,24 @@ def preprocess_case(output: str, files: list[str], plans: Any, configuration: An
     """One image with nnU-Net's preprocessor, with an empty list of places for each class, as its loader needs them.
 
     Raises:
-        ReSegError: the image does not have the data set's number of channels, or has NaN.
+        ReSegError: nnU-Net cannot read or preprocess the image; or it does not have the data set's number of channels,
+            has NaN, or only one value.
     """
-    configuration.preprocessor_class(verbose=False).run_case_save(output, files, None, plans, configuration, about)
+    try:
+        configuration.preprocessor_class(verbose=False).run_case_save(output, files, None, plans, configuration, about)
+    except Exception as error:
+        raise ReSegError(
+            f"{files[0]}: nnU-Net cannot preprocess it like the images of imagesTr, whose channels it must have, "
+            f"all of one size ({type(error).__name__}: {error})"
+        ) from error
     folder, case = os.path.split(output)
     image = infer_dataset_class(folder)(folder, [case]).load_case(case)[0][:]
     if len(image) != channels_of(about):
         raise ReSegError(f"{files[0]}: {len(image)} channels, but dataset.json has {channels_of(about)}")
     if not np.isfinite(image).all():
         raise ReSegError(f"{files[0]}: preprocessed, it has values that are not finite (NaN or infinite)")
+    if (image == image[:, :1, :1, :1]).all():
+        raise ReSegError(f"{files[0]}: preprocessed, all its voxels have the same value")
     labels = plans.get_label_manager(about)
     keys = labels.foreground_regions if labels.has_regions else labels.foreground_labels
     keys = [tuple(map(int, key)) if isinstance(key, (tuple, list)) else int(key) for key in keys]

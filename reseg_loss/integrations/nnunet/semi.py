@@ -16,7 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
 from ...common.inputs import check_number, check_weight
-from ...errors import ReSegError
+from ...errors import ReSegError, outline
 from ...mean_teacher import MeanTeacher
 from ...mixing import ramp_up, random_intensities
 from ...recording.copying import unwrap
@@ -54,7 +54,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         if not self.was_initialized:
             self.initialize()
         check_weight("unlabelled_weight", self.unlabelled_weight)
-        check_number("rampup", self.rampup, least=0)
+        check_number("rampup", self.rampup, least=0, most=1)
         check_number("threshold", self.threshold, least=0, most=1)
         check_number("ema_decay", self.ema_decay, least=0, below=1)
         images = self.unlabelled_images() if self.unlabelled_weight else None
@@ -66,6 +66,14 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
                 )
             super().on_train_start()
             return
+        if self.current_epoch > 0 and self.student_of_checkpoint is None:
+            raise ReSegError(
+                f"the checkpoint of --c has no {STUDENT!r}: this run was started without unlabelled images, so start "
+                "over without --c; or a base of this trainer loads checkpoints without calling super(), so list "
+                "nnUNetTrainerSemi before it"
+            )
+        if hasattr(self, "reseg_settings"):
+            raise ReSegError("nnUNetTrainerSemi and nnUNetTrainerReSeg cannot be bases of the same trainer")
         if self.is_cascaded:
             raise ReSegError("unlabelled images have no segmentation of a previous stage: cascades are not supported")
         whole = self.batch_size
@@ -136,7 +144,10 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         target = step.pseudo_target(logits, self.threshold, ignored, self.label_manager.has_regions)
         mixed, target = step.mixed(images, target)
         self.loss.expect(step.downsampled(target, self._get_deep_supervision_scales()), self.factor())
-        data = torch.cat([batch["data"].to(self.device, non_blocking=True), self.perturb(mixed)])
+        perturbed = self.perturb(mixed)
+        if not isinstance(perturbed, Tensor) or perturbed.shape != mixed.shape:
+            raise ReSegError(f"perturb must return images of the shape {tuple(mixed.shape)}, got {outline(perturbed)}")
+        data = torch.cat([batch["data"].to(self.device, non_blocking=True), perturbed])
         outputs = super().train_step({**batch, "data": data})
         self.mean_teacher.update()
         values = self.loss.unlabelled, step.counted(target, ignored)
@@ -156,6 +167,11 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         super().on_train_epoch_end(train_outputs)
         if self.mean_teacher is None:
             return
+        if not all(name in output for output in train_outputs for name in LOGGED):
+            raise ReSegError(
+                "this trainer's train_step did not call that of nnUNetTrainerSemi, so no unlabelled image was used: "
+                "list nnUNetTrainerSemi first among its bases, or call super().train_step"
+            )
         found = np.array([[output[name] for name in LOGGED] for output in train_outputs]).mean(0)
         if self.is_ddp:
             everywhere: list[Any] = [None] * dist.get_world_size()

@@ -10,7 +10,9 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
+from ...alignment.stage1_file import Stage1File
 from ...alignment.wrapper import ReSegWrapper
+from ...errors import ReSegError
 from .checkpoints import finish, trainer_to_predict_with
 
 IGNORED = 255  # where regions have an ignore label
@@ -39,8 +41,12 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
             return
         self.reseg = reseg = self._make_reseg()
         self.loss = _WithAlignment(self.loss, reseg, self.label_of)
-        file = None if self.disable_checkpointing else Path(self.output_folder) / "reseg_stage1.pth"
-        if file is not None and self.local_rank == 0 and not self.logger.resume:
+        file: Path | None = Path(self.output_folder) / "reseg_stage1.pth"
+        if self.current_epoch > 0:
+            self._refuse_another_teacher(file)
+        elif self.disable_checkpointing:
+            file = None
+        elif self.local_rank == 0 and not self.logger.resume:
             file.unlink(missing_ok=True)  # of an earlier run in this folder
         amp = torch.float16 if self.grad_scaler is not None else None
         history = reseg.fit_recon(_Epoch(self), epochs=self.recon_epochs, amp=amp, checkpoint=file)
@@ -60,6 +66,16 @@ class nnUNetTrainerReSeg(nnUNetTrainer):  # noqa: N801
         if self.local_rank == 0 and not self.disable_checkpointing:
             name = trainer_to_predict_with(type(self), nnUNetTrainerReSeg)
             finish(partial, filename, {"trainer_name": name, "reseg_trainer": type(self).__name__})
+
+    def _refuse_another_teacher(self, file: Path) -> None:
+        """Raise a ReSegError if stage 1 would run in the middle of a training, on the way to another teacher."""
+        stage_1 = Stage1File(file).read()
+        done = 0 if stage_1 is None else len(stage_1["history"])
+        if done < self.recon_epochs:
+            raise ReSegError(
+                f"with --c this run goes on, but {file} has {done} of {self.recon_epochs} epochs of stage 1, and the "
+                "others would train another teacher: put this run's file there, and leave recon_epochs as it was"
+            )
 
     def _make_reseg(self) -> ReSegWrapper:
         labels, settings = self.label_manager, dict(self.reseg_settings)

@@ -56,17 +56,26 @@ def prepared(dataset: Path, plans: Any, configuration: Any) -> dict[str, Any]:
     """The data set of each image that `prepare` has preprocessed, by id; empty if it was not run.
 
     Raises:
-        ReSegError: they were preprocessed with other plans, or files are missing.
+        ReSegError: it was run for other configurations only, with other plans, or to no end; or files are missing.
     """
     folder = folder_of(dataset, configuration)
     record = record_of(folder)
+    again = f"run {command(dataset.name, plans)} again"
     if not record.exists():
+        if folder.exists():
+            raise ReSegError(f"the preprocessing of the unlabelled images in {folder} did not end: {again}")
+        if any(folder.parent.glob("*.json")):
+            raise ReSegError(
+                f"the unlabelled images are not preprocessed for this configuration: run "
+                f"{command(dataset.name, plans)}, or move {folder.parent} away to train without them"
+            )
         return {}
     about = json.loads(record.read_text())
-    again = f"run {command(dataset.name, plans)} again"
     if about["preprocessing"] != preprocessing(plans, configuration):
         raise ReSegError(f"the unlabelled images in {folder} were preprocessed with other plans: {again}")
-    if {file.stem for file in folder.glob("*.pkl")} != {*about["cases"]}:
+    names = {file.name for file in folder.glob("*")}
+    ends = (".b2nd", "_seg.b2nd", ".pkl") if any(name.endswith(".b2nd") for name in names) else (".npz", ".pkl")
+    if {name for name in names if name.endswith(ends)} != {f"{case}{end}" for case in about["cases"] for end in ends}:
         raise ReSegError(f"{folder} does not have the {len(about['cases'])} images that {record.name} names: {again}")
     return dict.fromkeys(about["cases"], infer_dataset_class(str(folder))(str(folder)))
 
@@ -90,7 +99,7 @@ def refuse_unprepared(sources: Iterable[str], dataset: str, ending: str, plans: 
         return
     folder = Path(nnUNet_raw) / dataset / "imagesUn"
     there, known = set(numbered(folder, ending)[0]), set(sources)
-    if there and known and there != known:
+    if folder.is_dir() and known and there != known:
         raise ReSegError(
             f"{folder} has other images than were prepared: {named(there ^ known)}. Run {command(dataset, plans)} again"
         )
