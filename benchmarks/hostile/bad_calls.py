@@ -319,7 +319,7 @@ def small_methods() -> Iterator[Attempt]:
             )
         yield Attempt(f"DeepSupervision.{member}", "before an example", lambda n=member: _unbuilt_heads(n), true)
     mixings = ("average", "calls", "factor", "update", "reset", "stats", "model", "parameters", "record", "remove")
-    mixings += ("ending", "ema_decay")
+    mixings += ("ending", "ema_decay", "rampup_steps", "threshold")
     for member in mixings:
         for title, prepare in heads.items():
             if title != "after remove":
@@ -330,6 +330,11 @@ def small_methods() -> Iterator[Attempt]:
                     true,
                 )
         yield Attempt(f"CutMixConsistency.{member}", "after a changed model", lambda n=member: _changed_mixing(n), true)
+    for member in ("ema_decay", "rampup_steps", "threshold"):
+        for value in (-1, 1.5, NAN, float("inf"), "1", [1], object()):
+            yield Attempt(
+                f"CutMixConsistency.{member}", _word(value), lambda n=member, v=value: setattr(mixing()[1], n, v)
+            )
     makers: dict[str, Callable[[], Any]] = {
         "ReSegWrapper": lambda: aligned()[1],
         "DeepSupervision": lambda: supervised()[1],
