@@ -124,7 +124,7 @@ def semi_orthogonal(out_channels: int, in_channels: int, seed: int = 0) -> Tenso
     """
     check_number("out_channels", out_channels, least=1, whole=True)
     check_number("in_channels", in_channels, least=1, whole=True)
-    check_number("seed", seed, least=0, whole=True)
+    check_number("seed", seed, least=0, most=2**63 - 1, whole=True)
     generator = torch.Generator().manual_seed(seed)
     shape = max(out_channels, in_channels), min(out_channels, in_channels)
     tall = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")  # whatever the default device is

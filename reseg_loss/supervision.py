@@ -13,9 +13,16 @@ from .common.distributed import UnmovedWarning, distributed, refuse_join, undist
 from .common.dryrun import preserved_rng
 from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
 from .common.labels import FEW_OPERATORS, LabelEncoding, has_value, plain_label
-from .common.outputs import is_activation, loss_of_logits, refuse_probabilities, select_output, trained_ending
+from .common.outputs import (
+    all_sum_to_one,
+    is_activation,
+    loss_of_logits,
+    refuse_probabilities,
+    select_output,
+    trained_ending,
+)
 from .common.state import load_states
-from .errors import ReSegError, TapError, outline
+from .errors import ReSegError, TapError, outline, warn
 from .recording.extractor import FeatureExtractor
 from .regularizer import Regularizer, nothing
 from .taps import TapPlan, Trace, look
@@ -115,13 +122,17 @@ class DeepSupervision(Regularizer):
         self._heads: nn.Module | None = None
         self._ending: str | None = None
         self._checked = False
+        self._told_of_gradients = False
         self._unmoved = UnmovedWarning(
             "the deep supervision heads",
             "pass ds.parameters() to your optimizer (semi.parameters() for SemiSupervised)",
         )
         if example_input is not None:
             plan, trace = look(self._model, example_input, taps=taps, levels=levels)
-            activation, self._ending = trained_ending(self._model, example_input, trace.common_activation())
+            evaluated = trace.common_activation()
+            if evaluated is None and all_sum_to_one(trace.output, tuple(trace.image[2:])):
+                evaluated = "softmax"
+            activation, self._ending = trained_ending(self._model, example_input, evaluated)
             if self._ending is None:
                 what = "your task loss takes probabilities, but the heads return logits"
                 refuse_probabilities(activation, what, self._model)
@@ -220,7 +231,12 @@ class DeepSupervision(Regularizer):
         self._unmoved.check(self._heads.parameters())
         inputs = {f"decoder_{i + 1}": x for i, x in enumerate(features)}
         with torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            return HeadOutputs(self._heads(inputs), inputs, image)
+            logits = self._heads(inputs)
+        name, first = next(iter(logits.items()))
+        if not self._told_of_gradients and first.requires_grad and not torch.compiler.is_compiling():
+            # in the backward, because frameworks clear gradients between the loss and that
+            first.register_hook(lambda _: self._look_at_gradients(self.heads[name]))
+        return HeadOutputs(logits, inputs, image)
 
     def loss_of(self, outputs: HeadOutputs, label: Tensor, task_loss: TaskLoss) -> Tensor:
         """The weighted sum over heads of the task loss, without `weight`.
@@ -264,6 +280,18 @@ class DeepSupervision(Regularizer):
         found = super().stats()
         parts = {name: self.weight_of(name) * value for name, value in found.items() if name.startswith("decoder_")}
         return {**found, **{f"weighted/{name}": found["weight"] * part for name, part in parts.items()}}
+
+    def _look_at_gradients(self, head: nn.Module) -> None:
+        """Warn once if a head has gradients before its backward, but none of the model's trained parameters has."""
+        if self._told_of_gradients or all(p.grad is None for p in head.parameters()):
+            return
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if trained and all(p.grad is None for p in trained):
+            self._told_of_gradients = True
+            warn(
+                "the heads still have the gradients of an earlier step, but the model's were cleared, so the heads' "
+                "add up: clear both, by zero_grad() of the optimizer that has them instead of the model's"
+            )
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -351,7 +379,7 @@ def _channels(trace: Trace) -> int:
 
 
 def _checked(level_weights: Sequence[float]) -> list[float]:
-    if not isinstance(level_weights, Iterable):
+    if not isinstance(level_weights, Iterable) or isinstance(level_weights, (Mapping, set, frozenset)):
         raise ReSegError(f"level_weights={level_weights!r}; pass one weight for each level, the finest first")
     return [check_weight("level_weights", weight) for weight in level_weights]
 

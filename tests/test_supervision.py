@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,40 @@ def test_weights():
     zero = ds.loss(label, task_loss)
     zero.backward()
     assert zero.item() == 0
+
+
+@pytest.mark.parametrize("weights", [{2: 1.0, 4: 0.5}, {1.0, 0.5}], ids=["dict", "set"])
+def test_weights_without_an_order_are_refused(weights):
+    with pytest.raises(ReSegError, match="pass one weight for each level, the finest first"):
+        supervised(level_weights=weights)
+
+
+def test_probabilities_that_no_softmax_ends_in_are_refused():
+    class Masked(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(1) * torch.ones_like(x)
+
+    with pytest.raises(ReSegError, match="ends in a softmax, and your task loss takes probabilities"):
+        DeepSupervision(Masked(), batch()[0])
+
+
+def test_gradients_of_the_heads_that_were_not_cleared_are_told_of_once():
+    model, ds = supervised()
+    image, label = batch()
+
+    def step(clear: Any) -> None:
+        clear.zero_grad()
+        model(image)
+        ds.loss(label, task_loss).backward()
+
+    both = torch.optim.SGD([*model.parameters(), *ds.parameters()], 0.1)
+    for _ in range(2):
+        step(both)
+    model(image)
+    ds.loss(label, task_loss).backward()  # accumulated
+    with pytest.warns(UserWarning, match="the heads still have the gradients of an earlier step"):
+        step(model)
+    step(model)
 
 
 def test_weight_zero_equals_the_run_without():

@@ -73,6 +73,13 @@ def _array(path: Path) -> np.ndarray:
     return array.transpose(2, 1, 0)
 
 
+def _corners(path: Path) -> np.ndarray:
+    """Where the header says that the first and the last voxel are, in mm, of the volume as `_array` turns it."""
+    volume = nib.as_closest_canonical(_load(path))
+    ends = np.array([[0, 0, 0, 1], [*(np.array(volume.shape[:3]) - 1), 1]])
+    return ends @ np.asarray(volume.affine).T
+
+
 def _label(path: Path) -> np.ndarray:
     array = _array(path)
     label = array.astype(np.uint8)
@@ -95,6 +102,11 @@ def _reader(image: Path, label: Path | None, channels: bool) -> Callable[[], Vol
         classes = np.zeros(volume.shape[1:], np.uint8) if label is None else _label(label)
         if classes.shape != volume.shape[1:]:
             raise ValueError(f"{image} has shape {volume.shape[1:]}, its label {classes.shape}.")
+        if label is not None and np.abs(_corners(image) - _corners(label)).max() > 1:
+            raise ValueError(
+                f"{image} and {label} lie more than 1 mm apart according to their headers, so one may be turned or "
+                "flipped. If only the header is wrong, copy the image's to the label."
+            )
         return volume if channels else volume[0], classes
 
     return read

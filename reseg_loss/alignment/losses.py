@@ -97,7 +97,7 @@ class CrossAlignmentLoss(nn.Module):
         if not (self.encoder_to_decoder or self.decoder_to_encoder or self.bottleneck):
             raise ReSegError("every term has weight 0; to switch the alignment off, pass weight=0 to ReSegWrapper")
         self.divisor: float = check_number("divisor", divisor, above=0)
-        self.seed: int = check_number("seed", seed, least=0, whole=True)
+        self.seed: int = check_number("seed", seed, least=0, most=2**63 - 1, whole=True)
         self.normalize = normalize
         self._fixed: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 

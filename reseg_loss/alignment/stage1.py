@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
@@ -19,10 +20,9 @@ from tqdm.auto import tqdm
 from ..common.batches import pair_of, set_epoch
 from ..common.distributed import in_step, on_rank_0, rank, world_size
 from ..common.dryrun import restore_rng, rng_state
-from ..common.inputs import check_number
+from ..common.inputs import check_number, readable
 from ..errors import ReSegError
 from ..recording.extractor import FeatureExtractor
-from ..taps.named import module_of
 from .image_range import ImageMap, far_from_unit, valid_pixels
 from .losses import ReconLoss
 from .resume import choices, go_on, schedule_choices
@@ -134,17 +134,18 @@ def fit(
                 else:
                     teacher = run.teacher
                 check_image(image, label, teacher)
-                if not history and step < CHECKED_STEPS:
+                if readable(label.device) or (not history and step < CHECKED_STEPS):
                     teacher.encoding.check_values(label)
                 if run is None:
                     _settle_range(teacher, image, label, given.standardize_image)
                     run = _Run(teacher, loss, given, resumed, kept=file is not None)
                     if file is not None:
                         file.rehearse({**state(), **run.state()})
-                around = _gradients_wanted(taps) if taps is not None and copied else nullcontext()
+                reached: set[str] = set()
+                around = nullcontext() if taps is None else _watched(taps, reached, copied)
                 value, valid = run.step(image, label, around)
                 if taps is not None:  # in the first step alone
-                    _check_reached(teacher, taps)
+                    _check_reached(taps, reached)
                     taps = None
                 if len(constants) < SAMPLED_BATCHES:
                     constants.append(run.standardized(sample_pixels(image, valid, generator)))
@@ -190,6 +191,13 @@ class _Run:
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(teacher.parameters())
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ReSegError(f"optimizer= must be a function that returns an optimizer; it returned {self.optimizer!r}")
+        try:
+            inspect.signature(self.optimizer.step).bind()
+        except TypeError as error:
+            raise ReSegError(
+                f"stage 1 calls step() of its optimizer without arguments, and {type(self.optimizer).__name__}'s needs "
+                f"some ({error}); use one that needs none, such as torch.optim.Adam"
+            ) from error
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(p) in known for p in teacher.parameters()):
             raise ReSegError(
@@ -244,29 +252,32 @@ class _Run:
 
 
 @contextmanager
-def _gradients_wanted(taps: FeatureExtractor) -> Iterator[None]:
-    """Around a forward of a teacher that is a copy of the model: raise a TapError if its taps have no gradients.
+def _watched(taps: FeatureExtractor, reached: set[str], copied: bool) -> Iterator[None]:
+    """Around a forward of the teacher: notes in `reached` the taps that its backward gives a gradient.
 
-    Otherwise the model's taps would have none in stage 2, either. A teacher of the user's own needs none there.
+    If the teacher is a copy of the model, a TapError is raised for taps without gradients: the model's taps would have
+    none in stage 2, either. A teacher of the user's own needs none there.
     """
     taps.enabled = True
     try:
         yield
-        taps.take()
+        for name, (_, tensor, *_) in taps.recorded().items():
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _, name=name: reached.add(name))
+            elif not copied:
+                reached.add(name)
+        if copied:
+            taps.take()
     finally:
         taps.enabled = False
 
 
-def _check_reached(teacher: Teacher, extractor: FeatureExtractor) -> None:
-    """Raise a ReSegError if the reconstruction loss gives a whole tapped module no gradient.
+def _check_reached(extractor: FeatureExtractor, reached: set[str]) -> None:
+    """Raise a ReSegError if the reconstruction loss gives a tap no gradient.
 
     If a model returns several images, the one that is used may not depend on every tap. Those taps would stay random.
     """
-    unreached = []
-    for tap in extractor.taps:
-        trainable = [p for p in module_of(teacher.body, tap).parameters() if p.requires_grad]
-        if not tap.is_input and trainable and all(p.grad is None for p in trainable):
-            unreached.append(str(tap))
+    unreached = [name for name in map(str, extractor.taps) if name not in reached]
     if unreached:
         raise ReSegError(
             f"stage 1 would not train {', '.join(unreached)} of the teacher: the output that is trained to be the "

@@ -59,7 +59,8 @@ class Targets:
             )
         if teacher.reference.device != device:
             teacher.to(device)
-        if teacher.body.training:  # a body of the user's may be part of another module, whose train() reaches it
+        # a body of the user's, or a part of it, may be part of another module, whose train() reaches it
+        if any(module.training for module in teacher.body.modules()):
             teacher.eval()
         encoded, valid = teacher.encoding.encode(label)
         enabled, dtype = autocast if settings.lower is None else (True, settings.lower)

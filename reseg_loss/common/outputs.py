@@ -142,6 +142,12 @@ def sums_to_one(output: Tensor) -> bool:
     return x.shape[1] > 1 and bool(((x >= 0).all() & ((x.sum(1) - 1).abs() < 1e-2).all()).item())
 
 
+def all_sum_to_one(output: Any, spatial: tuple[int, ...]) -> bool:
+    """Whether all full-size outputs of a model are probabilities, however they were made."""
+    found = [x for _, x in tensors(output) if tuple(x.shape[2:]) == spatial]
+    return bool(found) and all(map(sums_to_one, found))
+
+
 def common_activation(output: Any, spatial: tuple[int, ...]) -> str | None:
     """`activation_of` the full-size outputs of a model; None if any of them ends in none."""
     return of_all(activation_of(tensor) for _, tensor in tensors(output) if tuple(tensor.shape[2:]) == spatial)
@@ -201,7 +207,7 @@ def trained_ending(model: nn.Module, example_input: Any, evaluated: str | None) 
     spatial = tuple(ran.image.shape[2:])
     activation = common_activation(ran.output, spatial)
     if activation is None:
-        return None, None
+        return "softmax" if all_sum_to_one(ran.output, spatial) else None, None
     return activation, ran.module_of(select_output(ran.output, len(ran.image), spatial))
 
 

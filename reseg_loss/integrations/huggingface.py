@@ -24,10 +24,11 @@ class SemiSupervisedTrainer(Trainer):
     """A Trainer whose steps also have a batch of unlabelled images.
 
     The loss is that of `SemiSupervised`; a loss that the model itself returns is not used. The heads' parameters are
-    added to the optimizer that the Trainer makes. The mean teacher follows after each optimizer step. `evaluate`,
-    `predict`, `save_model`, `load_best_model_at_end` and the "model.safetensors" of checkpoints all use the mean
-    teacher. Everything else that a resumed run needs, including the weights in training, is in a file "semi.pt" in the
-    checkpoint's folder. If the number of processes has changed, the unlabelled images start over.
+    added to the optimizer that the Trainer makes; `max_grad_norm` clips the model's gradients alone. The mean teacher
+    follows after each optimizer step. `evaluate`, `predict`, `save_model`, `load_best_model_at_end` and the
+    "model.safetensors" of checkpoints all use the mean teacher. Everything else that a resumed run needs, including the
+    weights in training, is in a file "semi.pt" in the checkpoint's folder. If the number of processes has changed, the
+    unlabelled images start over.
 
     Args:
         *args: as for `transformers.Trainer`.
@@ -38,13 +39,20 @@ class SemiSupervisedTrainer(Trainer):
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
-        ReSegError: `semi` was built for another model; a batch has another form.
+        ReSegError: `semi` was built for another model; an argument cannot be followed; a batch has another form.
     """
 
     def __init__(self, *args: Any, semi: SemiSupervised, unlabelled: Iterable[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(semi, SemiSupervised):
             raise ReSegError(f"semi= must be a SemiSupervised, got {type(semi).__name__}")
+        if self.compute_loss_func is not None or self.args.label_smoothing_factor:
+            raise ReSegError(
+                "compute_loss_func= and label_smoothing_factor do not reach the loss of SemiSupervised: pass "
+                "SemiSupervised(..., task_loss=) instead"
+            )
+        if self.args.save_only_model and self.args.load_best_model_at_end:
+            raise ReSegError("load_best_model_at_end needs all of a checkpoint: leave out save_only_model")
         if semi.model is not self.model:
             raise ReSegError("semi= was built for another model than the Trainer's; build both with the same model")
         self.semi = semi
@@ -85,6 +93,9 @@ class SemiSupervisedTrainer(Trainer):
         name = str(getattr(self.semi.model, "main_input_name", "pixel_values"))
         if set(inputs) != {name, "labels"}:
             raise ReSegError(f"a training batch has {sorted(inputs)}; it must have exactly {[name, 'labels']}")
+        if all(p.grad is None for p in self.semi.model.parameters()):  # the Trainer clears the model's gradients alone
+            for p in self.semi.parameters():
+                p.grad = None
         returned: list[Any] = []
 
         def forward(x: Tensor) -> Any:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..alignment.wrapper import ReSegWrapper
+from ..common.batches import batches
 from ..common.state import check_entries
 from ..errors import ReSegError
 from ..regularizer import Regularizer
@@ -44,8 +45,8 @@ class ReSegCallback(Callback):
 
     Raises:
         ReSegError: the module has none of these losses, or not those of the checkpoint; there are several training
-            loaders for stage 1; two mean teachers average one model; ModelCheckpoint has `save_weights_only`, which
-            would save other weights than those that are validated.
+            loaders for stage 1; two mean teachers average one model; `batches` has several epochs; ModelCheckpoint has
+            `save_weights_only`, which would save other weights than those that are validated.
     """
 
     def __init__(self, *, loader: Iterable[Any] | None = None, validate_average: bool = True, **fit_recon: Any) -> None:
@@ -102,6 +103,11 @@ class ReSegCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stage 1, unless the checkpoint had the teacher."""
+        if isinstance(trainer.train_dataloader, batches) and trainer.max_epochs != 1:
+            raise ReSegError(
+                "batches(steps=) is a whole run, so a second epoch would have no step, and a resumed run would start "
+                "over: pass max_epochs=1"
+            )
         for each in self._found.values():
             if isinstance(each, ReSegWrapper) and each.weight != 0 and not each.ready:
                 loader: Any = trainer.train_dataloader if self.loader is None else self.loader
@@ -110,6 +116,10 @@ class ReSegCallback(Callback):
                         "the trainer has several training loaders, and stage 1 needs the one with images and labels: "
                         "pass ReSegCallback(loader=...)"
                     )
+                if getattr(loader, "_iterator", None) is not None:
+                    # with persistent workers or a state, it has one iterator, and the trainer has started it
+                    loader = copy.copy(loader)
+                    loader._iterator = None  # noqa: SLF001 - torch's
                 each.fit_recon(loader, **{"progress": trainer.progress_bar_callback is not None, **self.fit_recon})
             if isinstance(each, Averaging):
                 self._ends.append(follow(each, trainer.optimizers, type(self).__name__))
@@ -136,6 +146,7 @@ class ReSegCallback(Callback):
         """Give the model its own weights, and leave `update()` to the module."""
         self._swap_out()
         self._end()
+        self._note()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave `update()` to the module."""

@@ -188,6 +188,10 @@ class FeatureExtractor:
         """Drop recorded forwards that were not read."""
         self._recording.forget()
 
+    def recorded(self) -> dict[str, Any]:
+        """What the taps of the forward that waits to be read left, by name; empty without one."""
+        return {} if self._recording.done is None else self._recording.done["seen"]
+
     @contextmanager
     def record(self) -> Iterator[None]:
         """Record only the forward inside the block, for loops with several forwards a step.

@@ -156,8 +156,24 @@ class Folded:
             self._sources[node] = tuple(found)
         return self._sources[node]
 
+    def placed(self, node: int) -> set[int]:
+        """Those `sources` that give a node its places; the others reach it only as keys and values of an attention."""
+        graph = self.graph
+
+        def direct(n: int) -> Sequence[int]:
+            return () if _is_attention(graph, n) else self._direct(n)
+
+        return set(_edge(node, direct, lambda n: n not in graph.inputs and graph.size(n) is None))
+
     def _direct(self, node: int) -> Sequence[int]:
         graph, owner = self.graph, self.owner(node)
         if owner is None:
             return graph.nodes[node].sources
         return _edge(node, lambda n: graph.nodes[n].sources, lambda n: n >= graph.calls[owner].start)
+
+
+def _is_attention(graph: Graph, node: int) -> bool:
+    """Whether a node is a product of activations. It has the places of its query, not those of keys and values."""
+    made = graph.nodes[node]
+    product = any(name in made.operator for name in ("scaled_dot_product", "::bmm", "::matmul", "::baddbmm"))
+    return product and len(made.sources) > 1

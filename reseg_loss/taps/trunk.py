@@ -63,6 +63,11 @@ def find_trunk(folded: Folded) -> Trunk | None:
     following: dict[int, int] = {}
     for node in sorted(reached(graph.outputs, folded.sources)):
         size, sources = graph.size(node), folded.sources(node)
+        sizes = {graph.size(s) for s in sources}
+        # keys and values of an attention may be coarser than its query
+        if size is not None and size in sizes and len(sizes - {None}) > 1:
+            placed = folded.placed(node)
+            sources = tuple(s for s in sources if s in placed or covers(graph.size(s) or graph.image, size))
         pure[node] = node in graph.inputs or (
             size is not None and all(pure[s] and covers(graph.size(s) or graph.image, size) for s in sources)
         )

@@ -29,6 +29,46 @@ def scaled(image: torch.Tensor) -> torch.Tensor:
     return image * 300 - 500
 
 
+@untrained
+def test_labels_are_looked_at_in_every_step_where_that_is_free():
+    good, bad = batch(), batch()
+    bad[1][0, 0, 0] = 255
+    with pytest.raises(ReSegError, match="255"):
+        fit([good] * 120 + [bad])
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    with pytest.raises(ReSegError, match=r"step\(\) of its optimizer without arguments, and LBFGS's needs some"):
+        fit([batch()], optimizer=torch.optim.LBFGS)
+
+
+def test_taps_without_parameters_must_be_trained_too():
+    class First(nn.Module):
+        """Its first output of the image's size is that of an auxiliary head of the encoder."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = UNet()
+            self.acts = nn.ModuleList([nn.ReLU() for _ in range(7)])
+            self.auxiliary = nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            net, skips = self.net, []
+            for i, block in enumerate(net.encoder):
+                x = self.acts[i](block(net.pool(x) if i else x))
+                skips.append(x)
+            first = self.auxiliary(skips[0])
+            x = self.acts[3](net.bottleneck(net.pool(x)))
+            for i, (up, block) in enumerate(zip(net.up, net.decoder)):
+                x = self.acts[4 + i](block(torch.cat([up(x), skips.pop()], 1)))
+            return first, net.head(x)
+
+    reseg = ReSegWrapper(First(), example_input=batch()[0])
+    assert any("acts" in str(tap) for tap in reseg.extractor.taps)
+    with pytest.raises(ReSegError, match=r"stage 1 would not train acts\.\d"):
+        reseg.fit_recon([batch()], epochs=1, progress=False)
+
+
 # --- the images' range
 
 

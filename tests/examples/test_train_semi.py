@@ -94,6 +94,11 @@ def test_folders_that_do_not_fit_are_explained(folders, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), np.eye(4)), tmp_path / "labels" / "case1.nii.gz")
     with pytest.raises(ValueError, match="its label"):
         [case.read() for case in load(folders).train]
+    image = nib.load(tmp_path / "images" / "case1.nii.gz")
+    flipped = image.affine @ np.diag([-1, 1, 1, 1])
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), flipped), tmp_path / "labels" / "case1.nii.gz")
+    with pytest.raises(ValueError, match="lie more than 1 mm apart according to their headers"):
+        [case.read() for case in load(folders).train]
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"There is no \.nii"):
         load([*folders[:2], f"--unlabelled={tmp_path / 'none'}"])

@@ -113,7 +113,7 @@ def weights(model: torch.nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("make", [segformer, upernet])
+@pytest.mark.parametrize("make", [segformer, upernet, lambda: Plain(3)], ids=["no heads", "its own", "heads"])
 def test_the_step_is_the_plain_loops_step(tmp_path, make, accumulate):
     trainer = made(tmp_path, make, optimizer=True, steps=4 // accumulate, gradient_accumulation_steps=accumulate)
     trainer.train()
@@ -132,6 +132,7 @@ def test_the_step_is_the_plain_loops_step(tmp_path, make, accumulate):
             plain.optimizer.zero_grad()
             plain.semi.update()
     assert same(weights(trainer.model), weights(plain.model))
+    assert same(trainer.semi.parameters(), plain.semi.parameters())
     assert same(weights(trainer.semi.average), weights(plain.semi.average))
     assert trainer.semi.stats()["unlabelled"] > 0
 
@@ -232,6 +233,22 @@ def test_a_call_of_update_while_it_trains_and_other_wrong_uses_are_refused(tmp_p
     arguments = {"args": trainer.args, "unlabelled": unlabelled_loader()}
     with pytest.raises(ReSegError, match="another model than the Trainer's"):
         SemiSupervisedTrainer(segformer(), semi=trainer.semi, **arguments)
+    for wrong, message in (
+        ({"label_smoothing_factor": 0.5}, r"label_smoothing_factor do not reach .*task_loss="),
+        (
+            {
+                "save_only_model": True,
+                "load_best_model_at_end": True,
+                "save_strategy": "steps",
+                "eval_strategy": "steps",
+            },
+            "leave out save_only_model",
+        ),
+    ):
+        with pytest.raises(ReSegError, match=message):
+            made(tmp_path, **wrong)
+    with pytest.raises(ReSegError, match=r"compute_loss_func= and .*task_loss="):
+        SemiSupervisedTrainer(trainer.model, semi=trainer.semi, compute_loss_func=lambda *_: 0, **arguments)
     mixed = CutMixConsistency(trainer.model, rampup_steps=None, ignore_index=255)
     with pytest.raises(ReSegError, match="semi= must be a SemiSupervised, got CutMixConsistency"):
         SemiSupervisedTrainer(trainer.model, semi=mixed, **arguments)  # pyright: ignore[reportArgumentType]

@@ -10,7 +10,7 @@ import torch
 from models import IGNORED, UNet, batch, ignoring, task_loss
 from torch import Tensor
 
-from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, SemiSupervised
+from reseg_loss import CutMixConsistency, DeepSupervision, ReSegError, ReSegWrapper, SemiSupervised, batches
 
 L = pytest.importorskip("lightning.pytorch")
 from reseg_loss.integrations.lightning import ReSegCallback  # noqa: E402
@@ -479,6 +479,38 @@ def test_a_failure_while_it_validates_leaves_the_model_with_its_own_weights(tmp_
     assert not same(weights(module.net), weights(module.semi.average))
 
 
+def test_after_a_failure_in_training_the_mean_teacher_is_tested(tmp_path):
+    class Fails(FewLabels):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 4:
+                raise KilledError
+            return super().training_step(batch, batch_idx)
+
+    module, trainer = Fails(), trainer_of(tmp_path, ReSegCallback())
+    with pytest.raises(KilledError):
+        trainer.fit(module, two_loaders())
+    module.validated.clear()
+    trainer.test(module, data(), verbose=False)
+    assert same(module.validated[0], weights(module.semi.average))
+
+
+def test_stage_1_takes_no_batches_from_training(tmp_path):
+    """With persistent workers a loader has a single iterator."""
+
+    class Counts(Segmenter):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            steps.append((self.current_epoch, batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    steps: list[tuple[int, int]] = []
+    torch.manual_seed(0)
+    kept = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*batch(n=6)), batch_size=2, num_workers=1, persistent_workers=True
+    )
+    trainer_of(tmp_path, ReSegCallback(steps=4, progress=False)).fit(Counts(), kept)
+    assert steps == [(epoch, i) for epoch in range(2) for i in range(3)]
+
+
 def test_uses_that_would_save_or_validate_something_else_are_refused(tmp_path):
     only = L.callbacks.ModelCheckpoint(tmp_path, save_weights_only=True)
     with pytest.raises(ReSegError, match=r"save_weights_only=True.*ReSegCallback\(validate_average=False\)"):
@@ -488,6 +520,12 @@ def test_uses_that_would_save_or_validate_something_else_are_refused(tmp_path):
     module.other = CutMixConsistency(module.net, rampup_steps=None, ignore_index=IGNORED)
     with pytest.raises(ReSegError, match="two mean teachers average the same model"):
         trainer_of(tmp_path, ReSegCallback()).fit(module, two_loaders())
+
+    loaders = two_loaders()
+    with pytest.raises(ReSegError, match=r"batches\(steps=\) is a whole run.*max_epochs=1"):
+        trainer_of(tmp_path, ReSegCallback()).fit(
+            few_labels(), batches(loaders["labelled"], loaders["unlabelled"], steps=4)
+        )
 
     class Others(FewLabels):
         def configure_optimizers(self) -> Any:

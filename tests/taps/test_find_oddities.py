@@ -264,6 +264,27 @@ def test_attention_gates_are_undone() -> None:
     assert names(found(Gated())) == NAMES
 
 
+class Reducing(Small):
+    """Attention in the bottleneck, whose keys and values are of half the size (as in MiT and PVT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.reduce = nn.Linear(32, 32), nn.Linear(32, 64), nn.Conv2d(32, 32, 2, 2)
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        features = super().encode(x)
+        x = features[-1]
+        k, v = self.kv(self.reduce(x).flatten(2).mT).chunk(2, -1)
+        attended = (self.q(x.flatten(2).mT) @ k.mT).softmax(-1) @ v
+        features[-1] = x + attended.mT.reshape(x.shape)
+        return features
+
+
+def test_keys_and_values_of_half_the_size_are_no_level() -> None:
+    plan = found(Reducing())
+    assert names(plan) == NAMES
+
+
 class Numpy(torch.autograd.Function):
     """A kernel that torch cannot see."""
 
