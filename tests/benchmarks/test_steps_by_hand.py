@@ -181,7 +181,7 @@ def test_a_step_is_the_one_written_out(variant: Variant, settings: Settings, mon
     net, average = without_hooks(step.model), None if step.mixed is None else without_hooks(step.mixed.average)
     step.loop.clock.fill_(AT)
     batches = [feed.batch_of(tables, step.loop.clock)[:2] for tables in (feed.labelled, feed.others)]
-    step.model.zero_grad()
+    step.loop.optimizer.zero_grad()
     torch.manual_seed(SEED)
     loss, _ = step.losses()
     loss.backward()
