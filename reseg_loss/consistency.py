@@ -178,7 +178,7 @@ class CutMixConsistency(Regularizer):
 
     @rampup_steps.setter
     def rampup_steps(self, value: int | None) -> None:
-        self._rampup_steps = _checked(value, self._threshold, self.ema_decay)[0]
+        self._rampup_steps = _checked_rampup(value)
 
     @property
     def threshold(self) -> float:
@@ -187,7 +187,7 @@ class CutMixConsistency(Regularizer):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        self._threshold = _checked(None, value, self.ema_decay)[1]
+        self._threshold = _checked_threshold(value)
 
     @property
     def ema_decay(self) -> float:
@@ -196,7 +196,7 @@ class CutMixConsistency(Regularizer):
 
     @ema_decay.setter
     def ema_decay(self, value: float) -> None:
-        self._mean_teacher.decay = _checked(None, self._threshold, value)[2]
+        self._mean_teacher.decay = _checked_decay(value)
 
     def factor(self) -> float:
         """The factor of the next call: `weight` times the ramp."""
@@ -585,12 +585,19 @@ class _Forgotten:
 
 
 def _checked(rampup_steps: Any, threshold: Any, ema_decay: Any) -> tuple[int | None, float, float]:
-    steps = None if rampup_steps is None else check_number("rampup_steps", rampup_steps, least=1, whole=True)
-    return (
-        steps,
-        check_number("threshold", threshold, least=0, most=1),
-        check_number("ema_decay", ema_decay, least=0, below=1),
-    )
+    return _checked_rampup(rampup_steps), _checked_threshold(threshold), _checked_decay(ema_decay)
+
+
+def _checked_rampup(value: Any) -> int | None:
+    return None if value is None else check_number("rampup_steps", value, least=1, whole=True)
+
+
+def _checked_threshold(value: Any) -> float:
+    return check_number("threshold", value, least=0, most=1)
+
+
+def _checked_decay(value: Any) -> float:
+    return check_number("ema_decay", value, least=0, below=1)
 
 
 def _check_ignoring(

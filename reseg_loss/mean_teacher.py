@@ -92,11 +92,13 @@ class MeanTeacher:
         pairs = self._pairs("parameters")
         if self.average_buffers:
             pairs += self._pairs("buffers")
-        averaged = [(a, p) for a, p in pairs if a.is_floating_point() or a.is_complex()]
-        torch._foreach_lerp_([a for a, _ in averaged], [p for _, p in averaged], 1 - self.decay)  # pyright: ignore
+        averaged: list[tuple[Tensor, Tensor]] = []
         for a, p in pairs:
-            if not (a.is_floating_point() or a.is_complex()):  # counters
+            if a.is_floating_point() or a.is_complex():
+                averaged.append((a, p))
+            else:  # counters
                 a.copy_(p)
+        torch._foreach_lerp_([a for a, _ in averaged], [p for _, p in averaged], 1 - self.decay)  # pyright: ignore
         if buffers and not self.average_buffers:
             self._take_over("buffers")
 

@@ -13,14 +13,7 @@ from .common.distributed import UnmovedWarning, distributed, refuse_join, undist
 from .common.dryrun import preserved_rng
 from .common.inputs import OF_IMAGES, OF_MODEL, check_number, check_weight, refuse_not_finite, value_of
 from .common.labels import FEW_OPERATORS, LabelEncoding, has_value, plain_label
-from .common.outputs import (
-    all_sum_to_one,
-    is_activation,
-    loss_of_logits,
-    refuse_probabilities,
-    select_output,
-    trained_ending,
-)
+from .common.outputs import is_activation, loss_of_logits, refuse_probabilities, select_output, trained_ending
 from .common.state import load_states
 from .errors import ReSegError, TapError, outline, warn
 from .recording.extractor import FeatureExtractor
@@ -129,10 +122,7 @@ class DeepSupervision(Regularizer):
         )
         if example_input is not None:
             plan, trace = look(self._model, example_input, taps=taps, levels=levels)
-            evaluated = trace.common_activation()
-            if evaluated is None and all_sum_to_one(trace.output, tuple(trace.image[2:])):
-                evaluated = "softmax"
-            activation, self._ending = trained_ending(self._model, example_input, evaluated)
+            activation, self._ending = trained_ending(self._model, example_input, trace.common_activation())
             if self._ending is None:
                 what = "your task loss takes probabilities, but the heads return logits"
                 refuse_probabilities(activation, what, self._model)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,17 +45,24 @@ def schedule_choices(scheduler: Any, kept: bool) -> dict[str, Any] | None:
             f"scheduler= must be a function that returns a schedule; it returned {type(scheduler).__name__}, which has "
             f"no {', '.join(missing)}()"
         )
-    try:
-        inspect.signature(scheduler.step).bind()
-    except TypeError as error:
+    if error := missing_arguments(scheduler.step):
         raise ReSegError(
             f"{type(scheduler).__name__}.step() needs arguments ({error}), but stage 1 calls it after every step "
             "without any, because reading a loss or metric would wait for the device. Use a schedule of steps, for "
             "instance torch.optim.lr_scheduler.CosineAnnealingLR"
         ) from error
+    return {"class": _name_of(scheduler), "state": plain(scheduler.state_dict())} if kept else None
+
+
+def missing_arguments(function: Callable[..., Any]) -> TypeError | None:
+    """The error of a call without arguments; None if the function needs none."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        return error
     except ValueError:  # of what is written in C there is no signature
         pass
-    return {"class": _name_of(scheduler), "state": plain(scheduler.state_dict())} if kept else None
+    return None
 
 
 def refuse_another_stage_1(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import warnings
@@ -25,7 +24,7 @@ from ..errors import ReSegError
 from ..recording.extractor import FeatureExtractor
 from .image_range import ImageMap, far_from_unit, valid_pixels
 from .losses import ReconLoss
-from .resume import choices, go_on, schedule_choices
+from .resume import choices, go_on, missing_arguments, schedule_choices
 from .stage1_file import Stage1File
 from .teacher import Teacher
 
@@ -115,6 +114,7 @@ def fit(
             logger.info("stage 1 resumes from %s after epoch %d, step %d", file.path, len(history), step)
     run: _Run | None = None
     taps: FeatureExtractor | None = None
+    reached: set[str] = set()
     recent: deque[Tensor] = deque(maxlen=RECENT_STEPS)
     generator = torch.Generator().manual_seed(0)  # of the pixels that `_compare_with_constant` sees
     if resumed:
@@ -141,7 +141,6 @@ def fit(
                     run = _Run(teacher, loss, given, resumed, kept=file is not None)
                     if file is not None:
                         file.rehearse({**state(), **run.state()})
-                reached: set[str] = set()
                 around = nullcontext() if taps is None else _watched(taps, reached, copied)
                 value, valid = run.step(image, label, around)
                 if taps is not None:  # in the first step alone
@@ -191,9 +190,7 @@ class _Run:
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(teacher.parameters())
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ReSegError(f"optimizer= must be a function that returns an optimizer; it returned {self.optimizer!r}")
-        try:
-            inspect.signature(self.optimizer.step).bind()
-        except TypeError as error:
+        if error := missing_arguments(self.optimizer.step):
             raise ReSegError(
                 f"stage 1 calls step() of its optimizer without arguments, and {type(self.optimizer).__name__}'s needs "
                 f"some ({error}); use one that needs none, such as torch.optim.Adam"

@@ -151,19 +151,17 @@ class Folded:
     def sources(self, node: int) -> tuple[int, ...]:
         """The feature maps and model inputs from which a node's folded call computed it."""
         if node not in self._sources:
-            graph = self.graph
-            found = _edge(node, self._direct, lambda n: n not in graph.inputs and graph.size(n) is None)
-            self._sources[node] = tuple(found)
+            self._sources[node] = tuple(self._maps(node, self._direct))
         return self._sources[node]
 
     def placed(self, node: int) -> set[int]:
         """Those `sources` that give a node its places; the others reach it only as keys and values of an attention."""
+        return {*self._maps(node, lambda n: () if _is_attention(self.graph, n) else self._direct(n))}
+
+    def _maps(self, node: int, direct: Callable[[int], Sequence[int]]) -> Sequence[int]:
+        """The next feature maps and model inputs on the way up from a node."""
         graph = self.graph
-
-        def direct(n: int) -> Sequence[int]:
-            return () if _is_attention(graph, n) else self._direct(n)
-
-        return set(_edge(node, direct, lambda n: n not in graph.inputs and graph.size(n) is None))
+        return _edge(node, direct, lambda n: n not in graph.inputs and graph.size(n) is None)
 
     def _direct(self, node: int) -> Sequence[int]:
         graph, owner = self.graph, self.owner(node)

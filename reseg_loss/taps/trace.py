@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.dryrun import call, check_module, dry_run, image_of, private_copy, tensors
-from ..common.outputs import of_all
+from ..common.outputs import all_sum_to_one, of_all
 
 Keys = tuple[int | str, ...]
 
@@ -87,9 +87,10 @@ class Trace:
         return ACTIVATION_OPERATORS.get(operator.rstrip("_"))
 
     def common_activation(self) -> str | None:
-        """The `activation` of the model's full-size outputs; None if any of them ends in none."""
+        """The `activation` of the model's full-size outputs; "softmax" if they sum to 1; None if any ends in none."""
         size = self.image[2:]
-        return of_all(self.activation(t) for _, t in tensors(self.output) if tuple(t.shape[2:]) == size)
+        found = of_all(self.activation(t) for _, t in tensors(self.output) if tuple(t.shape[2:]) == size)
+        return "softmax" if found is None and all_sum_to_one(self.output, size) else found
 
     def mutated(self, node: int, since: int) -> bool:
         """Whether a later node, from node `since` on, writes to the storage of `node`."""

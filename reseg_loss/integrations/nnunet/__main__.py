@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--patient-splits",
         nargs="?",
         const=True,
+        default=False,
         metavar="PATTERN",
         help="write a splits_final.json that keeps each patient's cases together; PATTERN is a regular expression for "
         "the start of an id that names the patient (default: everything up to and including the first number)",
@@ -56,9 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, "nnU-Net is not installed in this environment: pip install 'reseg-loss[nnunet]'\n")
     from .prepare import prepare
 
-    splits = False if given.patient_splits is None else given.patient_splits
     try:
-        prepare(given.dataset, given.plans, given.configurations, given.processes, splits)
+        prepare(given.dataset, given.plans, given.configurations, given.processes, given.patient_splits)
     except ReSegError as error:
         parser.exit(1, f"{error}\n")
 
