@@ -2,7 +2,7 @@
 
     python benchmarks/nnunet.py --data data --work outputs/nnunet --out nnunet.jsonl --minutes 9  # and again
     python benchmarks/nnunet.py --out nnunet.jsonl --report > nnunet.md
-    python benchmarks/nnunet.py --data data --work outputs/nnunet --smoke                          # the time of a step
+    python benchmarks/nnunet.py --data data --work outputs/nnunet --out nnunet_steps.jsonl --smoke   # time of a step
 
 Needs nnunetv2 in an environment of its own (pip install '.[nnunet]'; of image readers it uses nibabel alone), and
 `acdc_native.npz` and `hippocampus.npz` in `data`. ACDC has the field's patients (SSL4MIS): 70 to train on, of which 3
@@ -330,13 +330,12 @@ class Bench:
             "peak_mib": peak, **taught, **scores,
         }  # fmt: skip
 
-    def smoke(self, row: Row) -> str:
-        """A few steps of a row, and how long the whole of it would take."""
+    def smoke(self, row: Row) -> dict[str, Any]:
+        """The time of a step, from the second of two short epochs."""
         made, seconds = self.trained(row, 0, 2, f"smoke-{folder_of(row, 0)}")
+        batch, patch = made.configuration_manager.batch_size, made.configuration_manager.patch_size
         ms = 1e3 * seconds[-1] / self.args.iterations
-        minutes = ms * EPOCHS * ITERATIONS / 60_000
-        patch = "x".join(map(str, made.configuration_manager.patch_size))
-        return f"{row.name}: {ms:.1f} ms a step of {made.configuration_manager.batch_size} x {patch}, {minutes:.1f} min"
+        return {"row": row.name, "iterations": self.args.iterations, "batch": batch, "patch": [*patch], "ms": ms}
 
 
 def plain(row: Row) -> bool:
@@ -460,7 +459,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.iterations = 100
         for row in rows:
             if row.taught_by is None and row.as_long_as is None:
-                print(Bench(args).smoke(row), flush=True)
+                bench = Bench(args)
+                line = bench.smoke(row)
+                if args.out is not None:
+                    append(args.out, {"key": row.name, **line, **origin(bench.device)})
+                print(f"{row.name}: {line['ms']:.1f} ms a step", flush=True)
         return
     bench = Bench(args)
     for row in rows:

@@ -247,7 +247,9 @@ def check_claim(cells: list[list[str]], text: str) -> None:
     for (_, claimed, *values, pairs), (name, plans) in zip(lines, rows, strict=True):
         published = read_plan(BENCHMARKS / "plans" / f"{name}.json").published if name else {}
         assert claimed == (f"{published['paper'] - published['bare']:+.2f}" if published else "")
-        gains = [difference(plans, variant, "bare", int(pairs)) for variant in ("paper", "standardized", "ds equal")]
+        variants, counts = ("paper", "standardized", "ds equal"), pairs.split(", ")
+        counts *= len(variants) // len(counts)  # one count is that of all
+        gains = [difference(plans, v, "bare", int(n)) for v, n in zip(variants, counts, strict=True)]
         assert values == [(gain or "").removesuffix(" (1)") for gain in gains]
     low, high = resampled(list(rows[0][1][0].of_patients("paper", "bare").values()))
     assert f"over the 20 test patients is {low:+.1f} to {high:+.1f} as published" in " ".join(text.split())
@@ -257,22 +259,30 @@ def check_nnunet(cells: list[list[str]], text: str) -> None:
     """The table of nnU-Net's runs and what the text says of them."""
     text = " ".join(text.split())
     _, _, *rows = cells
-    tasks = ("3 patients, 2d", "7 patients, 2d", "hippocampus, 150 of 182, 3d")
-    for (named, *values), task in zip(rows, tasks, strict=True):
-        stock, semi = runs = [nnunet_runs(f"{task}: {which}") for which in ("stock", "semi")]
+    few, seven, whole = "3 patients, 2d", "7 patients, 2d", "70 patients, 2d"
+    tasks = {few: "semi", seven: "semi", whole: "semi, no further images", "hippocampus, 150 of 182, 3d": "semi"}
+    for (named, *values), (task, ours) in zip(rows, tasks.items(), strict=True):
+        stock, semi = runs = [nnunet_runs(f"{task}: {which}") for which in ("stock", ours)]
         assert f"batches of {stock[0]['batch']}" in named
         scores = [f"{fmean(nnunet_dsc(lines).values()):.1f}" for lines in runs]
         low, high = resampled([*paired_by_patient(semi, stock).values()])
         ratios = (fmean(o[w] for o in semi.values()) / fmean(s[w] for s in stock.values()) for w in ("ms", "peak_mib"))
         assert values == [*scores, f"{low:+.1f} to {high:+.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
-    stock, semi = (nnunet_dsc(nnunet_runs(f"{tasks[0]}: {which}")) for which in ("stock", "semi"))
+    stock, semi = (nnunet_dsc(nnunet_runs(f"{few}: {which}")) for which in ("stock", "semi"))
     assert f"With 3 patients the difference is {paired(semi, stock)} over the seeds." in text
     (a, b), (c, d) = ((min(dsc.values()), max(dsc.values())) for dsc in (stock, semi))
     assert f"Stock trainings differ much: {a:.1f} to {b:.1f}. Ours differ less: {c:.1f} to {d:.1f}." in text
-    long, taught = (nnunet_runs(f"{tasks[0]}: {which}")[0] for which in ("stock, as long", "self-training"))
+    long, taught = (nnunet_runs(f"{few}: {which}")[0] for which in ("stock, as long", "self-training"))
     assert f"as long as ours reaches {100 * long['mean_dsc']:.1f} (one seed)." in text
     learnt, itself = 100 * taught["mean_dsc"], 100 * taught["taught_by_dsc"]
     assert f"a stock training that has {itself:.1f} itself, reaches {learnt:.1f}." in text
+    alone = {line["row"]: line for line in lines_of("nnunet_steps.jsonl")}
+    assert {line["iterations"] for line in alone.values()} == {100}
+    slower = []
+    for task in (seven, whole):
+        stock_step, our_step = (alone[f"{task}: {which}"] for which in ("stock", tasks[task]))
+        slower.append(f"{our_step['ms'] / stock_step['ms']:.2f} {{}}in batches of {our_step['batch']}")
+    assert "step takes {}, and {}.".format(slower[0].format("times as long "), slower[1].format("")) in text
     (stock_published, semi_published) = (
         next(p.dsc for p in PUBLISHED if (p.method, p.patients) == (method, 3))
         for method in ("nnU-Net, labelled only", "nnU-Net + consistency")

@@ -85,8 +85,12 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeyp
     assert f"| {names[1]} - {names[0]} | {by_hand[names[1]] - by_hand[names[0]]:+.1f} | " in told
     assert lines[names[3]]["taught_by_dsc"] == lines[names[0]]["mean_dsc"]
     assert f"{names[3]} learnt from the predictions of a stock run that has {by_hand[names[0]]:.1f} DSC." in told
-    nnunet.main([*command[:-3], "--smoke"])
-    assert re.search(f"{names[0]}: \\d+\\.\\d ms a step of 2 x 32x32, \\d+\\.\\d min", capsys.readouterr().out)
+    steps = tmp_path / "steps.jsonl"
+    nnunet.main([*command[:-3], "--out", str(steps), "--smoke"])
+    assert re.search(f"{names[0]}: \\d+\\.\\d ms a step", capsys.readouterr().out)
+    line = json.loads(steps.read_text().splitlines()[0])
+    assert (line["row"], line["batch"], line["patch"], line["iterations"]) == (names[0], 2, [32, 32], 100)
+    assert line["ms"] > 0
 
 
 def test_runs_side_by_side_make_a_data_set_once_and_over_what_was_left_half_done(nnunet, monkeypatch, tmp_path):
