@@ -35,7 +35,7 @@ from .common.outputs import (
 from .common.state import load_states
 from .errors import ReSegError, outline, warn
 from .mean_teacher import MeanTeacher
-from .mixing import mix, pixels_per_class, predicted, ramp_up, random_boxes, random_intensities, sure_label
+from .mixing import mix, perturbed, pixels_per_class, predicted, ramp_up, random_boxes, random_intensities, sure_label
 from .recording.copying import compiler_of
 from .recording.ending import Ending
 from .regularizer import Regularizer, nothing
@@ -313,7 +313,8 @@ class CutMixConsistency(Regularizer):
         label = sure_label(label, confidence, self.threshold, self.ignore_index)
         shares = self._per_class(label, classes) / taken
         mixed, label = self.exchange(images, label)
-        mixed = self._perturbed(mixed)
+        if self.perturb is not None:
+            mixed = perturbed(mixed, self.perturb)
         refuse_not_finite(mixed, {}, "perturb= returned NaN or infinite values for finite images", first=first)
         return Mixed(mixed, label, shares)
 
@@ -519,21 +520,6 @@ class CutMixConsistency(Regularizer):
         if asked not in self._asked and len(self._asked) < ASKED_LOSSES:
             _check_ignoring(task_loss, prediction.detach(), label, self.ignore_index, name, instead)
             self._asked.add(asked)
-
-    def _perturbed(self, images: Tensor) -> Tensor:
-        if self.perturb is None:
-            return images
-        shape, dtype, device = images.shape, images.dtype, images.device
-        images = self.perturb(images)
-        if not isinstance(images, Tensor) or images.shape != shape:
-            found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
-            raise ReSegError(f"perturb= returned {found}, not images of the same shape {tuple(shape)}")
-        if (images.dtype, images.device) != (dtype, device):
-            raise ReSegError(
-                f"perturb= returned {images.dtype} on {images.device} for images of {dtype} on {device}; let it return "
-                "images.to(the given images)"
-            )
-        return images
 
     def _check_deep(self) -> None:
         deep = self.deep

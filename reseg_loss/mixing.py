@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import ReSegError, outline
 
 BOX = (0.25, 0.5)  # side of a box, as a share of the image's
 GAMMA = (0.7, 1.4)
@@ -81,6 +84,23 @@ def random_intensities(image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def perturbed(images: Tensor, perturb: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a user's `perturb` makes of images.
+
+    Raises:
+        ReSegError: it is not of the same shape, dtype and device.
+    """
+    changed: Any = perturb(images)
+    if not isinstance(changed, Tensor) or changed.shape != images.shape:
+        raise ReSegError(f"perturb must return images of the same shape {tuple(images.shape)}, got {outline(changed)}")
+    if (changed.dtype, changed.device) != (images.dtype, images.device):
+        raise ReSegError(
+            f"perturb returned {changed.dtype} on {changed.device} for images of {images.dtype} on {images.device}; "
+            "let it return images.to(the given images)"
+        )
+    return changed
+
+
 def predicted(logits: Tensor, *, overlapping: bool = False) -> tuple[Tensor, Tensor]:
     """The predicted class, int64, and its probability.
 

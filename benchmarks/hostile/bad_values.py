@@ -73,6 +73,8 @@ BAD_TAPS: dict[str, Any] = {
     "an empty list": {"encoder": [], "decoder": [], "bottleneck": "b"},
     "other counts": {"encoder": ["e.1", "e.2"], "decoder": ["d.1"], "bottleneck": "b"},
     "other sizes": {"encoder": ["e.1"], "decoder": ["d.2"], "bottleneck": "b"},
+    "the wrong way round": {"encoder": ["d.1", "d.2"], "decoder": ["e.1", "e.2"], "bottleneck": "b"},
+    "a head as bottleneck": {"encoder": ["e.1"], "decoder": ["d.1"], "bottleneck": "d.1"},
     "a second call": {"encoder": ["e.1@1"], "decoder": ["d.1"], "bottleneck": "b"},
     "a key of a tensor": {"encoder": ["e.1[left]"], "decoder": ["d.1"], "bottleneck": "b"},
     "an element that drops the batch": {"encoder": ["e.1[0]"], "decoder": ["d.1"], "bottleneck": "b"},

@@ -26,16 +26,13 @@ MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "softmax": (nn.Softmax, nn.Softmax2d),
     "log-softmax": (nn.LogSoftmax,),
 }
-# what may stand between an activation and the output and leaves its values as they are, or between those around them
-PASSING = {
-    f"{name}Backward{version}"
-    for version in (0, 1)
-    for name in (
-        *("ToCopy", "Clone", "Slice", "Select", "View", "Alias", "Unsqueeze", "Squeeze", "Permute", "Transpose"),
-        *("Clamp", "ClampMin", "ClampMax"),
-        *("UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D", "UpsampleTrilinear3D"),
-    )
-}
+# operators that may stand between an activation and the output; their results are the values themselves, or lie between
+PASSING = (
+    *("_to_copy", "clone", "slice", "select", "view", "_unsafe_view", "alias", "detach"),
+    *("unsqueeze", "squeeze", "permute", "transpose", "clamp", "clamp_min", "clamp_max"),
+    *("upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_trilinear3d"),
+)
+PASSING_BACKWARD = {f"{name.title().replace('_', '')}Backward{version}" for name in PASSING for version in (0, 1)}
 
 
 def select_output(output: Any, batch: int, spatial: tuple[int, ...], path: Sequence[int | str] | None = None) -> Tensor:
@@ -131,7 +128,7 @@ def _is_image(value: Any, batch: int, spatial: tuple[int, ...]) -> bool:
 def activation_of(output: Tensor) -> str | None:
     """The activation to probabilities that an output ends in; None if there is none, or no autograd history."""
     made_by = output.grad_fn
-    while made_by is not None and made_by.name() in PASSING:
+    while made_by is not None and made_by.name() in PASSING_BACKWARD:
         made_by = made_by.next_functions[0][0]
     return None if made_by is None else ACTIVATIONS.get(made_by.name())
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import TapError
 from .choose import choose_taps
 from .graph import Graph
-from .named import KINDS, pair_up, parse_taps, replaced, resolve, told_by_shape
+from .named import KINDS, check_order, pair_up, parse_taps, replaced, resolve, told_by_shape
 from .skips import find_shape
 from .tap import Level, Tap, TapPlan
 from .trace import Trace, named_modules, trace_forward
@@ -71,6 +71,8 @@ def look(
     graph = Graph(trace)
     plan = _plan(graph, model, named, encoder)
     given = [tap for entries in named.values() for tap in entries]
+    if named:
+        check_order(graph, model, plan)
     plan = replace(plan, notes=(*plan.notes, *told_by_shape(graph, model, plan, given)))
     # levels that the user named are all selected, unless `levels` says otherwise
     return (plan if levels is None and {"encoder", "decoder"} <= named.keys() else plan.select(levels)), trace

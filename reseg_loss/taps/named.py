@@ -118,6 +118,25 @@ def told_by_shape(graph: Graph, model: nn.Module, plan: TapPlan, given: Iterable
     ]
 
 
+def check_order(graph: Graph, model: nn.Module, plan: TapPlan) -> None:
+    """Raise a TapError if a level's encoder does not come before its decoder, or the bottleneck comes last."""
+
+    def at(tap: Tap) -> int:
+        return _slot(graph, model, tap)[2]
+
+    for level in plan.levels:
+        if at(level.encoder) >= at(level.decoder):
+            raise TapError(
+                f"encoder tap {level.encoder} is not computed before decoder tap {level.decoder}; name what the model "
+                "computes on its way down as encoder, and on its way up as decoder"
+            )
+    if all(at(plan.bottleneck) >= at(level.decoder) for level in plan.levels):
+        raise TapError(
+            f"bottleneck tap {plan.bottleneck} is not computed before any decoder tap; name the deepest output of the "
+            "encoder"
+        )
+
+
 def _slot(graph: Graph, model: nn.Module, tap: Tap) -> tuple[Call, Keys, int]:
     """The call, the keys and the node of a tap.
 

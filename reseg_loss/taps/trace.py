@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.dryrun import call, check_module, dry_run, image_of, private_copy, tensors
-from ..common.outputs import all_sum_to_one, of_all
+from ..common.outputs import PASSING, all_sum_to_one, of_all
 
 Keys = tuple[int | str, ...]
 
@@ -25,9 +25,6 @@ ACTIVATION_OPERATORS = {
     "_softmax": "softmax",
     "_log_softmax": "log-softmax",
 }
-# what may stand between an activation and the output and leaves its values as they are, or between those around them
-PASSED_BY = ("_to_copy", "clone", "slice", "select", "view", "_unsafe_view", "alias", "unsqueeze", "detach")
-PASSED_BY += ("upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_trilinear3d")
 
 
 class Ref(NamedTuple):
@@ -82,9 +79,13 @@ class Trace:
         held = output.untyped_storage().data_ptr()
         returned = dict(self.calls[0].outputs)
         node = next(returned[k] for k, t in tensors(self.output) if t.untyped_storage().data_ptr() == held)
-        while (operator := self.nodes[node].operator.removeprefix("aten::")) in PASSED_BY and self.nodes[node].sources:
+        while (operator := self._operator(node)) in PASSING and self.nodes[node].sources:
             node = self.nodes[node].sources[0]
-        return ACTIVATION_OPERATORS.get(operator.rstrip("_"))
+        return ACTIVATION_OPERATORS.get(operator)
+
+    def _operator(self, node: int) -> str:
+        """An operator's name, of `sigmoid_` as of `sigmoid`."""
+        return self.nodes[node].operator.removeprefix("aten::").rstrip("_")
 
     def common_activation(self) -> str | None:
         """The `activation` of the model's full-size outputs; "softmax" if they sum to 1; None if any ends in none."""

@@ -65,6 +65,23 @@ def test_an_activation_is_known_by_what_made_the_output(end, name):
     assert activation_of(end(nn.Conv2d(1, 3, 1)(torch.randn(2, 1, 4, 4)))) == name
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x: x.sigmoid().clamp(1e-6, 1),
+        lambda x: x.sigmoid().clamp_(1e-6, 1),
+        lambda x: x.movedim(1, -1).sigmoid().movedim(-1, 1),
+    ],
+)
+def test_what_changes_no_probability_hides_none_from_deep_supervision(end):
+    class Ending(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return end(super().forward(x))
+
+    with pytest.raises(ReSegError, match="ends in a sigmoid"):
+        DeepSupervision(Ending(), batch()[0])
+
+
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_probabilities_that_are_interpolated_are_probabilities(mode):
     class Resized(UNet):

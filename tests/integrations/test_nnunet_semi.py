@@ -685,7 +685,7 @@ def test_bases_that_go_round_ours_are_refused(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     with pytest.raises(ReSegError, match="cannot be bases of the same trainer"):
         tiny.make("Both", "2d").on_train_start()
-    with pytest.raises(ReSegError, match=r"perturb must return images of the shape \(2, 1, 32, 32\)"):
+    with pytest.raises(ReSegError, match=r"perturb must return images of the same shape \(2, 1, 32, 32\)"):
         tiny.train(tiny.make("Perturbs", "2d"))
     with pytest.raises(ReSegError, match="list nnUNetTrainerSemi first among its bases, or call super"):
         tiny.train(tiny.make("OwnFirst", "2d"))

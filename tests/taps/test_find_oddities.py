@@ -1161,6 +1161,12 @@ def test_keys_from_the_end_and_calls() -> None:
             {"encoder": ["down.0"], "decoder": ["fuse.1"]},
             r"down.0 has size \(32, 32\) and decoder tap fuse.1 has size \(16, 16\)",
         ),
+        (
+            {"encoder": ["fuse.1"], "decoder": ["down.1"]},
+            r"encoder tap fuse.1 is not computed before decoder tap down.1; name what",
+        ),
+        ({"encoder": ["fuse.1"]}, "encoder tap fuse.1 is not computed before decoder tap fuse.1"),
+        ({"bottleneck": "head"}, "bottleneck tap head is not computed before any decoder tap; name the deepest"),
         ({"encodr": ["down.0"]}, "encodr"),
         ({"bottleneck": "in down"}, "no module 'in down'"),
         *(({"bottleneck": bad}, "is not a tap: write") for bad in ("down.3]", 3, None, [None])),

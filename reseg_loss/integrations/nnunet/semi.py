@@ -16,9 +16,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
 from ...common.inputs import check_number, check_weight
-from ...errors import ReSegError, outline
+from ...errors import ReSegError
 from ...mean_teacher import MeanTeacher
-from ...mixing import ramp_up, random_intensities
+from ...mixing import perturbed, ramp_up, random_intensities
 from ...recording.copying import unwrap
 from . import progress, step, unlabelled
 from .checkpoints import finish, trainer_to_predict_with
@@ -144,14 +144,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         target = step.pseudo_target(logits, self.threshold, ignored, self.label_manager.has_regions)
         mixed, target = step.mixed(images, target)
         self.loss.expect(step.downsampled(target, self._get_deep_supervision_scales()), self.factor())
-        perturbed = self.perturb(mixed)
-        if not isinstance(perturbed, Tensor) or perturbed.shape != mixed.shape:
-            raise ReSegError(f"perturb must return images of the shape {tuple(mixed.shape)}, got {outline(perturbed)}")
-        data = torch.cat([batch["data"].to(self.device, non_blocking=True), perturbed])
+        data = torch.cat([batch["data"].to(self.device, non_blocking=True), perturbed(mixed, self.perturb)])
         outputs = super().train_step({**batch, "data": data})
+        # read before the update, which then runs while the next batch is loaded
+        values = torch.stack([self.loss.unlabelled.float(), step.counted(target, ignored)]).tolist()
         self.mean_teacher.update()
-        values = self.loss.unlabelled, step.counted(target, ignored)
-        return {**outputs, **{name: value.item() for name, value in zip(LOGGED, values)}}
+        return {**outputs, **dict(zip(LOGGED, values))}
 
     def perturb(self, images: Tensor) -> Tensor:
         """Change the intensities of mixed images, (B, C, *spatial). It must not move anything in them."""
