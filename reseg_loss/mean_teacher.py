@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from .common.distributed import broadcast
 from .common.dryrun import refuse_lazy
 from .errors import ReSegError, outline
 from .recording.copying import compiler_of, copy_model, is_sharded, unwrap
+
+SHARDED = "the model is sharded (fully_shard), but its mean teacher needs whole parameters; use DDP"
 
 
 class MeanTeacher:
@@ -37,7 +38,8 @@ class MeanTeacher:
     def __init__(self, model: nn.Module, decay: float, *, average_buffers: bool = False) -> None:
         self._model = unwrap(model)
         self.decay, self.average_buffers, self.started = decay, average_buffers, False
-        _refuse_sharded(self._model)
+        if is_sharded(self._model):
+            raise ReSegError(SHARDED)
         refuse_lazy(self._model)
         _refuse_low(self._model)
         copied = copy_model(self._model, "the mean teacher", "leave it as it was until this is built")
@@ -73,7 +75,6 @@ class MeanTeacher:
     @torch.no_grad()
     def reset(self) -> None:
         """Become equal to the model as it is now, in place; a ReSegError if its parameters or buffers have changed."""
-        _refuse_sharded(self._model)
         self._to_model()
         for what in ("parameters", "buffers"):
             self._take_over(what)
@@ -87,7 +88,6 @@ class MeanTeacher:
         Raises:
             ReSegError: the model's parameters are not those it had when this was built.
         """
-        _refuse_sharded(self._model)
         self.start()
         pairs = self._pairs("parameters")
         if self.average_buffers:
@@ -112,13 +112,7 @@ class MeanTeacher:
             ReSegError: the model's modules are not those it had when this was built, or the network fails on the
                 images.
         """
-        pairs = [*zip_longest(_uncompiled(self.network), _uncompiled(self._model))]
-        if any(type(mine) is not type(theirs) for mine, theirs in pairs):
-            raise ReSegError(
-                "the model's modules have changed since its mean teacher was made; change the model first, then build "
-                "this loss"
-            )
-        for mine, theirs in pairs:
+        for mine, theirs in self._both("modules"):
             training = theirs.training and not self.average_buffers
             if mine.training != training:
                 mine.training = training
@@ -143,14 +137,38 @@ class MeanTeacher:
             a.copy_(p)
 
     def _pairs(self, what: str) -> list[tuple[Tensor, Tensor]]:
-        """The network's "parameters" or "buffers" with the model's; a ReSegError unless names and shapes are equal."""
-        mine, theirs = (list(getattr(m, f"named_{what}")()) for m in (self.network, self._model))
-        if [_outline(*each) for each in mine] != [_outline(*each) for each in theirs]:
-            raise ReSegError(
-                f"the model's {what} have changed since its mean teacher was made; change the model first, then build "
-                "this loss"
-            )
-        return [(a, p) for (_, a), (_, p) in zip(mine, theirs)]
+        """The network's "parameters" or "buffers" with the model's, each once.
+
+        Raises:
+            ReSegError: names or shapes are not equal, or the model is sharded.
+        """
+        held, found = f"_{what}", {}
+        for mine, theirs in self._both(what):
+            own, others = getattr(mine, held), getattr(theirs, held)
+            if own.keys() != others.keys():  # a pruned weight has the shape of the weight
+                raise self._changed(what)
+            for name, a in own.items():
+                p = others[name]
+                if type(a) is not type(p) or (a is not None and a.shape != p.shape):
+                    raise self._changed(what)
+                if a is not None and found.setdefault(id(a), (a, p))[1] is not p:
+                    raise self._changed(what)
+        return [*found.values()]
+
+    def _both(self, what: str) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """The network's modules with the model's; a ReSegError that names `what` unless they are of the same types."""
+        mine, theirs = _parts(self.network), _parts(self._model)
+        if [*map(type, mine)] != [*map(type, theirs)]:
+            raise self._changed(what)
+        return zip(mine, theirs)
+
+    def _changed(self, what: str) -> ReSegError:
+        if is_sharded(self._model):
+            return ReSegError(SHARDED)
+        return ReSegError(
+            f"the model's {what} have changed since its mean teacher was made; change the model first, then build this "
+            "loss"
+        )
 
     def _to_model(self) -> None:
         """Move to the model's device, which may have changed; a ReSegError if its dtype has changed."""
@@ -178,17 +196,13 @@ def _refuse_low(model: nn.Module) -> None:
         )
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    """Raise a ReSegError if the model is sharded, now or since its mean teacher was made."""
-    if is_sharded(model):
-        raise ReSegError("the model is sharded (fully_shard), but its mean teacher needs whole parameters; use DDP")
-
-
-def _outline(name: str, tensor: Tensor) -> tuple[str, torch.Size]:
-    """The shape alone would not tell a pruned weight from the weight. Parts may have been compiled since."""
-    return name.replace("_orig_mod.", ""), tensor.shape
-
-
-def _uncompiled(model: nn.Module) -> Iterator[Any]:
-    """Every module except the wrappers of torch.compile."""
-    return (module for module in model.modules() if "_orig_mod" not in module._modules)
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """Every module once, except the wrappers of torch.compile. Each step needs them, and `modules()` is slower."""
+    found: dict[nn.Module, None] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if module not in found:
+            found[module] = None
+            left += [inner for inner in module._modules.values() if inner is not None]
+    return [module for module in found if "_orig_mod" not in module._modules]
