@@ -455,6 +455,26 @@ def refuse_other_options(path: Path, theirs: dict[str, Any], ours: dict[str, Any
         raise SystemExit(f"{path} is of a run with other options ({'; '.join(other)}); choose another --out.")
 
 
+def refuse_other_cases(path: Path, theirs: list[str] | None, ours: list[str]) -> None:
+    """Stop unless a checkpoint is of a run on the cases that are there now (`SegmentationData.trained_on`)."""
+    if theirs is None:
+        raise SystemExit(f"{path} does not say which files it was trained on; start over with another --out.")
+    changes = {
+        "new": [name for name in ours if name not in theirs],
+        "gone": [name for name in theirs if name not in ours],
+    }
+    told = [
+        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for what, names in changes.items()
+        if names
+    ]
+    if told:
+        raise SystemExit(
+            f"{path} was trained on other files ({'; '.join(told)}); restore the files, or start over with another "
+            "--out."
+        )
+
+
 def write_atomically(state: dict[str, Any], path: Path) -> None:
     """Leave the old or the new checkpoint, whenever the process is killed."""
     partial = path.with_suffix(".partial")

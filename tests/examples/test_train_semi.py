@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,50 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(slices, mo
         assert torch.equal(value, again[key]), key
     with pytest.raises(SystemExit, match=r"of a run with other options .*seed 0, now 1"):
         train_semi.main(options(out, *more, "--seed", "1"))
+
+
+def test_a_run_is_not_resumed_on_other_files(folders, tmp_path):
+    out = tmp_path / "out"
+    more = options(out, *folders, "--size", "32", "--steps", "1")
+    train_semi.main(more)
+    train_semi.main(more)  # the same files
+
+    def refused(changes: str) -> None:
+        with pytest.raises(
+            SystemExit, match=rf"training\.pt was trained on other files \({changes}\); restore .* --out"
+        ):
+            train_semi.main(more)
+
+    image, label, other = (tmp_path / name for name in ("images", "labels", "others"))
+    for path in (image, label):
+        shutil.copy(path / "case2.nii.gz", path / "new.nii.gz")
+    refused(r"new: labelled \S+images/new\.nii\.gz")
+    (image / "new.nii.gz").unlink()
+    train_semi.main(more)  # nothing reads a label without an image
+    (image / "case0.nii.gz").rename(other / "case0.nii.gz")
+    refused(r"new: unlabelled \S+others/case0\.nii\.gz; gone: labelled \S+images/case0\.nii\.gz")
+    (other / "case0.nii.gz").rename(image / "case0.nii.gz")
+    for index in range(5):
+        shutil.copy(other / "case3.nii.gz", other / f"more{index}.nii.gz")
+    refused(r"new: (unlabelled \S+more\d\.nii\.gz,? ){3}and 2 more")
+    for index in range(5):
+        (other / f"more{index}.nii.gz").unlink()
+    train_semi.main(more)  # restored
+    state = torch.load(out / "training.pt", weights_only=True)
+    del state["cases"]
+    torch.save(state, out / "training.pt")
+    with pytest.raises(SystemExit, match=r"training\.pt does not say which files .*another --out"):
+        train_semi.main(more)
+
+
+def test_a_run_is_not_resumed_with_other_patients(slices):
+    more = options(slices.parent / "out", "--data", str(slices), "--patients", "2", "--steps", "1")
+    train_semi.main(more)
+    with np.load(slices) as file:
+        arrays = dict(file)
+    np.savez(slices, **{**arrays, "patient": np.array([f"other {who}" for who in arrays["patient"]])})
+    with pytest.raises(SystemExit, match=r"new: labelled patient other .*; gone: labelled patient"):
+        train_semi.main(more)
 
 
 @pytest.mark.parametrize(
