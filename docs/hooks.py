@@ -22,5 +22,5 @@ def on_files(files: Files, config: Any) -> Files:
 def fitted(text: str) -> str:
     """The text with links to pages, and to the README as the site's first one, and with the names of other files."""
     text = re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?!\.\./|README|docs/pages/)([^)]*)\)", r"\1 (`\2`)", text)
-    text = re.sub(r"\]\(\.\./\.\./docs/pages/how-to/", "](", text)
+    text = re.sub(r"\]\(\.\./\.\./docs/pages/", "](../", text)
     return re.sub(r"\]\(\.\./\.\./README\.md(#[^)]*)?\)", "](../index.md)", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..alignment.wrapper import ReSegWrapper
@@ -49,6 +49,7 @@ class ReSegHandler:
         """
         from ignite.engine import Events
 
+        engine.add_event_handler(Events.STARTED, _refuse_other_network, self, self.reseg.model)  # before stage 1
         # not at STARTED: there CheckpointLoader may come after us
         engine.add_event_handler(Events.EPOCH_STARTED, self.stage_1)
         _when_the_loss_is_there(engine, self)
@@ -80,6 +81,9 @@ class DeepSupervisionHandler:
 
     def attach(self, engine: SupervisedTrainer) -> None:
         """See `ReSegHandler.attach`."""
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.STARTED, _refuse_other_network, self, self.ds.model)
         _when_the_loss_is_there(engine, self)
 
     def __call__(self, engine: SupervisedTrainer) -> None:
@@ -144,14 +148,12 @@ class SemiSupervisedHandler:
                 f"{type(engine).__name__} is not a SupervisedTrainer of MONAI; call semi.loss in your own update "
                 "function instead"
             )
+        if unwrap(network) is not self.semi.model:
+            raise _of_another(self)
         if loss != self.semi.loss:
             raise ReSegError(
-                "SemiSupervised computes the whole loss: pass loss_function=semi.loss to the trainer, and your own "
-                "loss to SemiSupervised(task_loss=...)"
-            )
-        if unwrap(network) is not self.semi.model:
-            raise ReSegError(
-                "SemiSupervised was built for another model than the trainer's network; build both with the same model"
+                "SemiSupervised computes the whole loss: pass loss_function=semi.loss of the handler's semi to the "
+                "trainer, and your own loss to SemiSupervised(task_loss=...)"
             )
 
         def run(inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
@@ -218,6 +220,20 @@ class SemiSupervisedHandler:
 def _check_kind(handler: object, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise ReSegError(f"{type(handler).__name__} needs a {kind.__name__}, got {type(value).__name__}")
+
+
+def _refuse_other_network(engine: SupervisedTrainer, handler: object, model: nn.Module) -> None:
+    """Raise a ReSegError unless the trainer's network is the model or has it inside, as wrappers of it do."""
+    network = getattr(engine, "network", None)  # other engines with our event may have none
+    if isinstance(network, nn.Module) and all(module is not model for module in network.modules()):
+        raise _of_another(handler)
+
+
+def _of_another(handler: object) -> ReSegError:
+    return ReSegError(
+        f"{type(handler).__name__} is for another model than the trainer's network: build its loss and the trainer "
+        "with the same model, or pass the handler to the trainer of its own model"
+    )
 
 
 def _when_the_loss_is_there(engine: SupervisedTrainer, handler: ReSegHandler | DeepSupervisionHandler) -> None:

@@ -181,6 +181,36 @@ def test_at_weight_0_there_is_no_stage_1_and_the_run_is_a_bare_one(tmp_path):
     assert same(run(lambda net: [ReSegHandler(ReSegWrapper(net, weight=0.0))]), run(lambda net: []))
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize("name", ["reseg", "ds"])
+def test_handlers_of_another_network_are_refused_before_stage_1(name, weight, monkeypatch):
+    fits = []
+    monkeypatch.setattr(ReSegWrapper, "fit_recon", lambda self, *a, **k: fits.append(self))
+    own, other = Parts(), Parts(seed=1)
+    getattr(other, name).weight = weight
+    handlers = {"reseg": ReSegHandler(other.reseg, steps=4), "ds": DeepSupervisionHandler(other.ds)}
+    trainer = SupervisedTrainer(DEVICE, 1, own.loader, own.net, own.optimizer, dice_ce, train_handlers=[handlers[name]])
+    message = rf"{type(handlers[name]).__name__} is for another model than the trainer's network: build .* same model"
+    with pytest.raises(ReSegError, match=message):
+        trainer.run()
+    assert not fits
+
+
+def test_a_network_that_has_the_model_inside_is_served(tmp_path):
+    class Scaled(torch.nn.Module):
+        def __init__(self, net: torch.nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(2 * x)
+
+    parts = Parts()
+    parts.net = Scaled(parts.net)
+    parts.run(tmp_path, epochs=1)
+    assert parts.reseg.calls == parts.ds.calls == 3
+
+
 def test_an_engine_without_the_event_is_refused():
     with pytest.raises(ReSegError, match="no event LOSS_COMPLETED"):
         ReSegHandler(ReSegWrapper(UNet())).attach(Engine(lambda engine, x: None))
@@ -379,8 +409,13 @@ def test_wrong_uses_with_unlabelled_images_say_what_to_do():
     other = FewLabels()
     few = FewLabels()
     few.trainer.network = other.net
-    with pytest.raises(ReSegError, match="another model than the trainer's network"):
+    with pytest.raises(ReSegError, match="SemiSupervisedHandler is for another model than the trainer's network"):
         few.run()
+    for more in ([], [few.handler]):  # alone, and beside the right one
+        with pytest.raises(ReSegError, match="SemiSupervisedHandler is for another model than the trainer's network"):
+            FewLabels(train_handlers=[*more, other.handler]).run()
+    with pytest.raises(ReSegError, match=r"loss_function=semi\.loss of the handler's semi"):
+        FewLabels(loss_function=other.semi.loss).run()
     with pytest.raises(ReSegError, match="SemiSupervisedHandler needs a SemiSupervised, got UNet"):
         SemiSupervisedHandler(few.net, unlabelled_images())  # pyright: ignore[reportArgumentType]
     engine = Engine(lambda engine, x: None)
