@@ -21,6 +21,7 @@ from measured import (
     check_controls,
     check_costs,
     check_field,
+    check_hd95,
     check_heldout,
     check_memory,
     check_nnunet,
@@ -76,10 +77,11 @@ def test_the_code_for_nifti_files_runs(tmp_path, monkeypatch):
     nib = pytest.importorskip("nibabel")
     np = pytest.importorskip("numpy")
     random = np.random.default_rng(0)
-    names = {kind: [str(tmp_path / f"{kind}{n}.nii.gz") for n in range(2)] for kind in ("image", "label", "other")}
+    counts = {"image": 2, "label": 2, "other": 3}
+    names = {kind: [str(tmp_path / f"{kind}{n}.nii.gz") for n in range(count)] for kind, count in counts.items()}
     for kind, files in names.items():
         for file in files:
-            voxels = random.integers(0, 3, (20, 40, 40)).astype(np.uint8 if kind == "label" else np.float32)
+            voxels = random.integers(0, 3, (40, 40, 20)).astype(np.uint8 if kind == "label" else np.float32)
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), file)
     scope = {"images": names["image"], "labels": names["label"], "unlabelled_images": names["other"]}
     monkeypatch.chdir(tmp_path)
@@ -127,6 +129,10 @@ def test_the_table_of_unseen_data_is_that_of_the_results():
 def test_the_table_of_the_fields_protocol_is_that_of_the_results():
     text = (PAGES / "explanation" / "measured.md").read_text()
     check_field(table(text, "| the field's patients |"), text)
+
+
+def test_what_is_said_of_hd95_is_what_the_results_say():
+    check_hd95((PAGES / "explanation" / "measured.md").read_text())
 
 
 def test_the_table_of_nnunet_is_that_of_the_results():
