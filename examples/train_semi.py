@@ -18,16 +18,7 @@ from pathlib import Path
 
 import torch
 from common.data import SegmentationData, TrainingBatches
-from common.experiment import (
-    AMP,
-    FEW_SLICES,
-    data_options,
-    positive,
-    read_data,
-    refuse_other_cases,
-    refuse_other_options,
-    write_atomically,
-)
+from common.experiment import AMP, FEW_SLICES, data_options, positive, read_data, refuse_other_options, write_atomically
 from common.metrics import summarize
 from common.nifti import load_folders, save_prediction
 from common.recipes import poly, sgd
@@ -57,11 +48,10 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
     data = batches(labelled, unlabelled, steps=args.steps)
     parts = {"model": model, "semi": semi, "optimizer": optimizer, "data": data}
     checkpoint, options = args.out / "training.pt", {key: str(vars(args)[key]) for key in OPTIONS}
-    cases = args.dataset.trained_on  # files may come or go between two runs with the same options
+    options["cases"] = args.dataset.cases(unlabelled=True)  # files may come and go between two runs
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         refuse_other_options(checkpoint, state["options"], options)
-        refuse_other_cases(checkpoint, state.get("cases"), cases)
         for name, part in parts.items():
             part.load_state_dict(state[name])
     model.train()
@@ -79,7 +69,7 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
             print(f"step {data.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in semi.stats().items()))
         if data.step % args.save_every == 0 or data.step == args.steps:
             states = {name: part.state_dict() for name, part in parts.items()}
-            write_atomically({"options": options, "cases": cases, **states}, checkpoint)
+            write_atomically({"options": options, **states}, checkpoint)
     semi.remove()
     torch.save(semi.average.state_dict(), args.out / "model.pt")
     return semi.average

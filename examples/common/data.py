@@ -81,11 +81,10 @@ class SegmentationData:
         """The same with the unlabelled cases for training, whose labels nobody reads."""
         return replace(self, train=self.unlabelled)
 
-    @property
-    def trained_on(self) -> list[str]:
-        """The names of all cases but the test cases, and whether their labels are used."""
-        parts = (("labelled", self.train), ("unlabelled", self.unlabelled))
-        return [f"{part} {case.name}" for part, cases in parts for case in cases]
+    def cases(self, *, unlabelled: bool) -> list[str]:
+        """What all cases are used for, and their names, with or without the unlabelled ones."""
+        parts = {"labelled": self.train, "unlabelled": self.unlabelled if unlabelled else (), "test": self.test}
+        return [f"{part} {case.name}" for part, cases in parts.items() for case in cases]
 
     def with_labels_of(self, slices: int) -> SegmentationData:
         """The same with the labels of so many training slices, spread evenly; the other slices are unlabelled."""

@@ -118,6 +118,7 @@ class Setting:
         """What the result of a run depends on."""
         keys = ["small", "paper", "data", "patients", "slices", "steps", "batch_size", "size", "lr", "weights", "amp"]
         values: dict[str, Any] = {key: getattr(self.args, key) for key in keys}
+        values["cases"] = self.data.cases(unlabelled=variant.semi)  # files may come and go between two runs
         values |= {"seed": self.seed, "deep": variant.deep, "reseg": variant.reseg and dict(variant.reseg)}
         if variant.semi:
             values["unlabelled"] = self.args.unlabelled
@@ -450,29 +451,21 @@ def positive(text: str) -> int:
 
 def refuse_other_options(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Stop unless a checkpoint is of the run that was asked for."""
-    other = [f"{key} {theirs.get(key)}, now {value}" for key, value in ours.items() if theirs.get(key) != value]
+    other = [_difference(key, theirs.get(key), value) for key, value in ours.items() if theirs.get(key) != value]
     if other:
         raise SystemExit(f"{path} is of a run with other options ({'; '.join(other)}); choose another --out.")
 
 
-def refuse_other_cases(path: Path, theirs: list[str] | None, ours: list[str]) -> None:
-    """Stop unless a checkpoint is of a run on the cases that are there now (`SegmentationData.trained_on`)."""
-    if theirs is None:
-        raise SystemExit(f"{path} does not say which files it was trained on; start over with another --out.")
+def _difference(key: str, theirs: Any, ours: Any) -> str:
+    """An option then and now; of cases, which are new and which are gone."""
+    if key != "cases":
+        return f"{key} {theirs}, now {ours}"
     changes = {
-        "new": [name for name in ours if name not in theirs],
-        "gone": [name for name in theirs if name not in ours],
+        "new": [case for case in ours if case not in theirs],
+        "gone": [case for case in theirs if case not in ours],
     }
-    told = [
-        f"{what}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for what, names in changes.items()
-        if names
-    ]
-    if told:
-        raise SystemExit(
-            f"{path} was trained on other files ({'; '.join(told)}); restore the files, or start over with another "
-            "--out."
-        )
+    told = [f"{len(cases)} {what}: {', '.join(cases[:3])}" for what, cases in changes.items() if cases]
+    return ", ".join(told) or "the cases in another order"
 
 
 def write_atomically(state: dict[str, Any], path: Path) -> None:

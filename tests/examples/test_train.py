@@ -202,6 +202,11 @@ def test_what_is_finished_is_not_repeated_and_other_options_are_refused(slices):
     assert (out / "deep.json").exists()
     with pytest.raises(SystemExit, match=r"bare\.pt is of a run with other options .*seed 0, now 1"):
         main(unet, options(slices, "--seed", "1"))
+    with np.load(slices) as file:
+        arrays = dict(file)
+    np.savez(slices, **{**arrays, "patient": np.array([f"other {who}" for who in arrays["patient"]])})
+    with pytest.raises(SystemExit, match=r"bare\.pt is of a run with other options \(\d+ new: labelled patient other"):
+        main(unet, options(slices))
 
 
 @pytest.mark.parametrize(
