@@ -103,6 +103,22 @@ def test_it_is_compiled_where_the_model_is(how):
         teacher.compile("eager")  # pyright: ignore
 
 
+def test_tied_weights_are_averaged_once_and_stay_tied():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    model[1].weight = model[0].weight
+    teacher = MeanTeacher(model, 0.75)
+    teacher.start()
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    teacher.update()
+    assert teacher.network[0].weight is teacher.network[1].weight
+    torch.testing.assert_close(teacher.network[0].weight, before + 0.25)
+    model[1].weight = nn.Parameter(before)
+    with pytest.raises(ReSegError, match="parameters have changed"):
+        teacher.update()
+
+
 def test_a_model_that_has_changed_is_refused():
     model = UNet()
     teacher = MeanTeacher(model, 0.9)
