@@ -239,6 +239,7 @@ class Session:
                     file = self.overlays / f"{self.plan.name}_{seed}_{name}.npz"
                     keep_slices(file, self.data, on.rows, variant.name + whose, prediction)
         resumed_at = step.loop.resumed_at
+        taken_up = 0 if variant.stage_1 is None else self.stage_1[variant.stage_1].loop.resumed_at
         steps = variant.steps(self.plan.settings.steps, self.plan.settings.stage1_steps) - resumed_at
         done = time.perf_counter()
         line = {
@@ -247,6 +248,7 @@ class Session:
             "stage_1_loss": recon,
             "ms_per_step": 1e3 * (trained - start) / steps if steps else None,
             **({"resumed_at": resumed_at} if resumed_at else {}),  # times are of what came after
+            **({"stage_1_resumed_at": taken_up} if taken_up else {}),
             "seconds": {
                 "build": built - began,
                 "stage_1": start - built,
@@ -453,6 +455,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="30 steps of each variant of one seed, for the timing")
     parser.add_argument("--all", action="store_true", help="with --smoke: every variant of the catalogue")
     args = parser.parse_args()
+    if args.all and not args.smoke:
+        parser.error("--all goes with --smoke")
     deadline = time.monotonic() + 60 * args.minutes
     machine = Machine.make(args.compile)
     said = about(machine, args.commit)
@@ -461,6 +465,8 @@ def main() -> None:
         plan = read_plan(path)
         if args.seeds:
             plan = replace(plan, seeds=tuple(seed for seed in plan.seeds if seed in args.seeds))
+            if not plan.seeds:
+                parser.error(f"--seeds: {path.stem} has none of {args.seeds}")
         if args.smoke:
             plan = trial(plan, everything=args.all)
         kept = args.checkpoints, args.predictions, args.overlays
@@ -473,7 +479,8 @@ def main() -> None:
 def trial(plan: Plan, everything: bool) -> Plan:
     """One seed of a few steps."""
     variants = tuple(CATALOGUE.values()) if everything else plan.variants
-    plan = replace(plan, seeds=plan.seeds[:1], variants=variants, parts=plan.parts[:1])
+    # of another name, which is that of its overlays and predictions
+    plan = replace(plan, name=f"{plan.name}_trial", seeds=plan.seeds[:1], variants=variants, parts=plan.parts[:1])
     return smaller(plan, steps=30, stage1_steps=10)
 
 

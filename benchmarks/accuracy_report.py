@@ -228,7 +228,8 @@ def times(scores: Scores) -> str:
             continue
         seed, variant = planned[run["key"]]
         each.setdefault(variant.name, []).append(run["ms_per_step"])
-        if variant.stage_1 is not None:  # the first that asked for it has waited
+        # the first that asked for it has waited, for all of it unless an earlier call had begun it
+        if variant.stage_1 is not None and not run.get("stage_1_resumed_at"):
             of_kind = shared.setdefault(variant.stage_1, {})
             of_kind[seed] = max(of_kind.get(seed, 0.0), run["seconds"]["stage_1"])
     rows = [["variant", "steps", "ms a step", "stage 2, s", "stage 1, s", "both, s"], ["---"] * 6]
@@ -239,8 +240,10 @@ def times(scores: Scores) -> str:
         ms = median(each[variant.name])
         second, first = steps * ms / 1e3, 0.0
         if variant.stage_1 is not None:
-            first = median(shared[variant.stage_1].values())
-        rows.append([variant.name, str(steps), f"{ms:.1f}", f"{second:.1f}", f"{first:.1f}", f"{second + first:.1f}"])
+            whole = shared.get(variant.stage_1)
+            first = median(whole.values()) if whole else None
+        both = ["-", "-"] if first is None else [f"{first:.1f}", f"{second + first:.1f}"]
+        rows.append([variant.name, str(steps), f"{ms:.1f}", f"{second:.1f}", *both])
     return _markdown(rows)
 
 
@@ -419,8 +422,19 @@ def main() -> None:
     parser.add_argument("--overview", type=Path, help="picture of labelled patients against DSC, over all plans given")
     parser.add_argument("--ablation", type=Path, help="picture of terms and weights of the alignment, of one plan")
     args = parser.parse_args()
+    missing = [str(path) for path in args.results if not path.exists()]
+    if missing:
+        parser.error(f"{', '.join(missing)} is not there")
     lines = list(finished([line for path in args.results for line in read_lines(path)]).values())
     plans = [read_plan(path) for path in args.plan]
+    names = {variant.name for plan in plans for variant in plan.variants}
+    names |= {f"{name}: {title}" for name in names for title in BESIDE.values()}
+    unknown = [name for name in args.references or () if name not in names]
+    if unknown:
+        parser.error(f"--references: no plan has {', '.join(unknown)}")
+    for plan in plans:
+        if args.part is not None and args.part not in plan.scored:
+            parser.error(f"--part {args.part}: {plan.name} has {', '.join(plan.scored)}")
     scores = [select(plan, lines, args.part or plan.decide_on) for plan in plans]
     text = "\n\n".join(report(each, args.references) for each in scores) + "\n"
     if args.table:

@@ -254,7 +254,7 @@ class Bench:
         taught = f"Dataset{task.dataset + 1 + seed:03d}_{task.data}_{task.labelled}_taught"
         with self.made_once(preprocessed / taught) as missing:
             if missing:
-                teacher = folder_of(named(row.taught_by), seed)
+                teacher = folder_of(named(row.taught_by), seed, self.args)
                 unlabelled = split(self.of(task), task.labelled, 0).unlabelled
                 pseudo = {volume.name: segmented for volume, segmented in self.predicted(teacher, task, unlabelled)}
                 write_raw(task, self.of(task), raw / taught, pseudo)
@@ -314,7 +314,8 @@ class Bench:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         epochs = epochs_of(row, self.args.epochs, lines)
-        made, seconds = self.trained(row, seed, epochs, folder_of(row, seed))
+        folder = folder_of(row, seed, self.args)
+        made, seconds = self.trained(row, seed, epochs, folder)
         peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
         batch, patch = made.configuration_manager.batch_size, made.configuration_manager.patch_size
         before, taught = 0.0, {}
@@ -323,7 +324,7 @@ class Bench:
             before, taught = teacher["seconds"], {"taught_by_dsc": teacher["mean_dsc"]}
         data = self.of(row.task)
         test = split(data, row.task.labelled, 0).test
-        scores = scored(self.predicted(folder_of(row, seed), row.task, test), len(data.class_names))
+        scores = scored(self.predicted(folder, row.task, test), len(data.class_names))
         return {
             "row": row.name, "seed": seed, "epochs": epochs, "iterations": self.args.iterations, "batch": batch,
             "patch": [*patch], "seconds": before + sum(seconds), "ms": 1e3 * median(seconds) / self.args.iterations,
@@ -332,7 +333,9 @@ class Bench:
 
     def smoke(self, row: Row) -> dict[str, Any]:
         """The time of a step, from the second of two short epochs."""
-        made, seconds = self.trained(row, 0, 2, f"smoke-{folder_of(row, 0)}")
+        folder = f"smoke-{folder_of(row, 0, self.args)}"
+        shutil.rmtree(self.args.work / "results" / folder, ignore_errors=True)  # a finished one would not train again
+        made, seconds = self.trained(row, 0, 2, folder)
         batch, patch = made.configuration_manager.batch_size, made.configuration_manager.patch_size
         ms = 1e3 * seconds[-1] / self.args.iterations
         return {"row": row.name, "iterations": self.args.iterations, "batch": batch, "patch": [*patch], "ms": ms}
@@ -383,8 +386,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def folder_of(row: Row, seed: int) -> str:
-    return f"{row.name.replace(', ', '-').replace(': ', '-').replace(' ', '_')}-{seed}"
+def folder_of(row: Row, seed: int, args: argparse.Namespace) -> str:
+    """Of a run's results. Runs of other lengths have others, or one would go on from another's checkpoint."""
+    name = row.name.replace(", ", "-").replace(": ", "-").replace(" ", "_")
+    return f"{name}-{seed}-{args.epochs}x{args.iterations}"
 
 
 def key_of(row: Row, seed: int, args: argparse.Namespace) -> str:
@@ -407,8 +412,10 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
             )
             cells = [100 * (dsc or 0), hd95, ms, peak, (seconds or 0) / 60]
             shown = ["-" if cell is None else f"{cell:.1f}" for cell in cells]
-            steps = {f"{line['epochs'] * line['iterations']:,}" for line in of_row.values()}
-            text.append(f"| {name} | {' | '.join(shown)} | {' or '.join(sorted(steps))} | {len(of_row)} |")
+            steps = {line["epochs"] * line["iterations"] for line in lines if line["row"] == name}
+            if len(steps) > 1:
+                raise ValueError(f"{name}: runs of {sorted(steps)} steps; report those of one length")
+            text.append(f"| {name} | {' | '.join(shown)} | {steps.pop():,} | {len(of_row)} |")
     text += ["", "| difference | over seeds | over patients, 95 % interval |", "|---|---|---|"]
     for name, other in PAIRS:
         difference = paired(
@@ -455,6 +462,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(report([*finished(read_lines(args.out)).values()]))
         return
     rows = [named(name) for name in args.rows]
+    if args.seeds is not None and not {*args.seeds} <= {seed for row in rows for seed in row.seeds}:
+        parser.error(f"--seeds {args.seeds}: not all are seeds of these rows")
     if args.smoke:
         args.iterations = 100
         for row in rows:

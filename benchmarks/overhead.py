@@ -571,6 +571,9 @@ def main() -> None:
     if args.out and args.out.exists():
         report = json.loads(args.out.read_text())
         check(report)
+        known = {r["row"] for r in report["results"]}
+        if known and args.rows is not None and not {*args.rows} <= known:
+            parser.error(f"{args.out} has groups without {', '.join(sorted({*args.rows} - known))}; name another file")
         if report["about"] != about and not args.plot_only:
             other = {k: v for k, v in report["about"].items() if v != about[k]}
             parser.error(f"{args.out} is of another run ({other}); name another file")

@@ -84,6 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.steps = args.steps or SMALL_STEPS
     args.network = importlib.import_module(f"train_{args.backbone}").BACKBONE
     complete(args, args.network, parser)
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {args.seeds}: a seed is named twice")
     args.datasets = {seed: read_data(args, seed, parser) for seed in args.seeds}
     return args
 

@@ -66,6 +66,9 @@ def load(path: Path) -> Slices:
     """ACDC, Sunnybrook or the hippocampus from its `.npz`, as it is or packed by `pack`."""
     with np.load(path) as file:
         arrays = {key: file[key] for key in file.files}
+    for key in ("images", "labels"):
+        if arrays[key].dtype != np.uint8:
+            raise ValueError(f"{path.name}: {key} are {arrays[key].dtype}, and must be uint8 (images 0 to 255)")
     patient = arrays["patient"].astype(np.int64)
     if "phase" in arrays:
         name, class_names = "acdc", ACDC_CLASSES
@@ -86,6 +89,8 @@ def load(path: Path) -> Slices:
     else:
         raise ValueError(f"{path} is not ACDC ('phase'), Sunnybrook ('patient_name') or the hippocampus (volumes)")
     order = np.lexsort((position, frame, patient))
+    if len(np.unique(np.stack([patient, frame, position]), axis=1).T) < len(patient):
+        raise ValueError(f"{path.name}: two images are of the same patient, phase and slice")
     patient, frame = patient[order], frame[order]
     starts = np.r_[True, (np.diff(patient) != 0) | (np.diff(frame) != 0)]
     images, labels = arrays["images"][order], arrays["labels"][order]

@@ -677,6 +677,9 @@ class Stage2:
             seed: of the weights.
             teacher: weights from stage 1; None leaves the teacher untrained.
             pause: when to stop for another process to go on; `OutOfTimeError` is raised then.
+
+        Raises:
+            ValueError: the loss is NaN or infinite at the end.
         """
         settings = self.settings
         steps = variant.steps(settings.steps, settings.stage1_steps)
@@ -706,7 +709,10 @@ class Stage2:
         torch.manual_seed(seed)
         self.model.train()
         self.loop.run(steps, pause)
-        return float(self.loop.losses[max(0, steps - 50) : steps].mean())
+        loss = float(self.loop.losses[max(0, steps - 50) : steps].mean())
+        if not math.isfinite(loss):
+            raise ValueError(f"{variant.name} diverged: its loss is {loss} at the end")
+        return loss
 
     def networks(self) -> dict[str, nn.Module]:
         """What is scored, by what is added to the part's name: the model, and what the variant has beside it."""

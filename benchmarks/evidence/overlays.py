@@ -37,8 +37,9 @@ def keep_slices(file: Path, data: Slices, rows: np.ndarray, name: str, predictio
             found = dict(zip(arrays["names"].tolist(), arrays["predictions"]))
     found[name] = prediction[torch.tensor(at)].numpy()
     file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npz")  # a file that a kill cut short would fail every later run
     np.savez_compressed(
-        file,
+        partial,
         image=data.images[chosen],
         truth=data.labels[chosen],
         patient=data.patient[chosen],
@@ -46,6 +47,7 @@ def keep_slices(file: Path, data: Slices, rows: np.ndarray, name: str, predictio
         names=np.array(list(found)),
         predictions=np.stack(list(found.values())),
     )
+    partial.replace(file)
 
 
 def draw(file: Path) -> Path:

@@ -26,7 +26,11 @@ def pack(source: Path, target: Path, size: int | None = None, bits: int = 8) -> 
     """Write `source` again with LZMA, at another size or with images of fewer bits if asked for."""
     with np.load(source) as file:
         arrays = {key: file[key] for key in file.files}
+    if (size is not None or bits < 8) and arrays["images"].dtype != np.uint8:
+        raise ValueError(f"{source.name}: images are {arrays['images'].dtype}, and only uint8 can be made smaller")
     if size is not None and arrays["images"].shape[1:] != (size, size):
+        if "spacing" in arrays:  # between slices, rows and columns
+            arrays["spacing"] = arrays["spacing"] * [1, *(n / size for n in arrays["images"].shape[1:])]
         arrays["images"], arrays["labels"] = resized(arrays["images"], arrays["labels"], size)
     if bits < 8:
         step = 1 << (8 - bits)

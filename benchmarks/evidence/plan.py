@@ -58,6 +58,11 @@ class Plan:
     outside: str = ""
     minutes: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The parts on which networks are scored, and the other data set."""
+        return *self.parts, *([self.also_test["data"]] if self.also_test else [])
+
     def runs(self) -> Iterator[tuple[int, Variant]]:
         """Seed by seed, so that whatever was run is paired."""
         return ((seed, variant) for seed in self.seeds for variant in self.variants)
@@ -114,9 +119,8 @@ def read_plan(path: Path) -> Plan:
     if bool(asking) != bool(plan.elsewhere):
         what = f"{asking} need" if asking else f"no variant has images of {plan.elsewhere!r}, but the plan names"
         raise ValueError(f"{path.name}: {what} another data set, as 'elsewhere'")
-    scored = (*plan.parts, *([plan.also_test["data"]] if plan.also_test else []))
-    if plan.decide_on not in scored:
-        raise ValueError(f"{path.name}: decided on {plan.decide_on!r}, and only {', '.join(scored)} are scored")
+    if plan.decide_on not in plan.scored:
+        raise ValueError(f"{path.name}: decided on {plan.decide_on!r}, and only {', '.join(plan.scored)} are scored")
     return plan
 
 

@@ -127,6 +127,7 @@ def test_the_report_draws_it_when_asked(plan, tmp_path, monkeypatch, capsys):
     results, figure = tmp_path / "results.jsonl", tmp_path / "figure.png"
     arguments = ["accuracy_report.py", str(results), "--plan", str(PLAN), "--ablation", str(figure)]
     monkeypatch.setattr("sys.argv", arguments)
+    results.touch()
     with pytest.raises(SystemExit):
         accuracy_report.main()
     assert "--ablation: give one plan" in capsys.readouterr().err

@@ -149,6 +149,31 @@ def test_packing_changes_nothing_but_the_size_of_the_file(folder, tmp_path, acdc
     assert set(np.unique(small.images % 4)) <= {0, 3}  # 3 is 255
 
 
+def test_packing_keeps_millimetres_and_refuses_what_it_would_destroy(tmp_path):
+    image = np.zeros((3, 32, 64), np.uint8)
+    arrays = {"images": image, "labels": image, "spacing": np.array([[10.0, 2.0, 1.0]] * 3)}
+    np.savez(tmp_path / "whole.npz", **arrays)
+    pack(tmp_path / "whole.npz", tmp_path / "small.npz", size=16)
+    with np.load(tmp_path / "small.npz") as small:
+        assert small["spacing"].tolist() == [[10.0, 4.0, 4.0]] * 3
+    np.savez(tmp_path / "whole.npz", **{**arrays, "images": image / 255})
+    for smaller in ({"size": 16}, {"bits": 7}):
+        with pytest.raises(ValueError, match=r"whole\.npz: images are float64, and only uint8 can be made smaller"):
+            pack(tmp_path / "whole.npz", tmp_path / "small.npz", **smaller)
+
+
+@pytest.mark.parametrize("file", ["acdc.npz", "hippocampus.npz"])
+def test_files_that_would_be_misread_are_refused(file, folder, tmp_path):
+    with np.load(folder / file) as original:
+        arrays = dict(original)
+    np.savez(tmp_path / file, **{**arrays, "images": arrays["images"] / 255})
+    with pytest.raises(ValueError, match=r"images are float64, and must be uint8"):
+        load(tmp_path / file)
+    np.savez(tmp_path / file, **{key: np.concatenate([value, value[:1]]) for key, value in arrays.items()})
+    with pytest.raises(ValueError, match="two images are of the same patient, phase and slice"):
+        load(tmp_path / file)
+
+
 def test_native_slices_are_resized_and_their_labels_kept(folder, native):
     data = load_native(folder / "acdc_native.npz", 32)
     assert data.native is not None
@@ -965,6 +990,14 @@ def test_stage_1_can_have_the_settings_of_stage_2(acdc):
     assert not all(torch.equal(ours[name], value) for name, value in weights.items())
 
 
+def test_a_run_that_diverges_has_no_score(folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run(plan_of(seeds=(0,), variants=(CATALOGUE["bare"],), settings=replace(SETTINGS, lr=1e12)), folder, out)
+    (line,) = read_lines(out)
+    assert "bare diverged: its loss is nan" in line["error"]
+    assert "scores" not in line
+
+
 def test_a_stage_1_that_diverges_stops_its_run(acdc):
     """Else stage 2 would align with NaN, and a row of the table be of that."""
     settings = replace(SETTINGS, stage_1="as stage 2", lr=1e20, stage1_steps=6)
@@ -1013,6 +1046,9 @@ def test_a_run_that_the_time_cuts_short_goes_on_where_it_was(name, folder, tmp_p
     assert attempts > 2
     (ours,), (once,) = read_lines(parts), read_lines(whole)
     assert ours["resumed_at"] == 6
+    assert ours.get("stage_1_resumed_at") == (5 if name == "paper" else None)
+    scores = select(plan, [ours], "test")
+    assert (" | - | - |" in accuracy_report.times(scores)) == (name == "paper"), "no time of a part of stage 1"
     for what in ("task_loss", "stage_1_loss", "scores", "key"):
         assert ours[what] == once[what], what
     assert not list(kept.glob(f"{ours['key']}*")), "what was saved of a run goes with its end"
@@ -1315,12 +1351,49 @@ def test_a_variant_without_any_score_is_a_dash_and_draws_no_panel(tmp_path):
 
 def test_a_figure_without_the_bare_run_is_refused_and_the_table_is_written(tmp_path, monkeypatch, capsys):
     table, drawn, plan = tmp_path / "table.md", tmp_path / "figure.png", ROOT / "benchmarks/plans/choose_5.json"
+    (tmp_path / "none.jsonl").touch()
     arguments = [tmp_path / "none.jsonl", "--plan", plan, "--table", table, "--figure", drawn]
     monkeypatch.setattr("sys.argv", ["accuracy_report.py", *map(str, arguments)])
     with pytest.raises(SystemExit):
         accuracy_report.main()
     assert "--figure: no plan has a run of 'bare'" in capsys.readouterr().err
     assert "Nothing was run." in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jsonl"], "missing.jsonl is not there"),
+        (["--part", "tset"], "--part tset: choose_5 has validation, test"),
+        (["--references", "bare", "Bare"], "--references: no plan has Bare"),
+    ],
+)
+def test_a_report_of_what_is_not_there_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.jsonl").touch()
+    plan = ["--plan", str(ROOT / "benchmarks/plans/choose_5.json")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["accuracy_report.py", "results.jsonl", *plan, *arguments])
+    if arguments[0].endswith(".jsonl"):
+        monkeypatch.setattr("sys.argv", ["accuracy_report.py", *arguments, *plan])
+    with pytest.raises(SystemExit):
+        accuracy_report.main()
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--seeds", "99"], "--seeds: choose_5 has none of [99]"), (["--all"], "--all goes with --smoke")],
+)
+def test_runs_that_no_plan_has_are_refused(arguments, message, folder, tmp_path, monkeypatch, capsys):
+    plan = ["--plan", str(ROOT / "benchmarks/plans/choose_5.json"), "--data", str(folder), "--out", str(tmp_path / "o")]
+    monkeypatch.setattr("sys.argv", ["accuracy.py", *plan, *arguments])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_trial_has_a_name_of_its_own_for_what_it_keeps():
+    assert accuracy.trial(plan_of(), everything=False).name == f"{plan_of().name}_trial"
 
 
 def test_the_line_under_a_table_says_where_its_runs_are_from():

@@ -102,9 +102,14 @@ def test_mistaken_arguments_are_refused_with_a_sentence(overhead, tmp_path, monk
             "warmup", "stage2_steps")  # fmt: skip
     about = {"format": overhead.FORMAT, **dict.fromkeys(keys)}
     empty.write_text(json.dumps({"about": about, "results": [], "stages": [], "failed": []}))
+    few = json.loads((Path(overhead.__file__).parent / "results" / "overhead_cpu.json").read_text())
+    few["results"] = [result for result in few["results"] if result["row"] != "paper, every=8"]
+    other = tmp_path / "few.json"
+    other.write_text(json.dumps(few))
     for arguments, message in (
         (["--plot-only"], "there is no --out"),
         (["--plot-only", "--out", str(tmp_path / "none.json")], "none.json is not there"),
+        (["--rows", "bare", "paper, every=8", "--out", str(other)], "has groups without paper, every=8; name another"),
         (["--plot-only", "--out", str(empty)], "empty.json has no results yet"),
         (["--profile", "bare", "nonsense"], "no row ['nonsense']; those of U-Net, fp32, eager are ['bare', 'naive',"),
     ):

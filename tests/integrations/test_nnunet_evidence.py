@@ -91,6 +91,14 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeyp
     line = json.loads(steps.read_text().splitlines()[0])
     assert (line["row"], line["batch"], line["patch"], line["iterations"]) == (names[0], 2, [32, 32], 100)
     assert line["ms"] > 0
+    nnunet.main([*command[:-3], "--epochs", "1", "--iterations", "3", "--rows", names[0]])
+    shorter = json.loads(out.read_text().splitlines()[-1])
+    assert (shorter["row"], shorter["epochs"], shorter["iterations"]) == (names[0], 1, 3)
+    assert shorter["seconds"] < lines[names[0]]["seconds"], "trained by itself"
+    with pytest.raises(ValueError, match=rf"{names[0]}: runs of \[3, 4\] steps"):
+        nnunet.main(["--out", str(out), "--report"])
+    with pytest.raises(SystemExit):
+        nnunet.main([*command, "--seeds", "99"])
 
 
 def test_runs_side_by_side_make_a_data_set_once_and_over_what_was_left_half_done(nnunet, monkeypatch, tmp_path):
