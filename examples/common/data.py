@@ -78,8 +78,8 @@ class SegmentationData:
 
     @property
     def others(self) -> SegmentationData:
-        """The same with the unlabelled cases for training, whose labels nobody reads."""
-        return replace(self, train=self.unlabelled)
+        """The same with the unlabelled cases for training, as background throughout: nobody can read their labels."""
+        return replace(self, train=tuple(replace(case, read=_without_label(case.read)) for case in self.unlabelled))
 
     def cases(self, *, unlabelled: bool) -> list[str]:
         """What all cases are used for, and their names, with or without the unlabelled ones."""
@@ -319,6 +319,14 @@ def _some(read: Callable[[], Volume], slices: Sequence[int]) -> Callable[[], Vol
         return image[slices], label[slices]
 
     return read_some
+
+
+def _without_label(read: Callable[[], Volume]) -> Callable[[], Volume]:
+    def read_image() -> Volume:
+        image, label = read()
+        return image, np.zeros_like(label)
+
+    return read_image
 
 
 def _from_slices(paths: Sequence[Path]) -> Callable[[], Volume]:

@@ -111,8 +111,8 @@ def fitting_patch(data: SegmentationData, largest: int, multiple: int = 8) -> Pa
 class PatchBatches(TrainingBatches):
     """Batch number ``step``: patches (B, C, *patch) and their labels (B, *patch), cropped and flipped at random.
 
-    Every second patch lies around a foreground voxel, as in nnU-Net. As in `TrainingBatches`, a batch depends on the
-    seed and the step alone; a pass takes one patch of every volume.
+    Every second patch lies around a foreground voxel, as in nnU-Net; without any, patches lie anywhere. As in
+    `TrainingBatches`, a batch depends on the seed and the step alone; a pass takes one patch of every volume.
     """
 
     def __init__(

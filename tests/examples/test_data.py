@@ -348,7 +348,11 @@ def test_labels_of_a_few_slices(numbered, slices):
         image, label = case.read()
         np.testing.assert_allclose(image * 10, label)
     assert data.test == numbered.test
-    assert data.others.train == data.unlabelled
+    for case, hidden in zip(data.unlabelled, data.others.train, strict=True):
+        (image, label), (same, zeros) = case.read(), hidden.read()
+        assert hidden.name == case.name
+        assert np.array_equal(same, image)
+        assert (zeros.shape, zeros.dtype, zeros.any()) == (label.shape, label.dtype, False)
 
 
 @pytest.mark.parametrize("slices", [0, 10])

@@ -174,6 +174,20 @@ def test_half_of_the_patches_lie_around_foreground():
     assert 0.4 < hits < 0.65
 
 
+def test_patches_of_unlabelled_volumes_do_not_depend_on_their_labels(volumes):
+    def drawn() -> torch.Tensor:
+        batches = PatchBatches(load_npz_volumes(volumes, patients=2).others, (8, 8, 8), 4, seed=0)
+        return torch.stack([batches[step][0] for step in range(10)])
+
+    with np.load(volumes) as file:
+        arrays = dict(file)
+    known = [case.group for case in load_npz_volumes(volumes, patients=2).train]
+    before = drawn()
+    arrays["labels"][~np.isin(arrays["patient"].astype(str), known)] = 0
+    np.savez(volumes, **arrays)
+    assert torch.equal(drawn(), before)
+
+
 def test_volumes_smaller_than_a_patch_are_padded_with_background():
     image, label = PatchBatches(coded((5, 16, 9), (16, 16, 16)), (8, 16, 16), 1, seed=0)[0]
     inside = torch.zeros(8, 16, 16, dtype=torch.bool)
