@@ -192,11 +192,12 @@ def _scan(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def load_npz(path: Path, *, patients: int | None = None, seed: int = 0) -> SegmentationData:
     """Slices from one ``.npz``: ``images`` (N, H, W), ``labels`` (N, H, W), ``patient`` (N).
 
-    Optional: ``frame`` (N) where a patient has several volumes, ``slice`` (N) for the order within a volume, and
-    ``spacing`` (3) or (N, 3) in millimetres between slices, rows and columns.
+    Optional: ``frame`` or ``phase`` (N) where a patient has several volumes, ``slice`` (N) for the order within a
+    volume, and ``spacing`` (3) or (N, 3) in millimetres between slices, rows and columns.
     """
+    keys = ("images", "labels", "patient", "frame", "phase", "slice", "spacing")
     with np.load(path) as file:
-        arrays = {key: file[key] for key in ("images", "labels", "patient", "frame", "slice", "spacing") if key in file}
+        arrays = {key: file[key] for key in keys if key in file}
     missing = {"images", "labels", "patient"} - arrays.keys()
     if missing:
         raise ValueError(f"{path.name} lacks {sorted(missing)}; it needs 'images', 'labels' and 'patient'.")
@@ -213,7 +214,10 @@ def load_npz(path: Path, *, patients: int | None = None, seed: int = 0) -> Segme
         )
 
     count = len(images)
-    frame = arrays.get("frame", np.zeros(count, dtype=int))
+    if {"frame", "phase"} <= arrays.keys():
+        raise ValueError(f"{path.name} has 'frame' and 'phase'; keep the one that tells a patient's volumes apart.")
+    kind = "phase" if "phase" in arrays else "frame"
+    frame = arrays.get(kind, np.zeros(count, dtype=int))
     order = np.lexsort((arrays.get("slice", np.arange(count)), frame, patient))
     rows: dict[tuple[Any, Any], list[int]] = defaultdict(list)
     for row in order:
@@ -222,12 +226,17 @@ def load_npz(path: Path, *, patients: int | None = None, seed: int = 0) -> Segme
 
     cases = []
     for (who, which), index in rows.items():
+        if "slice" in arrays and len(np.unique(arrays["slice"][index])) < len(index):
+            raise ValueError(
+                f"{path.name} has two slices of one number in a volume of patient {who}; tell the patient's volumes "
+                "apart with 'frame' (N,), and the slices of a volume with 'slice' (N,)."
+            )
         if mm is not None and not np.allclose(mm[index], mm[index[0]]):
             raise ValueError(
                 f"{path.name}: 'spacing' differs between the slices of patient {who}; give one per volume."
             )
         spacing = None if mm is None else tuple(mm[index[0]].tolist())
-        name = f"patient {who}" + (f" frame {which}" if "frame" in arrays else "")
+        name = f"patient {who}" + (f" {kind} {which}" if kind in arrays else "")
         cases.append(Case(name, str(who), _in_memory(images[index], labels[index]), spacing))
 
     train, test = split_groups([str(who) for who in np.unique(patient)], seed=seed, train=patients)

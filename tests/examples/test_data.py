@@ -199,6 +199,23 @@ def test_npz_without_frames_has_one_volume_per_patient(tmp_path):
     assert data.train[0].spacing is None
 
 
+def test_npz_may_call_its_frames_phases(tmp_path):
+    frames = load_data(write_npz(tmp_path / "a.npz"))
+    with np.load(tmp_path / "a.npz") as file:
+        phase = file["frame"]
+    phases = load_data(write_npz(tmp_path / "b.npz", frame=None, phase=phase))
+    for ours, theirs in zip(phases.train + phases.test, frames.train + frames.test, strict=True):
+        assert ours.name == theirs.name.replace("frame", "phase")
+        assert np.array_equal(ours.read()[0], theirs.read()[0])
+    with pytest.raises(ValueError, match=r"c\.npz has 'frame' and 'phase'"):
+        load_data(write_npz(tmp_path / "c.npz", phase=phase))
+
+
+def test_npz_with_volumes_that_nothing_tells_apart_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.npz has two slices of one number .* patient 0; .* with 'frame'"):
+        load_data(write_npz(tmp_path / "a.npz", frame=None))
+
+
 def test_npz_with_volumes_is_refused(tmp_path):
     volumes = np.zeros((36, 8, 8, 8), np.uint8)
     with pytest.raises(ValueError, match=r"a\.npz holds 3D volumes .* slices one by one"):
