@@ -157,7 +157,7 @@ def load_mni152(side_mm: int = 192, size: int = 96) -> SegmentationData:
         slices = [z for z in slab if label[z].any()]  # above the head there is nothing to learn or to score
         if slices:
             name = f"slab {index} ({slices[0]}-{slices[-1]} mm)"
-            read = _in_memory(image[slices], label[slices])
+            read = in_memory(image[slices], label[slices], name)
             cases[index % 2].append(Case(name, group=name, read=read, spacing=(1.0, pixel, pixel)))
     names = ("background", "grey matter", "white matter")
     return SegmentationData("MNI152 template", tuple(cases[0]), tuple(cases[1]), names, size)
@@ -237,7 +237,7 @@ def load_npz(path: Path, *, patients: int | None = None, seed: int = 0) -> Segme
             )
         spacing = None if mm is None else tuple(mm[index[0]].tolist())
         name = f"patient {who}" + (f" {kind} {which}" if kind in arrays else "")
-        cases.append(Case(name, str(who), _in_memory(images[index], labels[index]), spacing))
+        cases.append(Case(name, str(who), in_memory(images[index], labels[index], f"{path.name}, {name}"), spacing))
 
     train, test = split_groups([str(who) for who in np.unique(patient)], seed=seed, train=patients)
     names = ("background", *(f"class {index}" for index in range(1, int(labels.max()) + 1)))
@@ -261,7 +261,10 @@ def load_images(path: Path, like: Case) -> list[Case]:
     if images.ndim != axes + 1:
         raise ValueError(f"{path.name} has images of shape {images.shape}, which are not as those with labels.")
     unknown = np.zeros(images.shape[1 + (axes == 4) :], np.uint8)
-    return [Case(f"image {i}", f"{path.name} {i}", _in_memory(image, unknown)) for i, image in enumerate(images)]
+    names = [f"{path.name} {i}" for i in range(len(images))]
+    return [
+        Case(f"image {i}", name, in_memory(image, unknown, name)) for i, (image, name) in enumerate(zip(images, names))
+    ]
 
 
 # --- the folders of TransUNet ----------------------------------------------------------------------------------------
@@ -318,8 +321,11 @@ def _volumes(folder: Path, pattern: str) -> list[Case]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _in_memory(image: np.ndarray, label: np.ndarray) -> Callable[[], Volume]:
-    return lambda: (_as_float(image), label.astype(np.uint8))
+def in_memory(image: np.ndarray, label: np.ndarray, name: str) -> Callable[[], Volume]:
+    """A case's `read` of arrays, which are checked now, when nothing has been trained yet."""
+    check_image(image, name)
+    label = as_label(label, name)
+    return lambda: (_as_float(image), label.copy())
 
 
 def _some(read: Callable[[], Volume], slices: Sequence[int]) -> Callable[[], Volume]:
@@ -341,36 +347,55 @@ def _without_label(read: Callable[[], Volume]) -> Callable[[], Volume]:
 def _from_slices(paths: Sequence[Path]) -> Callable[[], Volume]:
     def read() -> Volume:
         images, labels = zip(*(_read_pair(path) for path in paths))
-        return _as_float(np.stack(images)), np.stack(labels).astype(np.uint8)
+        return np.stack(images), np.stack(labels)
 
     return read
 
 
 def _from_volume(path: Path) -> Callable[[], Volume]:
-    def read() -> Volume:
-        image, label = _read_pair(path)
-        return _as_float(image), label.astype(np.uint8)
-
-    return read
+    return lambda: _read_pair(path)
 
 
 def _read_pair(path: Path) -> Volume:
     with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
         if "image" not in file or "label" not in file:
             raise ValueError(f"{path} lacks 'image' or 'label'; it has {sorted(file.keys())}.")
-        return np.asarray(file["image"]), np.asarray(file["label"])
+        image, label = np.asarray(file["image"]), np.asarray(file["label"])
+    check_image(image, path)
+    return _as_float(image), as_label(label, path)
+
+
+def as_label(array: np.ndarray, name: str | Path) -> np.ndarray:
+    """Labels as uint8; what they cannot hold is refused, for it would be cut or wrapped."""
+    with np.errstate(invalid="ignore"):  # NaN is found by the comparison
+        label = array.astype(np.uint8)
+    if not np.array_equal(label, array) or label.max() == 255:
+        raise ValueError(
+            f"{name} has values from {array.min():g} to {array.max():g}; labels are 0, 1, 2, ... up to 254."
+        )
+    return label
+
+
+def check_image(image: np.ndarray, name: str | Path) -> None:
+    """8-bit images become 0..1; others have to be scaled already, for the teacher reconstructs their values."""
+    if image.dtype == np.uint8:
+        return
+    check_finite(image, name)
+    if not -100 <= image.min() <= image.max() <= 100:
+        raise ValueError(
+            f"{name}: the image values run from {image.min():g} to {image.max():g}, which looks like raw "
+            "intensities; clip them to a window and scale them to 0..1 first."
+        )
+
+
+def check_finite(image: np.ndarray, name: str | Path) -> None:
+    """A single NaN becomes the loss of every image that shares its batch."""
+    if not np.isfinite(image).all():
+        raise ValueError(f"{name}: the image has NaN or infinite values; replace them, for example by background.")
 
 
 def _as_float(image: np.ndarray) -> np.ndarray:
-    """8-bit images become 0..1; others have to be scaled already, for the teacher reconstructs their values."""
-    if image.dtype == np.uint8:
-        return image.astype(np.float32) / 255
-    if np.abs(image).max() > 100:
-        raise ValueError(
-            f"The image values run from {image.min():g} to {image.max():g}, which looks like raw "
-            "intensities; clip them to a window and scale them to 0..1 first."
-        )
-    return image.astype(np.float32)
+    return image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
 
 
 # --- splitting -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 from monai.transforms.intensity.array import ScaleIntensityRangePercentiles
 
-from .data import Case, SegmentationData, Volume
+from .data import Case, SegmentationData, Volume, as_label, check_finite
 
 SCALE = ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)
 
@@ -81,13 +81,7 @@ def _corners(path: Path) -> np.ndarray:
 
 
 def _label(path: Path) -> np.ndarray:
-    array = _array(path)
-    label = array.astype(np.uint8)
-    if not np.array_equal(label, array) or label.max() == 255:
-        raise ValueError(
-            f"{path} has values from {array.min():g} to {array.max():g}; labels are 0, 1, 2, ... up to 254."
-        )
-    return label
+    return as_label(_array(path), path)
 
 
 def _case(image: Path, label: Path | None, channels: bool) -> Case:
@@ -98,7 +92,9 @@ def _case(image: Path, label: Path | None, channels: bool) -> Case:
 
 def _reader(image: Path, label: Path | None, channels: bool) -> Callable[[], Volume]:
     def read() -> Volume:
-        volume = np.asarray(SCALE(_array(image).astype(np.float32)[None]), dtype=np.float32)
+        raw = _array(image).astype(np.float32)[None]
+        check_finite(raw, image)
+        volume = np.asarray(SCALE(raw), dtype=np.float32)
         classes = np.zeros(volume.shape[1:], np.uint8) if label is None else _label(label)
         if classes.shape != volume.shape[1:]:
             raise ValueError(f"{image} has shape {volume.shape[1:]}, its label {classes.shape}.")

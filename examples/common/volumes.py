@@ -6,7 +6,6 @@ In the cases here ``read`` gives the image with its channels, (C, D, H, W).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Case, SegmentationData, TrainingBatches, Volume, load_mni152, rest, split_groups
+from .data import Case, SegmentationData, TrainingBatches, in_memory, load_mni152, rest, split_groups
 from .metrics import VolumeScores, score_volume
 from .processes import gather, rank, share
 
@@ -59,30 +58,25 @@ def load_npz_volumes(path: Path, *, patients: int | None = None, seed: int = 0) 
             f"{path.name} needs images (N, D, H, W) or (N, C, D, H, W), labels (N, D, H, W) and patient (N,), "
             f"but has {images.shape}, {labels.shape} and {patient.shape}."
         )
-    cases = [
-        Case(f"volume {row}", str(patient[row]), _reader(images[row], labels[row]), spacing and tuple(spacing[row]))
-        for row in range(len(images))
-    ]
+    cases = []
+    for row, (image, label) in enumerate(zip(images, labels)):
+        read = in_memory(image, label, f"{path.name}, volume {row}")
+        cases.append(Case(f"volume {row}", str(patient[row]), read, spacing and tuple(spacing[row])))
     parts = split_groups([str(who) for who in np.unique(patient)], seed=seed, train=patients)
     train, test = (tuple(case for case in cases if case.group in set(part)) for part in parts)
     names = ("background", *(f"class {index}" for index in range(1, int(labels.max()) + 1)))
     return SegmentationData(path.stem, train, test, names, max(images.shape[2:]), rest(cases, *parts))
 
 
-def _reader(image: np.ndarray, label: np.ndarray) -> Callable[[], Volume]:
-    scale = 255 if image.dtype == np.uint8 else 1
-    return lambda: (image.astype(np.float32) / scale, label.astype(np.uint8))
-
-
 def _t1(case: Case) -> Case:
     image, label = case.read()
-    return replace(case, read=_reader(image[None], label))
+    return replace(case, read=in_memory(image[None], label, case.name))
 
 
 def _t1_and_inverted(case: Case) -> Case:
     image, label = case.read()
     second = inverted_contrast(image, seed=zlib.crc32(case.name.encode()))
-    return replace(case, read=_reader(np.stack([image, second]), label))
+    return replace(case, read=in_memory(np.stack([image, second]), label, case.name))
 
 
 _CONTRASTS = {1: _t1, 2: _t1_and_inverted}

@@ -240,9 +240,24 @@ def test_npz_with_two_spacings_in_a_volume_is_refused(tmp_path):
 
 
 def test_raw_intensities_are_refused(tmp_path):
-    data = load_data(write_npz(tmp_path / "a.npz", images=np.full((36, 40, 24), -1000, np.int16)))
-    with pytest.raises(ValueError, match=r"-1000 to -1000.*scale them to 0\.\.1"):
-        data.train[0].read()
+    with pytest.raises(ValueError, match=r"a\.npz, patient 0 frame 1: .* -1000 to -1000.*scale them to 0\.\.1"):
+        load_data(write_npz(tmp_path / "a.npz", images=np.full((36, 40, 24), -1000, np.int16)))
+
+
+@pytest.mark.parametrize("value", [0.9, 1.5, -1, 257, 255, np.nan])
+def test_npz_with_labels_that_would_be_cut_or_wrapped_is_refused(tmp_path, value):
+    labels = np.zeros((36, 40, 24))
+    labels[:, 3] = value
+    with pytest.raises(ValueError, match=r"a\.npz, patient 0 frame 1 has values .* labels are 0, 1, 2, .* 254"):
+        load_data(write_npz(tmp_path / "a.npz", labels=labels))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_npz_with_values_that_are_no_numbers_is_refused(tmp_path, value):
+    images = np.zeros((36, 40, 24), np.float32)
+    images[:, 3, 3] = value
+    with pytest.raises(ValueError, match=r"a\.npz, patient 0 frame 1: the image has NaN or infinite values"):
+        load_data(write_npz(tmp_path / "a.npz", images=images))
 
 
 # --- the folders of TransUNet
@@ -334,6 +349,19 @@ def test_h5_without_labels_is_refused(tmp_path):
         load_data(root).test[0].read()
 
 
+def test_files_with_values_that_would_be_cut_are_refused(tmp_path):
+    root, shape = write_acdc(tmp_path), (11, 35, 40)
+    path = root / "ACDC_training_slices" / "patient005_frame01_slice_3.h5"
+    for image, label, message in (
+        (np.zeros(shape[1:], np.float32), np.full(shape[1:], 0.5), "has values from 0.5 to 0.5; labels are"),
+        (np.full(shape[1:], np.nan, np.float32), np.zeros(shape[1:]), "NaN or infinite"),
+    ):
+        path.unlink()
+        write_h5(path, image, label)
+        with pytest.raises(ValueError, match=rf"patient005_frame01_slice_3\.h5.*{message}"):
+            [case.read() for seed in range(9) for case in load_data(root, seed=seed).train]
+
+
 def test_unknown_layouts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="none of the known layouts"):
         load_data(tmp_path)
@@ -399,6 +427,9 @@ def test_images_of_a_file_are_like_those_with_labels(numbered, tmp_path):
         load_images(tmp_path / "deep.npz", flat)
     with pytest.raises(ValueError, match=r"no \.npz"):
         load_images(tmp_path / "missing.npz", flat)
+    np.savez(tmp_path / "flat.npz", images=np.full((7, 32, 32), np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"flat\.npz 0: the image has NaN"):
+        load_images(tmp_path / "flat.npz", flat)
     np.savez(tmp_path / "other.npz", pictures=np.zeros(3))
     with pytest.raises(ValueError, match="lacks 'images'"):
         load_images(tmp_path / "other.npz", flat)

@@ -111,6 +111,10 @@ def test_folders_that_do_not_fit_are_explained(folders, tmp_path):
         nib.save(nib.Nifti1Image(wrong, np.eye(4)), tmp_path / "labels" / "case1.nii.gz")
         with pytest.raises(ValueError, match=r"case1\.nii\.gz has values from .* labels are 0, 1, 2"):
             load(folders)
+    nib.save(nib.Nifti1Image(np.full(image.shape, np.nan, np.float32), np.eye(4)), tmp_path / "others" / "case3.nii.gz")
+    shutil.copy(tmp_path / "labels" / "case0.nii.gz", tmp_path / "labels" / "case1.nii.gz")
+    with pytest.raises(ValueError, match=r"case3\.nii\.gz: the image has NaN"):
+        [case.read() for case in load(folders).unlabelled]
 
 
 # --- the script

@@ -115,6 +115,11 @@ def test_wrong_files_are_explained(volumes):
         ({"labels": arrays["labels"][:, :-1]}, r"labels \(N, D, H, W\)"),
         ({"images": arrays["images"][:, 0]}, r"images \(N, D, H, W\) or"),
         ({"patient": None}, "'patient'"),
+        ({"labels": arrays["labels"] * 0.9}, r"boxes\.npz, volume 0 has values from 0 to 0\.9; labels are 0, 1"),
+        ({"labels": arrays["labels"].astype(int) * 257}, r"volume 0 has values from 0 to 257"),
+        ({"labels": arrays["labels"].astype(int) * -1}, r"volume 0 has values from -1 to 0"),
+        ({"images": arrays["images"].astype(np.int16) - 1000}, r"boxes\.npz, volume 0: .* looks like raw intensities"),
+        ({"images": np.where(arrays["images"] > 200, np.nan, 0)}, r"boxes\.npz, volume 0: .* NaN or infinite"),
     ):
         kept = {key: value for key, value in {**arrays, **wrong}.items() if value is not None}
         np.savez(volumes, **kept)
