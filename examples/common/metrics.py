@@ -49,6 +49,11 @@ def score_volume(
     """
     if prediction.shape != truth.shape or truth.ndim != 3:
         raise ValueError(f"Both label maps have to be (D, H, W), but they are {prediction.shape} and {truth.shape}.")
+    if truth.max() >= classes:  # the loop below would take it for background
+        raise ValueError(
+            f"The truth of {name} has the label {truth.max():g}, but the classes are 0 to {classes - 1}; "
+            "relabel the others."
+        )
     voxel = spacing or (1.0, 1.0, 1.0)
     diagonal = math.hypot(*(length * step for length, step in zip(truth.shape, voxel)))
     dsc: list[float | None] = []

@@ -116,6 +116,13 @@ def test_maps_of_different_shapes_are_refused():
         score_volume("v", blobs(0), blobs(0)[:, :, 1:], 3, None)
 
 
+def test_labels_beyond_the_classes_are_refused():
+    truth = blobs(0)
+    truth[0, 0, 0] = 13
+    with pytest.raises(ValueError, match="truth of case 7 has the label 13, but the classes are 0 to 2; relabel"):
+        score_volume("case 7", blobs(0), truth, 3, None)
+
+
 def test_table_shows_both_runs_the_unit_and_what_was_skipped():
     bare = summarize([VolumeScores("a", (0.5, None), (4.0, None), "px")])
     reseg = summarize([VolumeScores("a", (0.625, 0.0), (3.0, 28.5), "px")])
