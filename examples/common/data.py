@@ -287,7 +287,13 @@ def load_acdc(root: Path, *, patients: int | None = None, seed: int = 0) -> Segm
     """
     slices = _stacks(root / "ACDC_training_slices", r"((patient\d+)_frame\d+)_slice_(\d+)\.h5")
     volumes = _volumes(root / "ACDC_training_volumes", r"((patient\d+)_frame\d+)\.h5")
-    groups = sorted({case.group for case in slices} | {case.group for case in volumes})
+    one_sided = sorted({case.name for case in slices} ^ {case.name for case in volumes})
+    if one_sided:  # its patient could be drawn for a part that has nothing of it
+        raise ValueError(
+            f"{root} has slices or a volume, but not both, of {len(one_sided)} frames ({', '.join(one_sided[:5])}); "
+            "complete the folders."
+        )
+    groups = sorted({case.group for case in slices})
     train, test = split_groups(groups, seed=seed, train=patients)
     others = rest(slices, train, test)
     return SegmentationData("ACDC", _of(slices, train), _of(volumes, test), ACDC_CLASSES, TRANSUNET_SIZE, others)

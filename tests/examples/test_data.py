@@ -340,6 +340,14 @@ def test_acdc_folder(tmp_path):
     assert TrainingBatches(data, 4, seed=0)[0][0].shape == (4, 1, 224, 224)
 
 
+@pytest.mark.parametrize("folder", ["slices", "volumes"])
+def test_acdc_frames_that_only_one_folder_has_are_named(tmp_path, folder):
+    for path in (write_acdc(tmp_path) / f"ACDC_training_{folder}").glob("patient003_frame12*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"but not both, of 1 frames \(patient003_frame12\); complete"):
+        load_data(tmp_path)
+
+
 def test_h5_without_labels_is_refused(tmp_path):
     root = write_acdc(tmp_path)
     for path in (root / "ACDC_training_volumes").iterdir():
