@@ -214,9 +214,7 @@ def load_npz(path: Path, *, patients: int | None = None, seed: int = 0) -> Segme
         )
 
     count = len(images)
-    if {"frame", "phase"} <= arrays.keys():
-        raise ValueError(f"{path.name} has 'frame' and 'phase'; keep the one that tells a patient's volumes apart.")
-    kind = "phase" if "phase" in arrays else "frame"
+    kind = "phase" if "phase" in arrays and "frame" not in arrays else "frame"
     frame = arrays.get(kind, np.zeros(count, dtype=int))
     order = np.lexsort((arrays.get("slice", np.arange(count)), frame, patient))
     rows: dict[tuple[Any, Any], list[int]] = defaultdict(list)
