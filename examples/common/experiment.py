@@ -229,13 +229,15 @@ def trained(variant: Variant, setting: Setting) -> tuple[nn.Module, Run]:
         ignored = {"ignore_index": IGNORED} if variant.semi else {}
         reseg = ReSegWrapper(model, example_input=example, **ignored, **variant.reseg)
         if state is None:
+            stage1 = setting.out / "stage1.pt"
+            claim_stage1(stage1, setting.options(Variant("stage 1", reseg={})))  # all runs of a folder share it
             begin = time.perf_counter()
             published = {"optimizer": recipe.make_optimizer, "scheduler": lambda opt: LambdaLR(opt, factor)}
             run.recon_losses = reseg.fit_recon(
                 batches.loader(args.save_every, workers=args.workers),  # it is saved after every pass
                 steps=args.recon_steps,
                 amp=AMP[args.amp],
-                checkpoint=setting.out / "stage1.pt",
+                checkpoint=stage1,
                 **(published if args.paper else {}),
             )
             run.recon_seconds = time.perf_counter() - begin
@@ -456,10 +458,23 @@ def refuse_other_options(path: Path, theirs: dict[str, Any], ours: dict[str, Any
         raise SystemExit(f"{path} is of a run with other options ({'; '.join(other)}); choose another --out.")
 
 
+def claim_stage1(path: Path, options: dict[str, Any]) -> None:
+    """Note beside stage 1's file what it is of, or stop if it is of other data: its teacher may know test images."""
+    note = path.with_suffix(".json")
+    if not path.exists():
+        if rank() == 0:
+            write_atomically(json.dumps(options, indent=1) + "\n", note)
+    elif not note.exists():
+        raise SystemExit(f"{path} has no {note.name} beside it that says what it is of; remove it, or change --out.")
+    else:
+        refuse_other_options(path, json.loads(note.read_text()), options)
+
+
 def _difference(key: str, theirs: Any, ours: Any) -> str:
     """An option then and now; of cases, which are new and which are gone."""
     if key != "cases":
         return f"{key} {theirs}, now {ours}"
+    theirs = theirs or []  # a checkpoint of an earlier version does not tell
     changes = {
         "new": [case for case in ours if case not in theirs],
         "gone": [case for case in theirs if case not in ours],
@@ -468,10 +483,13 @@ def _difference(key: str, theirs: Any, ours: Any) -> str:
     return ", ".join(told) or "the cases in another order"
 
 
-def write_atomically(state: dict[str, Any], path: Path) -> None:
-    """Leave the old or the new checkpoint, whenever the process is killed."""
+def write_atomically(content: dict[str, Any] | str, path: Path) -> None:
+    """Leave the old or the new checkpoint or text, whenever the process is killed."""
     partial = path.with_suffix(".partial")
-    torch.save(state, partial)
+    if isinstance(content, str):
+        partial.write_text(content)
+    else:
+        torch.save(content, partial)
     os.replace(partial, path)
 
 

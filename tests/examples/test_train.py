@@ -69,7 +69,7 @@ def test_a_script_in_another_folder_on_the_packaged_data(tmp_path):
         assert text in done.stdout
     assert "U-Net, reseg" in done.stderr  # the progress bars
     assert {file.name for file in (tmp_path / "outputs" / "u_net").iterdir()} == {
-        *("bare.pt", "bare.json", "stage1.pt", "reseg.pt", "reseg.json", "overlays.png")
+        *("bare.pt", "bare.json", "stage1.pt", "stage1.json", "reseg.pt", "reseg.json", "overlays.png")
     }
 
 

@@ -280,6 +280,28 @@ def test_the_script_trains_tests_and_goes_on_after_a_kill(volumes, monkeypatch, 
         train_3d.main(options(volumes, "cut", *runs[:-2]))
 
 
+def test_stage_1_of_another_seed_or_of_unknown_origin_is_not_used(volumes, monkeypatch):
+    """Its teacher may have seen what are test patients now."""
+    file = volumes.parent / "out" / "stage1.pt"
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.experiment.train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_3d.main(options(volumes, "out", "--runs", "reseg"))
+    with pytest.raises(SystemExit, match=r"stage1\.pt is of a run with other options .*seed 0, now 1"):
+        train_3d.main(options(volumes, "out", "--runs", "reseg", "--seed", "1"))
+    note = file.with_suffix(".json").rename(file.with_suffix(".moved"))
+    with pytest.raises(SystemExit, match=r"stage1\.pt has no stage1\.json beside it"):
+        train_3d.main(options(volumes, "out", "--runs", "reseg"))
+    note.rename(file.with_suffix(".json"))
+    before = file.read_bytes()
+    train_3d.main(options(volumes, "out", "--runs", "reseg,reseg+deep", "--weight", "1"))  # both share it
+    assert file.read_bytes() == before
+
+
 def test_two_channels_reach_the_teacher(volumes):
     with np.load(volumes) as file:
         arrays = dict(file)
