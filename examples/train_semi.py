@@ -23,7 +23,7 @@ from common.metrics import summarize
 from common.nifti import load_folders, save_prediction
 from common.recipes import poly, sgd
 from common.report import scores_table
-from common.training import evaluate, predict
+from common.training import evaluate, predict, refuse_diverged
 from common.volumes import PatchBatches, predict_volume
 from monai.networks.nets import BasicUNet
 from torch import nn
@@ -68,6 +68,7 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
         if data.step % 50 == 0:
             print(f"step {data.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in semi.stats().items()))
         if data.step % args.save_every == 0 or data.step == args.steps:
+            refuse_diverged(f"the loss of step {data.step}", loss)  # once it is not, it never is again
             states = {name: part.state_dict() for name, part in parts.items()}
             write_atomically({"options": options, **states}, checkpoint)
     semi.remove()

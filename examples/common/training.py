@@ -91,10 +91,17 @@ def train(
         if semi is not None:
             semi.update()
         history.append(task.item() if semi is None else semi.stats()["labelled"])  # waits for the device
+        refuse_diverged(f"the loss of step {step + 1}", loss)
         progress.set_postfix(loss=f"{history[-1]:.3f}")
         if after_step is not None:
             after_step(history[-1], time.perf_counter() - begin)
     return history
+
+
+def refuse_diverged(what: str, value: Tensor) -> None:
+    """Stop where a loss, or what a network makes of an image, is not finite: its scores would look like any others."""
+    if not bool(value.detach().isfinite().all()):
+        raise SystemExit(f"The training has diverged: {what} is not finite. Lower --lr, in another --out.")
 
 
 @torch.no_grad()
@@ -106,6 +113,7 @@ def predict(model: nn.Module, image: np.ndarray, size: int, batch_size: int = 16
     labels = []
     for part in torch.from_numpy(image)[:, None].split(batch_size):
         logits = model(resize_image(part, (size, size)).to(device))
+        refuse_diverged("the network's output", logits)
         labels.append(resize_image(logits, (image.shape[1], image.shape[2])).argmax(1).byte().cpu())
     model.train(was_training)
     return torch.cat(labels).numpy()

@@ -209,6 +209,14 @@ def test_what_is_finished_is_not_repeated_and_other_options_are_refused(slices):
         main(unet, options(slices))
 
 
+@pytest.mark.parametrize(("steps", "what"), [("1", "the network's output"), ("6", r"the loss of step \d")])
+def test_a_run_that_diverged_gets_no_score(slices, steps, what):
+    """The loss of its first step is finite."""
+    with pytest.raises(SystemExit, match=rf"has diverged: {what} is not finite\. Lower --lr"):
+        main(backbone("train_unet"), options(slices, "--lr", "1e38", "--steps", steps))
+    assert not list((slices.parent / "out").glob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -19,6 +19,8 @@ from common.data import TrainingBatches
 from common.nifti import load_folders, save_prediction
 from launch import run
 
+from reseg_loss import SemiSupervised
+
 ROOT = Path(__file__).parents[2]
 AFFINES = {
     "RAS": np.diag([1.0, 2.0, 3.0, 1.0]),
@@ -176,6 +178,14 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(slices, mo
         assert torch.equal(value, again[key]), key
     with pytest.raises(SystemExit, match=r"of a run with other options .*seed 0, now 1"):
         train_semi.main(options(out, *more, "--seed", "1"))
+
+
+def test_a_run_that_diverged_leaves_no_network(slices, monkeypatch):
+    out, loss = slices.parent / "out", SemiSupervised.loss
+    monkeypatch.setattr(SemiSupervised, "loss", lambda *args, **kwargs: loss(*args, **kwargs) / 0)
+    with pytest.raises(SystemExit, match=r"has diverged: the loss of step 1 is not finite\. Lower --lr"):
+        train_semi.main(options(out, "--data", str(slices), "--patients", "2", "--steps", "1"))
+    assert not list(out.iterdir())
 
 
 def test_a_run_is_not_resumed_on_other_files(folders, tmp_path):
