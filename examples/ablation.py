@@ -14,7 +14,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.experiment import TOO_SHORT, Variant, complete, options_parser, prepare, read_data, trained_and_tested
+from common.experiment import (
+    TOO_SHORT,
+    Variant,
+    complete,
+    options_parser,
+    prepare,
+    read_data,
+    trained_and_tested,
+    write_atomically,
+)
 from common.plots import ablation_figure, save_figure
 from common.processes import processes, rank
 
@@ -56,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 values.append(mean_dsc(SUBSETS[-1], weight))
         if rank() == 0:
             content = {"seeds": args.seeds, "dsc_by_terms": subsets, "dsc_by_weight": weights}
-            (args.out / "ablation.json").write_text(json.dumps(content, indent=1) + "\n")
+            write_atomically(json.dumps(content, indent=1) + "\n", args.out / "ablation.json")
             figure = ablation_figure(
                 subsets, weights, f"{args.network.name}, {args.datasets[args.seeds[0]].name}, preset {args.preset}"
             )

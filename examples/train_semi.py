@@ -72,7 +72,7 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
             states = {name: part.state_dict() for name, part in parts.items()}
             write_atomically({"options": options, **states}, checkpoint)
     semi.remove()
-    torch.save(semi.average.state_dict(), args.out / "model.pt")
+    write_atomically(semi.average.state_dict(), args.out / "model.pt")
     return semi.average
 
 

@@ -186,7 +186,7 @@ def trained_and_tested(variant: Variant, setting: Setting) -> tuple[nn.Module, S
     if rank() == 0:
         content = {"backbone": setting.backbone.name, "options": options, **cost(run)}
         content |= {"classes": setting.data.class_names, **asdict(summary), "volumes": list(map(asdict, scores))}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_atomically(json.dumps(content, indent=1, allow_nan=False) + "\n", path)
     return model, summary
 
 

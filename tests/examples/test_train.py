@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -207,6 +208,23 @@ def test_what_is_finished_is_not_repeated_and_other_options_are_refused(slices):
     np.savez(slices, **{**arrays, "patient": np.array([f"other {who}" for who in arrays["patient"]])})
     with pytest.raises(SystemExit, match=r"bare\.pt is of a run with other options \(\d+ new: labelled patient other"):
         main(unet, options(slices))
+
+
+def test_killed_while_it_writes_scores_it_leaves_none_cut(slices, monkeypatch):
+    replace_file, file = os.replace, slices.parent / "out" / "bare.json"
+
+    def killed(source, target):
+        if Path(target) == file:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(backbone("train_unet"), options(slices))
+    assert not file.exists()
+    main(backbone("train_unet"), options(slices))
+    assert json.loads(file.read_text())["steps"] == 3
 
 
 @pytest.mark.parametrize(("steps", "what"), [("1", "the network's output"), ("6", r"the loss of step \d")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -178,6 +179,21 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(slices, mo
         assert torch.equal(value, again[key]), key
     with pytest.raises(SystemExit, match=r"of a run with other options .*seed 0, now 1"):
         train_semi.main(options(out, *more, "--seed", "1"))
+
+
+def test_killed_while_it_writes_the_network_it_leaves_none_cut(slices, monkeypatch):
+    more = options(slices.parent / "out", "--data", str(slices), "--patients", "2", "--steps", "1")
+    replace_file, file = os.replace, slices.parent / "out" / "model.pt"
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target) == file:
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_semi.main(more)
+    assert not file.exists()
 
 
 def test_a_run_that_diverged_leaves_no_network(slices, monkeypatch):
