@@ -69,7 +69,7 @@ class VolumeSetting(Setting):
 
     def options(self, variant: Variant) -> dict[str, Any]:
         """What the result of a run depends on."""
-        own = {"network": self.args.network, "contrasts": self.args.contrasts, "patch": list(self.patch)}
+        own = {"contrasts": self.args.contrasts, "patch": list(self.patch)}
         return super().options(variant) | own
 
     def evaluate(self, model: nn.Module, title: str) -> list[VolumeScores]:

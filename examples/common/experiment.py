@@ -118,6 +118,7 @@ class Setting:
         """What the result of a run depends on."""
         keys = ["small", "paper", "data", "patients", "slices", "steps", "batch_size", "size", "lr", "weights", "amp"]
         values: dict[str, Any] = {key: getattr(self.args, key) for key in keys}
+        values["network"] = self.backbone.name
         values["cases"] = self.data.cases(unlabelled=variant.semi)  # files may come and go between two runs
         values |= {"seed": self.seed, "deep": variant.deep, "reseg": variant.reseg and dict(variant.reseg)}
         if variant.semi:

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -21,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import ablation
 from common.data import TrainingBatches, load_data
 from common.experiment import main, parse_arguments, trained_and_tested
+from common.processes import gather, share
 from common.recipes import Recipe
 from common.training import train
 from launch import TORCHRUN, environment, run
@@ -194,6 +198,23 @@ def test_processes_draw_their_share_of_the_same_batch(slices):
         TrainingBatches(data, 6, seed=1, rank=0, world_size=4)
 
 
+def test_scores_of_several_processes_come_in_the_order_of_the_volumes(monkeypatch):
+    volumes = ["a", "b", "c"]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        parts.append(share(volumes))
+
+    def all_gather(found, part):
+        found[:] = parts
+
+    monkeypatch.setattr(dist, "all_gather_object", all_gather)
+    assert [len(part) for part in parts] == [2, 1]
+    assert [gather(part, len(volumes)) for part in parts] == [volumes, volumes]
+
+
 def test_what_is_finished_is_not_repeated_and_other_options_are_refused(slices):
     unet, out = backbone("train_unet"), slices.parent / "out"
     main(unet, options(slices))
@@ -233,6 +254,62 @@ def test_a_run_that_diverged_gets_no_score(slices, steps, what):
     with pytest.raises(SystemExit, match=rf"has diverged: {what} is not finite\. Lower --lr"):
         main(backbone("train_unet"), options(slices, "--lr", "1e38", "--steps", steps))
     assert not list((slices.parent / "out").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of the runs that `COMMAND` makes, and of its data."""
+    folder, rng = tmp_path_factory.mktemp("finished"), np.random.default_rng(0)
+    labels = np.zeros((20, 32, 32), np.uint8)
+    labels[:, 8:24, 8:24] = 1
+    images = (labels * 120 + rng.integers(0, 100, labels.shape)).astype(np.uint8)
+    for name in ("data", "copy"):
+        np.savez(folder / f"{name}.npz", images=images, labels=labels, patient=np.repeat(np.arange(5), 4))
+    np.savez(folder / "more.npz", images=images + 1)
+    main(LOADS, command(folder))
+    return folder
+
+
+LOADS = replace(backbone("train_unet"), load=lambda model, path: None)
+COMMAND = {
+    **{"small": True, "data": "data.npz", "patients": "2", "steps": "1", "recon-steps": "1", "batch-size": "2"},
+    **{"lr": "0.01", "unlabelled": True, "size": "32", "device": "cpu", "out": "out"},
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    **{"small": {"small": None}, "paper": {"small": None, "paper": True, "steps": None, "recon-steps": None}},
+    **{"data": {"data": "copy.npz"}, "patients": {"patients": "3"}, "slices": {"slices": "3"}, "size": {"size": "64"}},
+    **{"steps": {"steps": "2"}, "recon_steps": {"recon-steps": "2"}, "batch_size": {"batch-size": "4"}},
+    **{"lr": {"lr": "0.02"}, "weights": {"weights": "file"}, "amp": {"amp": "bf16"}, "seed": {"seed": "1"}},
+    **{"reseg": {"weight": "0.5"}, "unlabelled": {"unlabelled": "more.npz"}, "cases": {"patients": "3"}, "network": {}},
+}
+
+
+def command(folder: Path, **changes: Any) -> list[str]:
+    """`COMMAND` with changes; None leaves an option out."""
+    words = []
+    for key, value in {**COMMAND, **changes}.items():
+        is_path = key == "out" or str(value).endswith(".npz")
+        words += (
+            []
+            if value is None
+            else [f"--{key}"]
+            if value is True
+            else [f"--{key}={folder / value if is_path else value}"]
+        )
+    return words
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_run_is_not_resumed_with_another(key, finished):
+    told = "1 new: labelled patient" if key == "cases" else f"[(; ]{key} "
+    network = replace(LOADS, name="Other") if key == "network" else LOADS
+    with pytest.raises(SystemExit, match=rf"\.pt is of a run with other options .*{told}"):
+        main(network, command(finished, **CHANGES[key]))
+
+
+def test_every_option_of_a_run_is_tried(finished):
+    known = torch.load(finished / "out" / "reseg+semi.pt", weights_only=True)["options"]
+    assert {*known} - {"deep"} == {*CHANGES}  # runs with and without heads have other names
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,39 @@ def test_a_run_that_diverged_leaves_no_network(slices, monkeypatch):
     assert not list(out.iterdir())
 
 
+CHANGES = {
+    **{"steps": ("--steps", "2"), "batch_size": ("--batch-size", "2"), "lr": ("--lr", "0.02"), "seed": ("--seed", "1")},
+    **{
+        "amp": ("--amp", "bf16"),
+        "size": ("--size", "64"),
+        "patients": ("--patients", "3"),
+        "slices": ("--slices", "3"),
+    },
+    **{"small": None, "data": None, "images": None, "labels": None, "unlabelled": None},
+    "patch": ("--patch", "32", "32", "32"),
+}
+
+
+@pytest.mark.parametrize("key", train_semi.OPTIONS)
+def test_a_run_is_not_resumed_with_another(key, slices, folders, tmp_path):
+    own = {"patients", "slices", "data", "small"}  # of data in one file
+    source = ["--data", str(slices), "--patients", "2"] if key in own else list(folders)
+    more = options(
+        tmp_path / "out", "--steps", "1", "--lr", "0.01", *([] if key == "patch" else ["--size", "32"]), *source
+    )
+    train_semi.main(more)
+    other = [*more, *(CHANGES[key] or ())]
+    if key == "small":
+        other.remove("--small")
+    elif key == "data":
+        other[other.index("--data") + 1] = str(shutil.copy(slices, tmp_path / "copy.npz"))
+    elif CHANGES[key] is None:
+        moved = shutil.copytree(tmp_path / {"unlabelled": "others"}.get(key, key), tmp_path / "moved")
+        other.append(f"--{key}={moved}")
+    with pytest.raises(SystemExit, match=rf"training\.pt is of a run with other options .*[(; ]{key} "):
+        train_semi.main(other)
+
+
 def test_a_run_is_not_resumed_on_other_files(folders, tmp_path):
     out = tmp_path / "out"
     more = options(out, *folders, "--size", "32", "--steps", "1")

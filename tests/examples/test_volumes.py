@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train_3d
 from common.data import Case, SegmentationData, load_mni152
+from common.experiment import Variant
 from common.volumes import (
     PatchBatches,
     evaluate_volumes,
@@ -300,6 +301,22 @@ def test_stage_1_of_another_seed_or_of_unknown_origin_is_not_used(volumes, monke
     before = file.read_bytes()
     train_3d.main(options(volumes, "out", "--runs", "reseg,reseg+deep", "--weight", "1"))  # both share it
     assert file.read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_another_patch_network_or_contrast(volumes):
+    train_3d.main(options(volumes, "out", "--runs", "bare"))
+    for more, told in (
+        (["--patch", "8", "8", "16"], r"patch \[8, 16, 16\], now"),
+        (["--network", "unet"], "network dynunet"),
+    ):
+        with pytest.raises(SystemExit, match=rf"bare\.pt is of a run with other options .*{told}"):
+            train_3d.main(options(volumes, "out", "--runs", "bare", *more))
+    made = []
+    for contrasts in ("1", "2"):
+        out = str(volumes.parent / "template")
+        args = train_3d.parse_arguments(["--small", "--contrasts", contrasts, "--patch", "8", "8", "8", "--out", out])
+        made.append(train_3d.prepare(args, torch.device("cpu")).options(Variant("bare")))
+    assert [key for key, value in made[0].items() if made[1][key] != value] == ["contrasts"]
 
 
 def test_two_channels_reach_the_teacher(volumes):
