@@ -25,6 +25,7 @@ from common.experiment import (
     Setting,
     Variant,
     positive,
+    rate,
     say,
     trained_and_tested,
     unlabelled_option,
@@ -131,7 +132,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="training steps of each run (default: 1500, small 100)")
     parser.add_argument("--recon-steps", type=positive, help="steps of stage 1 (default: 800, small 100)")
     parser.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, help="learning rate (default: 0.001, small 0.003)")
+    parser.add_argument("--lr", type=rate, help="learning rate (default: 0.001, small 0.003)")
     parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="(default: %(default)s)")
     parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
     parser.add_argument("--amp", choices=list(AMP), default="off", help="mixed precision (default: off)")
@@ -153,7 +154,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.steps = args.steps or (100 if args.small else 1500)
     args.recon_steps = args.recon_steps or (100 if args.small else 800)
     recipe = SMALL_RECIPE if args.small else RECIPE
-    args.lr = args.lr or recipe.lr
+    args.lr = recipe.lr if args.lr is None else args.lr
     # what the 2D scripts let choose beside
     args.paper, args.weights, args.size, args.slices = False, None, None, None
     args.recipe = replace(recipe, lr=args.lr)

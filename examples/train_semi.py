@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 from common.data import SegmentationData, TrainingBatches
-from common.experiment import AMP, FEW_SLICES, data_options, positive, read_data, refuse_other_options, write_atomically
+from common.experiment import (
+    AMP,
+    FEW_SLICES,
+    data_options,
+    positive,
+    rate,
+    read_data,
+    refuse_other_options,
+    write_atomically,
+)
 from common.metrics import summarize
 from common.nifti import load_folders, save_prediction
 from common.recipes import poly, sgd
@@ -114,7 +123,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=positive, help="side of the square a 2D network sees (default: of the data)")
     parser.add_argument("--steps", type=positive, help="(default: 6000, small 500)")
     parser.add_argument("--batch-size", type=positive, default=4, help="labelled, and as many others (default: 4)")
-    parser.add_argument("--lr", type=float, help="learning rate (default: 0.01, small 0.05)")
+    parser.add_argument("--lr", type=rate, help="learning rate (default: 0.01, small 0.05)")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision (default: off)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default: 0)")
@@ -125,12 +134,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.steps = args.steps or (SMALL_STEPS if args.small else STEPS)
-    args.lr = args.lr or (0.05 if args.small else 0.01)
+    if args.lr is None:
+        args.lr = 0.05 if args.small else 0.01
     folders = [args.images, args.labels, args.unlabelled]
     if any(folders) and not all(folders):
         parser.error("--images, --labels and --unlabelled come together")
     if args.patch and (not all(folders) or any(n % 16 for n in args.patch)):
         parser.error("--patch is for folders of NIfTI files, and the network halves it four times: multiples of 16")
+    unused = [key for key in ("data", "patients", "slices") if any(folders) and vars(args)[key] is not None]
+    unused += ["size"] if args.patch and args.size else []
+    if unused:
+        parser.error(
+            f"--{unused[0]} has no effect beside {'--patch' if unused == ['size'] else '--images'}; leave it out"
+        )
     if not any(folders):
         if args.data is None and not args.slices:
             args.slices = FEW_SLICES
@@ -138,7 +154,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.dataset.unlabelled:
             parser.error("no image is left without a label; use fewer with --patients or --slices")
         return args
-    if args.out.resolve() in {folder.resolve() for folder in folders}:
+    places = {folder.resolve() for folder in folders}
+    if len(places) < len(folders):
+        parser.error("--images, --labels and --unlabelled have to be three folders")
+    if args.out.resolve() in places:
         parser.error("--out: predictions have the names of their images, so they need a folder of their own")
     try:
         data = load_folders(*folders, channels=args.patch is not None)

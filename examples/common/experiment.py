@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -370,7 +371,7 @@ def options_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--recon-steps", type=positive, help=f"steps of stage 1 (default: {RECON_STEPS})")
     parser.add_argument("--batch-size", type=positive, help="slices a step, over all processes (default: published)")
     parser.add_argument("--size", type=positive, help="side of the square the network sees (default: published)")
-    parser.add_argument("--lr", type=float, help="learning rate (default: published)")
+    parser.add_argument("--lr", type=rate, help="learning rate (default: published)")
     parser.add_argument("--weights", type=Path, help="public file of pretrained weights to start from")
     parser.add_argument("--amp", choices=list(AMP), default="off", help="mixed precision (default: off)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -406,6 +407,11 @@ def unlabelled_option(parser: argparse.ArgumentParser) -> None:
 def with_others(data: SegmentationData, args: argparse.Namespace, parser: argparse.ArgumentParser) -> SegmentationData:
     """The data with the unlabelled images that were asked for."""
     if isinstance(args.unlabelled, Path):
+        if args.data is not None and args.unlabelled.exists() and args.unlabelled.samefile(args.data):
+            parser.error(
+                "--unlabelled: this is the file of --data, whose test images are not for training; without a file it "
+                "takes the images that --patients or --slices leave without labels"
+            )
         try:
             data = replace(data, unlabelled=(*data.unlabelled, *load_images(args.unlabelled, data.train[0])))
         except ValueError as error:
@@ -428,7 +434,7 @@ def complete(args: argparse.Namespace, backbone: Backbone, parser: argparse.Argu
     args.steps = args.steps or (small if args.small else STEPS)
     args.recon_steps = args.recon_steps or (SMALL_RECON_STEPS if args.small else RECON_STEPS)
     args.batch_size = args.batch_size or recipe.batch_size
-    args.lr = args.lr or recipe.lr
+    args.lr = recipe.lr if args.lr is None else args.lr
     args.size = args.size or recipe.size
     args.recipe = replace(recipe, lr=args.lr)
 
@@ -449,6 +455,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} has to be 1 or more")
+    return value
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} has to be more than 0, and finite")
     return value
 
 

@@ -322,12 +322,21 @@ def test_every_option_of_a_run_is_tried(finished):
         (["--weights", "file.npz"], "no loader of pretrained weights for U-Net"),
         (["--patients", "3"], "one averaged brain"),
         (["--unlabelled", "missing.npz"], "missing.npz is no .npz"),
+        *((["--lr", value], "more than 0, and finite") for value in ("0", "-1", "nan", "inf")),
     ],
 )
 def test_wrong_options_are_explained(more, message, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(backbone("train_unet"), more)
     assert message in capsys.readouterr().err
+
+
+def test_the_images_of_the_test_are_not_unlabelled_ones(slices, capsys):
+    link = slices.parent / "link.npz"
+    link.symlink_to(slices)
+    with pytest.raises(SystemExit):
+        parse_arguments(backbone("train_unet"), options(slices, "--unlabelled", str(link)))
+    assert "the file of --data" in capsys.readouterr().err
 
 
 def test_pretrained_weights_reach_both_runs(slices, capsys):

@@ -279,7 +279,17 @@ def test_a_run_is_not_resumed_with_other_patients(slices):
     [
         (["--images", "a"], "come together"),
         (["--images", "a", "--labels", "b", "--unlabelled", "c"], "There is no .nii"),
+        (["--images", "a", "--labels", "b", "--unlabelled", "./a"], "three folders"),
+        *(
+            (["--images", "a", "--labels", "b", "--unlabelled", "c", key, "2"], f"{key} has no effect beside --images")
+            for key in ("--data", "--patients", "--slices")
+        ),
+        (
+            ["--images", "a", "--labels", "b", "--unlabelled", "c", "--patch", "16", "16", "16", "--size", "9"],
+            "--size has no effect",
+        ),
         (["--patch", "16", "16", "16"], "folders of NIfTI files"),
+        (["--lr", "0"], "more than 0"),
         (["--slices", "64"], "choose 1 to 63"),
         (["--patients", "2"], "one averaged brain"),
     ],

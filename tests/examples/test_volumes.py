@@ -354,6 +354,7 @@ def test_one_slab_of_the_template_keeps_its_labels():
         (["--contrasts", "2"], "as a channel"),
         (["--patients", "9"], "9 patients were asked for"),
         (["--unlabelled"], "no image is left without a label"),
+        (["--lr", "0"], "more than 0"),
         (["--runs", "bare,semi"], "needs --unlabelled"),
     ],
 )
