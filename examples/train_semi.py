@@ -22,6 +22,7 @@ from common.experiment import (
     AMP,
     FEW_SLICES,
     data_options,
+    fingerprint,
     positive,
     rate,
     read_data,
@@ -58,6 +59,7 @@ def learn(model: nn.Module, labelled: Iterable, unlabelled: Iterable, args: argp
     parts = {"model": model, "semi": semi, "optimizer": optimizer, "data": data}
     checkpoint, options = args.out / "training.pt", {key: str(vars(args)[key]) for key in OPTIONS}
     options["cases"] = args.dataset.cases(unlabelled=True)  # files may come and go between two runs
+    options["contents of data"] = fingerprint(args.data)
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         refuse_other_options(checkpoint, state["options"], options)

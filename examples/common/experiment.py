@@ -12,8 +12,10 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -115,15 +117,22 @@ class Setting:
         args = self.args
         return args.recipe if args.paper else args.recipe.shortened(args.steps, self.batches.steps_per_epoch)
 
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Of the sources of images: they may change under the same names."""
+        return {key: fingerprint(vars(self.args)[key]) for key in ("data", "unlabelled")}
+
     def options(self, variant: Variant) -> dict[str, Any]:
         """What the result of a run depends on."""
         keys = ["small", "paper", "data", "patients", "slices", "steps", "batch_size", "size", "lr", "weights", "amp"]
         values: dict[str, Any] = {key: getattr(self.args, key) for key in keys}
         values["network"] = self.backbone.name
         values["cases"] = self.data.cases(unlabelled=variant.semi)  # files may come and go between two runs
+        values["contents of data"] = self.contents["data"]
         values |= {"seed": self.seed, "deep": variant.deep, "reseg": variant.reseg and dict(variant.reseg)}
         if variant.semi:
             values["unlabelled"] = self.args.unlabelled
+            values["contents of unlabelled"] = self.contents["unlabelled"]
         if variant.reseg is not None:
             values["recon_steps"] = self.args.recon_steps
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
@@ -470,6 +479,16 @@ def refuse_other_options(path: Path, theirs: dict[str, Any], ours: dict[str, Any
     other = [_difference(key, theirs.get(key), value) for key, value in ours.items() if theirs.get(key) != value]
     if other:
         raise SystemExit(f"{path} is of a run with other options ({'; '.join(other)}); choose another --out.")
+
+
+def fingerprint(source: Any) -> str:
+    """Of a file its bytes; of a folder the names and sizes of its arrays, for to read them all would take too long."""
+    if not isinstance(source, Path):
+        return ""  # the template, or no file of unlabelled images
+    if source.is_file():
+        return f"{zlib.crc32(source.read_bytes()):08x}"
+    files = sorted(path for path in source.rglob("*") if path.suffix in (".npz", ".h5"))
+    return f"{zlib.crc32(repr([(path.name, path.stat().st_size) for path in files]).encode()):08x}"
 
 
 def claim_stage1(path: Path, options: dict[str, Any]) -> None:

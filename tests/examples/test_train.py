@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import ablation
 from common.data import TrainingBatches, load_data
-from common.experiment import main, parse_arguments, trained_and_tested
+from common.experiment import fingerprint, main, parse_arguments, trained_and_tested
 from common.processes import gather, share
 from common.recipes import Recipe
 from common.training import train
@@ -309,7 +309,33 @@ def test_a_run_is_not_resumed_with_another(key, finished):
 
 def test_every_option_of_a_run_is_tried(finished):
     known = torch.load(finished / "out" / "reseg+semi.pt", weights_only=True)["options"]
-    assert {*known} - {"deep"} == {*CHANGES}  # runs with and without heads have other names
+    contents = {"contents of data", "contents of unlabelled"}
+    assert {*known} - {"deep"} - contents == {*CHANGES}  # runs with and without heads have other names
+
+
+@pytest.mark.parametrize("key", ["data", "unlabelled"])
+def test_a_run_is_not_resumed_on_other_contents_under_the_same_names(key, slices):
+    file = {"data": slices, "unlabelled": slices.parent / "others.npz"}[key]
+    np.savez(slices.parent / "others.npz", images=np.full((4, 32, 32), 7, np.uint8))
+    more = options(slices, "--unlabelled", str(slices.parent / "others.npz"), "--weight", "0", "--steps", "1")
+    main(backbone("train_unet"), more)
+    with np.load(file) as arrays:
+        before = dict(arrays)
+    np.savez(file, **before)  # the same again
+    main(backbone("train_unet"), more)
+    np.savez(file, **{**before, "images": before["images"] + 1})
+    with pytest.raises(SystemExit, match=rf"other options \(contents of {key} \w{{8}}, now \w{{8}}\); choose"):
+        main(backbone("train_unet"), more)
+
+
+def test_the_files_of_a_folder_are_known_by_their_sizes(tmp_path):
+    (tmp_path / "slices").mkdir()
+    np.savez(tmp_path / "slices" / "a.npz", image=np.zeros(4))
+    before = fingerprint(tmp_path)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert fingerprint(tmp_path) == before
+    np.savez(tmp_path / "slices" / "a.npz", image=np.zeros(5))
+    assert fingerprint(tmp_path) != before
 
 
 @pytest.mark.parametrize(

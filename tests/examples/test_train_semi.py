@@ -269,6 +269,9 @@ def test_a_run_is_not_resumed_with_other_patients(slices):
     train_semi.main(more)
     with np.load(slices) as file:
         arrays = dict(file)
+    np.savez(slices, **{**arrays, "labels": 1 - arrays["labels"]})
+    with pytest.raises(SystemExit, match=r"other options \(contents of data \w{8}, now \w{8}\); choose"):
+        train_semi.main(more)
     np.savez(slices, **{**arrays, "patient": np.array([f"other {who}" for who in arrays["patient"]])})
     with pytest.raises(SystemExit, match=r"5 new: labelled patient other .*, 5 gone: labelled patient"):
         train_semi.main(more)
