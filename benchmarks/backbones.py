@@ -60,8 +60,8 @@ def main() -> None:
             backbone, out = importlib.import_module(f"train_{name}").BACKBONE, Path(folder) / name
             if backbone.name in known:
                 continue
-            for comparison in (["--weight", "0", "--deep-supervision"], []):
-                chosen = ["--data", str(args.data), "--out", str(out), "--preset", "standardized", *comparison]
+            for comparison in (["--weight", "0", "--deep-supervision"], ["--preset", "standardized"]):
+                chosen = ["--data", str(args.data), "--out", str(out), *comparison]
                 run_script(backbone, [*chosen, *args.options])
             for row, file in RUNS.items():
                 content = json.loads((out / f"{file}.json").read_text())

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common.data import SegmentationData, TrainingBatches, beside, resize_image, resize_label
-from common.experiment import FEW_SLICES, data_options, positive, read_data
+from common.experiment import FEW_SLICES, data_options, positive, preset_for_reseg, read_data
 from common.metrics import VolumeScores, summarize
 from common.plots import WayPicture, save_figure, ways_figure
 from common.recipes import sgd
@@ -122,7 +122,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=STEPS, help="training steps of each (default: %(default)s)")
     parser.add_argument("--recon-steps", type=positive, default=96, help="steps of reseg's stage 1 (default: 96)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
-    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="of reseg (default: paper)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="of reseg (default: paper)")
     parser.add_argument("--weight", type=float, help="factor of reseg's alignment loss (default: the preset's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder for figure and metrics")
@@ -133,6 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--ways: {name!r} is none of {', '.join(WAYS)}")
     if args.weight is not None and not args.weight >= 0:
         parser.error(f"--weight {args.weight} has to be 0 or more")
+    preset_for_reseg(args, parser, "reseg" in args.ways)
     args.size = None
     if args.data is None and args.slices is None:
         args.slices = FEW_SLICES

@@ -25,6 +25,7 @@ from common.experiment import (
     Setting,
     Variant,
     positive,
+    preset_for_reseg,
     rate,
     say,
     trained_and_tested,
@@ -133,7 +134,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recon-steps", type=positive, help="steps of stage 1 (default: 800, small 100)")
     parser.add_argument("--batch-size", type=positive, default=RECIPE.batch_size, help="(default: %(default)s)")
     parser.add_argument("--lr", type=rate, help="learning rate (default: 0.001, small 0.003)")
-    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="(default: %(default)s)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="(default: paper)")
     parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
     parser.add_argument("--amp", choices=list(AMP), default="off", help="mixed precision (default: off)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -149,6 +150,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--runs: {name!r} is none of {', '.join(RUNS)}")
     if ("semi" in args.runs) != semi:
         parser.error("the run 'semi' needs --unlabelled, and is what --unlabelled is for")
+    preset_for_reseg(args, parser, any("reseg" in name for name in args.runs))
     if args.patch and any(n % 8 for n in args.patch):
         parser.error(f"--patch {' '.join(map(str, args.patch))}: the networks halve it three times; multiples of 8")
     args.steps = args.steps or (100 if args.small else 1500)

@@ -343,7 +343,7 @@ def overlay_rows(models: dict[str, nn.Module], data: SegmentationData) -> list[O
 
 def parse_arguments(backbone: Backbone, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options_parser(f"Train {backbone.name} without and with reseg-loss, side by side.")
-    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="default: paper")
+    parser.add_argument("--preset", choices=list(PRESETS), help="default: paper")
     parser.add_argument("--weight", type=float, help="factor of the alignment loss (default: the preset's)")
     parser.add_argument(
         "--deep-supervision",
@@ -361,12 +361,23 @@ def parse_arguments(backbone: Backbone, argv: Sequence[str] | None) -> argparse.
     added = "semi" if args.unlabelled is not None else "deep" if args.deep_supervision else None
     if args.weight == 0 and added is None:
         parser.error("--weight 0 without --deep-supervision or --unlabelled would train the same network twice")
+    preset_for_reseg(args, parser, args.weight != 0)
     args.ours = "+".join([*(["reseg"] if args.weight != 0 else []), *([] if added is None else [added])])
     complete(args, backbone, parser)
     if args.unlabelled is not None and args.data is None and args.slices is None:
         args.slices = FEW_SLICES
     args.dataset = with_others(read_data(args, args.seed, parser), args, parser)
     return args
+
+
+def preset_for_reseg(args: argparse.Namespace, parser: argparse.ArgumentParser, reseg: bool) -> None:
+    """Fill in the preset; refuse one, or a weight, that no run would use. `--weight 0` is how to ask for none."""
+    given = ["--preset"] * (args.preset is not None) + ["--weight"] * (args.weight not in (None, 0))
+    if given and not reseg:
+        parser.error(
+            f"{' and '.join(given)}: only runs with reseg use this, and there is none; leave it out or add one"
+        )
+    args.preset = args.preset or "paper"
 
 
 def options_parser(description: str) -> argparse.ArgumentParser:

@@ -120,6 +120,7 @@ def test_preset_patients_and_seed_reach_the_run(slices):
         (["--slices", "64"], "choose 1 to 63"),
         (["--steps", "0"], "1 or more"),
         (["--weight", "-1"], "0 or more"),
+        (["--ways", "bare", "--weight", "5", "--preset", "paper"], "--preset and --weight: only runs with reseg"),
         (["--patients", "3"], "one averaged brain"),
         (["--data", "volumes.npz"], "holds 3D volumes"),
     ],

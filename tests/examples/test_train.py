@@ -343,6 +343,7 @@ def test_the_files_of_a_folder_are_known_by_their_sizes(tmp_path):
     [
         (["--weight", "0"], "the same network twice"),
         (["--weight", "-1"], "0 or more"),
+        (["--weight", "0", "--deep-supervision", "--preset", "standardized"], "--preset: only runs with reseg"),
         (["--paper", "--steps", "5"], "--paper sets the number of steps itself"),
         (["--paper", "--small"], "not allowed with"),
         (["--weights", "file.npz"], "no loader of pretrained weights for U-Net"),

@@ -355,6 +355,7 @@ def test_one_slab_of_the_template_keeps_its_labels():
         (["--patients", "9"], "9 patients were asked for"),
         (["--unlabelled"], "no image is left without a label"),
         (["--lr", "0"], "more than 0"),
+        (["--runs", "bare,deep", "--weight", "5"], "--weight: only runs with reseg"),
         (["--runs", "bare,semi"], "needs --unlabelled"),
     ],
 )
