@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .data import Case, SegmentationData, TrainingBatches, in_memory, load_mni152, rest, split_groups
 from .metrics import VolumeScores, score_volume
 from .processes import gather, rank, share
+from .training import refuse_diverged
 
 Patch = tuple[int, int, int]
 
@@ -156,6 +157,7 @@ def predict_volume(model: nn.Module, image: np.ndarray, patch: Patch) -> np.ndar
     logits = sliding_window_inference(volume, patch, 4, model, overlap=0.5, mode="gaussian")
     model.train(was_training)
     assert isinstance(logits, Tensor)  # it may be several where the model gives several
+    refuse_diverged("the network's output", logits)
     return logits.argmax(1)[0].byte().cpu().numpy()
 
 
