@@ -83,7 +83,6 @@ def random_intensities(image: Tensor) -> Tensor:
     return perturb_intensities(image, torch.rand(len(image), 3, device=image.device), torch.randn_like(image))
 
 
-@torch.no_grad()
 def perturbed(images: Tensor, perturb: Callable[[Tensor], Tensor]) -> Tensor:
     """What a user's `perturb` makes of images.
 
@@ -101,6 +100,7 @@ def perturbed(images: Tensor, perturb: Callable[[Tensor], Tensor]) -> Tensor:
     return changed
 
 
+@torch.no_grad()
 def predicted(logits: Tensor, *, overlapping: bool = False) -> tuple[Tensor, Tensor]:
     """The predicted class, int64, and its probability.
 

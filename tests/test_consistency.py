@@ -146,6 +146,11 @@ def test_pseudo_labels_are_the_sure_classes_of_a_loop():
     assert pseudo_label(torch.zeros(1, 2, 1, 1), 0.5, IGNORED).item() == 0, "the threshold itself is sure"
 
 
+def test_predictions_are_without_gradients():
+    _, confidence = predicted(torch.randn(2, 3, 4, 4, requires_grad=True))
+    assert not confidence.requires_grad
+
+
 def test_pseudo_labels_of_one_channel_are_binary():
     logits = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0, math.nan]).view(1, 1, 2, 3)
     found = pseudo_label(logits, 0.95, -1)
