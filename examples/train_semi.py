@@ -143,12 +143,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--images, --labels and --unlabelled come together")
     if args.patch and (not all(folders) or any(n % 16 for n in args.patch)):
         parser.error("--patch is for folders of NIfTI files, and the network halves it four times: multiples of 16")
-    unused = [key for key in ("data", "patients", "slices") if any(folders) and vars(args)[key] is not None]
-    unused += ["size"] if args.patch and args.size else []
-    if unused:
-        parser.error(
-            f"--{unused[0]} has no effect beside {'--patch' if unused == ['size'] else '--images'}; leave it out"
-        )
+    for key in ("data", "patients", "slices"):
+        if any(folders) and vars(args)[key] is not None:
+            parser.error(f"--{key} has no effect beside --images; leave it out")
+    if args.patch and args.size:
+        parser.error("--size has no effect beside --patch; leave it out")
     if not any(folders):
         if args.data is None and not args.slices:
             args.slices = FEW_SLICES

@@ -303,11 +303,11 @@ def check_nnunet(cells: list[list[str]], text: str) -> None:
     assert f"a stock training that has {itself:.1f} itself, reaches {learnt:.1f}." in text
     alone = {line["row"]: line for line in lines_of("nnunet_steps.jsonl")}
     assert {line["iterations"] for line in alone.values()} == {100}
-    slower = []
-    for task in (seven, whole):
-        stock_step, our_step = (alone[f"{task}: {which}"] for which in ("stock", tasks[task]))
-        slower.append(f"{our_step['ms'] / stock_step['ms']:.2f} {{}}in batches of {our_step['batch']}")
-    assert "step takes {}, and {}.".format(slower[0].format("times as long "), slower[1].format("")) in text
+    (small, ratio), (large, other) = (
+        (ours["batch"], f"{ours['ms'] / stock['ms']:.2f}")
+        for stock, ours in ((alone[f"{task}: stock"], alone[f"{task}: {tasks[task]}"]) for task in (seven, whole))
+    )
+    assert f"step takes {ratio} times as long in batches of {small}, and {other} in batches of {large}." in text
     (stock_published, semi_published) = (
         next(p.dsc for p in PUBLISHED if (p.method, p.patients) == (method, 3))
         for method in ("nnU-Net, labelled only", "nnU-Net + consistency")

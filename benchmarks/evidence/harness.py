@@ -316,6 +316,13 @@ class Loop:
             self._advance(min(TO_LOOK, steps - done))
             self.machine.synchronize()
 
+    def last_loss(self, steps: int, what: str, how: str = "") -> float:
+        """The mean loss of the last 50 steps; a ValueError if it is not finite, which no step on a GPU looks at."""
+        loss = float(self.losses[max(0, steps - 50) : steps].mean())
+        if not math.isfinite(loss):
+            raise ValueError(f"{what} diverged: its loss is {loss} at the end{how}")
+        return loss
+
     def _advance(self, steps: int) -> None:
         if self.graph is not None:
             for _ in range(steps):
@@ -432,9 +439,8 @@ class Stage1:
         self.loop.run(steps, pause)
         if pause is not None:
             self.loop.save(pause.file)
-        loss = float(self.loop.losses[-50:].mean())
-        if not math.isfinite(loss):  # no step on a GPU looks at values, and stage 2 would be for nothing
-            raise ValueError(f"stage 1 diverged: its loss is {loss} at the end, with {self.settings.stage_1!r}")
+        # stage 2 would be for nothing
+        loss = self.loop.last_loss(steps, "stage 1", f", with {self.settings.stage_1!r}")
         return {name: value.detach().clone() for name, value in self.teacher.state_dict().items()}, loss
 
 
@@ -709,10 +715,7 @@ class Stage2:
         torch.manual_seed(seed)
         self.model.train()
         self.loop.run(steps, pause)
-        loss = float(self.loop.losses[max(0, steps - 50) : steps].mean())
-        if not math.isfinite(loss):
-            raise ValueError(f"{variant.name} diverged: its loss is {loss} at the end")
-        return loss
+        return self.loop.last_loss(steps, variant.name)
 
     def networks(self) -> dict[str, nn.Module]:
         """What is scored, by what is added to the part's name: the model, and what the variant has beside it."""

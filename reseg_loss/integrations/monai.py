@@ -49,10 +49,9 @@ class ReSegHandler:
         """
         from ignite.engine import Events
 
-        engine.add_event_handler(Events.STARTED, _refuse_other_network, self, self.reseg.model)  # before stage 1
         # not at STARTED: there CheckpointLoader may come after us
         engine.add_event_handler(Events.EPOCH_STARTED, self.stage_1)
-        _when_the_loss_is_there(engine, self)
+        _when_the_loss_is_there(engine, self, self.reseg.model)
 
     def stage_1(self, engine: SupervisedTrainer) -> None:
         """Fit the teacher, unless there is a fitted one."""
@@ -81,10 +80,7 @@ class DeepSupervisionHandler:
 
     def attach(self, engine: SupervisedTrainer) -> None:
         """See `ReSegHandler.attach`."""
-        from ignite.engine import Events
-
-        engine.add_event_handler(Events.STARTED, _refuse_other_network, self, self.ds.model)
-        _when_the_loss_is_there(engine, self)
+        _when_the_loss_is_there(engine, self, self.ds.model)
 
     def __call__(self, engine: SupervisedTrainer) -> None:
         """Add the loss of the heads."""
@@ -236,9 +232,14 @@ def _of_another(handler: object) -> ReSegError:
     )
 
 
-def _when_the_loss_is_there(engine: SupervisedTrainer, handler: ReSegHandler | DeepSupervisionHandler) -> None:
+def _when_the_loss_is_there(
+    engine: SupervisedTrainer, handler: ReSegHandler | DeepSupervisionHandler, model: nn.Module
+) -> None:
+    """Call the handler then, and refuse another network than its model when the run starts, before stage 1."""
+    from ignite.engine import Events
     from monai.engines.utils import IterationEvents
 
+    engine.add_event_handler(Events.STARTED, _refuse_other_network, handler, model)
     try:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, handler)
     except ValueError as error:

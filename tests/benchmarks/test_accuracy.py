@@ -1364,17 +1364,15 @@ def test_a_figure_without_the_bare_run_is_refused_and_the_table_is_written(tmp_p
     ("arguments", "message"),
     [
         (["missing.jsonl"], "missing.jsonl is not there"),
-        (["--part", "tset"], "--part tset: choose_5 has validation, test"),
-        (["--references", "bare", "Bare"], "--references: no plan has Bare"),
+        (["results.jsonl", "--part", "tset"], "--part tset: choose_5 has validation, test"),
+        (["results.jsonl", "--references", "bare", "Bare"], "--references: no plan has Bare"),
     ],
 )
 def test_a_report_of_what_is_not_there_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "results.jsonl").touch()
     plan = ["--plan", str(ROOT / "benchmarks/plans/choose_5.json")]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["accuracy_report.py", "results.jsonl", *plan, *arguments])
-    if arguments[0].endswith(".jsonl"):
-        monkeypatch.setattr("sys.argv", ["accuracy_report.py", *arguments, *plan])
+    monkeypatch.setattr("sys.argv", ["accuracy_report.py", *arguments, *plan])
     with pytest.raises(SystemExit):
         accuracy_report.main()
     assert message in " ".join(capsys.readouterr().err.split())
