@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.accuracy_report import Scores, paired, paired_by_patient, resampled, select
+from benchmarks.accuracy_report import Scores, paired, paired_by_patient, resampled, select, times
 from benchmarks.evidence.plan import read_plan
 from benchmarks.evidence.published import PUBLISHED
 from benchmarks.evidence.results import finished, read_lines
@@ -39,7 +39,17 @@ CONTROLS = {  # a row of the controls: what takes the place of "standardized"
     "encoder against encoder, decoder against decoder": "standardized, uncrossed",
     "the bare run, trained as long as both stages": "bare, long",
 }
-PLANNED = ("accuracy.jsonl", "ssl4mis.jsonl", "table_2.jsonl")  # the results of plans that were run here
+IDEAS = {  # a row of the label teachers: its variant
+    "the student learns its logits (label-assisted distillation), temperature 1": "distils, temperature 1",
+    "the same, temperature 4": "distils, temperature 4",
+    "it corrects pseudo-labels, and sees these alone": "cleans, label",
+    "it corrects pseudo-labels, and sees the image as well": "cleans, label and image",
+    "the same, averaged with the mean teacher's prediction": "cleans, label and image, mean of both",
+    "the student is aligned with it on unlabelled images (`standardized`)": "aligns, unlabelled images",
+    "the same on all images": "aligns, all images",
+}
+# the results of plans that were run here
+PLANNED = ("accuracy.jsonl", "ssl4mis.jsonl", "table_2.jsonl", "teacher_ideas.jsonl")
 SETTINGS = (
     ("confirm_acdc_5", "time_5"),
     ("sunnybrook_5",),
@@ -349,3 +359,27 @@ def check_controls(cells: list[list[str]]) -> None:
     expected = {row: difference(variant) for row, variant in CONTROLS.items()}
     expected["without the student's decoder, encoder, bottleneck"] = ", ".join(map(difference, without))
     assert shown == expected
+
+
+def check_ideas(cells: list[list[str]], text: str) -> None:
+    """The table of label teachers: all forms of the plan, paired differences at equal GPU time, and what is left."""
+    (scores,) = scores_of(["teacher_ideas_5"])
+    seconds = {row[0]: float(row[-1]) for row in table(times(scores), "| variant |")[2:]}
+    gains = {}
+    assert [row[0] for row in cells[2:]] == list(IDEAS)
+    assert {*IDEAS.values()} == {v.name for v in scores.plan.variants if v.label_teacher is not None}
+    for row, gain, cost in cells[2:]:
+        variant, base, whose = IDEAS[row], "ds equal, as long", ""
+        if not variant.startswith("distils"):
+            base, whose = "ds equal + deep cutmix, as long", ": its mean teacher"
+        found = paired(*(scores.values(name + whose, "mean_dsc") for name in (variant, base)))
+        assert found is not None
+        assert found.pairs == 3
+        assert gain == str(found)
+        assert cost == f"{seconds[base]:.0f}, {seconds[variant]:.0f}"
+        assert abs(seconds[variant] / seconds[base] - 1) < 0.1  # the plan's limit
+        gains[variant] = found.mean
+    text = " ".join(text.split())
+    assert len(scores.plan.seeds) == 4
+    assert max(gains.values()) < 0
+    assert f"the best of these would have to gain {4 * 0.5 - 3 * max(gains.values()):.1f}." in text

@@ -23,6 +23,7 @@ from measured import (
     check_field,
     check_hd95,
     check_heldout,
+    check_ideas,
     check_memory,
     check_nnunet,
     table,
@@ -147,6 +148,11 @@ def test_the_table_of_the_papers_claim_is_that_of_the_results():
 
 def test_the_controls_are_those_of_the_results():
     check_controls(table((PAGES / "explanation" / "measured.md").read_text(), "| instead of"))
+
+
+def test_the_table_of_label_teachers_is_that_of_the_results():
+    text = (PAGES / "explanation" / "measured.md").read_text()
+    check_ideas(table(text, "| what a teacher of label maps does |"), text)
 
 
 @pytest.mark.parametrize(
