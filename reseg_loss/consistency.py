@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .common.distributed import refuse_join, wrappers_of
-from .common.dryrun import preserved_rng
+from .common.dryrun import dry_run, preserved_rng, preserved_state, private_copy
 from .common.inputs import (
     OF_IMAGES,
     OF_MODEL,
@@ -225,7 +225,8 @@ class CutMixConsistency(Regularizer):
             weight: replaces `factor()`. In a step that is captured as a CUDA graph it must be a tensor, because the
                 ramp is computed in Python and would be frozen.
             forward: called to run the model on the images, in place of the `model` that this was built with. For
-                instance a wrapper of the model that was made later.
+                instance a wrapper of the model that was made later. The mean teacher gets the images themselves, so
+                what prepares them belongs into the model, or before this loss.
 
         Returns:
             A scalar to add to your loss. At weight 0, a zero that supports backward.
@@ -298,6 +299,8 @@ class CutMixConsistency(Regularizer):
         for ending in self._endings or ():
             ending.forget()  # what a forward of labelled images, or a validation of the mean teacher, may have left
         self._skipped = False
+        if first and self._mean_teacher.average_buffers and self._endings is None:
+            self._refuse_activation_in_evaluation(images)
         logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
         classes = logits.shape[1]
         refuse_class(self.ignore_index, classes, overlapping=self.overlapping)
@@ -317,6 +320,24 @@ class CutMixConsistency(Regularizer):
             mixed = perturbed(mixed, self.perturb)
         refuse_not_finite(mixed, {}, "perturb= returned NaN or infinite values for finite images", first=first)
         return Mixed(mixed, label, shares)
+
+    def _refuse_activation_in_evaluation(self, images: Tensor) -> None:
+        """Raise a ReSegError if the mean teacher, which predicts in evaluation mode, returns probabilities there."""
+        if not readable(images.device, first=True):
+            return
+        with dry_run(self.average), torch.enable_grad():
+            output = self.average(private_copy(images).requires_grad_())
+            logits = self._select(output, images, 1)[1]
+            activation = activation_of(logits)
+            if activation is None and sums_to_one(logits):
+                activation = "softmax"
+        if activation is not None:
+            raise ReSegError(
+                f"the model ends in a {activation} in evaluation mode, in which the mean teacher predicts here, and "
+                "pseudo-labels are made from logits: return logits in evaluation as well, and apply the "
+                f"{activation} where you predict; or let the mean teacher predict in training mode (joint=False, "
+                "average_buffers=False)"
+            )
 
     def exchange(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, *spatial) and their pseudo-label, with boxes from other images. Override it to mix differently.
@@ -602,7 +623,8 @@ def _check_ignoring(
         f"If the loss of the labelled images cannot, pass {instead}"
     )
     try:
-        with torch.enable_grad(), preserved_rng():  # a loss may draw random numbers
+        kept = preserved_state(task_loss) if isinstance(task_loss, nn.Module) else nullcontext()
+        with torch.enable_grad(), preserved_rng(), kept:  # a loss may draw random numbers, or count its calls
             logits = logits.requires_grad_()
             value = value_of(task_loss, logits, label, "a label with pixels that do not count", name)
             (gradient,) = torch.autograd.grad(value, logits)

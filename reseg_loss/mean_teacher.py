@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .common.distributed import broadcast
-from .common.dryrun import refuse_lazy
+from .common.dryrun import refuse_lazy, version_of
 from .errors import ReSegError, outline
 from .recording.copying import compiler_of, copy_model, is_sharded, unwrap
 
@@ -110,7 +110,7 @@ class MeanTeacher:
 
         Raises:
             ReSegError: the model's modules are not those it had when this was built, or the network fails on the
-                images.
+                images or writes into them.
         """
         for mine, theirs in self._both("modules"):
             training = theirs.training and not self.average_buffers
@@ -120,9 +120,10 @@ class MeanTeacher:
         if compiler is not None:
             self.compile(compiler)
         run = self.network if self._run is None else self._run
+        version = version_of(images)
         try:
             with torch.no_grad():
-                return run(images)
+                output = run(images)
         except (torch.OutOfMemoryError, ReSegError):
             raise
         except Exception as error:
@@ -130,6 +131,12 @@ class MeanTeacher:
                 f"the mean teacher failed on unlabelled images of shape {tuple(images.shape)}, {images.dtype}, on "
                 f"{images.device}; they must have the form of the labelled images ({type(error).__name__}: {error})"
             ) from error
+        if version_of(images) != version:
+            raise ReSegError(
+                "the model writes into its images (x.sub_(mean), say), but they are used again after the mean teacher "
+                "has predicted them: let its forward make a new tensor instead (x = x - mean)"
+            )
+        return output
 
     def _take_over(self, what: str) -> None:
         """Copy the model's "parameters" or "buffers" to the network."""
@@ -158,7 +165,9 @@ class MeanTeacher:
     def _both(self, what: str) -> Iterator[tuple[nn.Module, nn.Module]]:
         """The network's modules with the model's; a ReSegError that names `what` unless they are of the same types."""
         mine, theirs = _parts(self.network), _parts(self._model)
-        if [*map(type, mine)] != [*map(type, theirs)]:
+        kinds = [[*map(type, parts)] for parts in (mine, theirs)]
+        # torch.fx makes a class of the same name for each copy
+        if kinds[0] != kinds[1] and [*map(_name, kinds[0])] != [*map(_name, kinds[1])]:
             raise self._changed(what)
         return zip(mine, theirs)
 
@@ -194,6 +203,10 @@ def _refuse_low(model: nn.Module) -> None:
             f"the model has {', '.join(map(str, low))} parameters, and the small steps of an average are rounded to "
             "nothing in that precision; keep the parameters in float32 and use torch.autocast"
         )
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def _parts(model: nn.Module) -> list[nn.Module]:

@@ -204,7 +204,12 @@ class SemiSupervised(Regularizer):
         return self._consistency
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The heads' parameters, for your optimizer; none if the model has its own deep supervision."""
+        """The heads' parameters, for your optimizer; none if the model has its own deep supervision.
+
+        Raises:
+            ReSegError: there was no example, so it is not known yet whether there are heads.
+        """
+        self._need_bound()
         return iter(()) if self._deep is None else self._deep.parameters()
 
     def loss(
@@ -227,7 +232,8 @@ class SemiSupervised(Regularizer):
             weight: replaces `self.weight` times the ramp, unless `self.weight` is 0. In a step that is captured as a
                 CUDA graph it must be a tensor, because the ramp is computed in Python and would be frozen.
             forward: called to run the model, in place of the `model` that this was built with. For instance a wrapper
-                of the model that was made later.
+                of the model that was made later. The mean teacher gets the images themselves, so what prepares them
+                belongs into the model, or before this loss.
 
         Returns:
             A scalar.

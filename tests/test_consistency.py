@@ -958,3 +958,50 @@ def test_settings_may_change_and_are_checked(name, good, bad):
     with pytest.raises(ReSegError, match=f"{name}={bad}"):
         setattr(mixed, name, bad)
     assert getattr(mixed, name) == good
+
+
+class Evaluated(UNet):
+    """Logits in training, and probabilities in evaluation."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        if self.training:
+            return logits
+        return logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
+
+
+@pytest.mark.parametrize(("classes", "activation"), [(3, "softmax"), (1, "sigmoid")])
+def test_a_mean_teacher_that_returns_probabilities_in_evaluation_is_refused(classes, activation):
+    """Its probabilities would be taken for logits: with one channel, all would be foreground."""
+    image, _ = batch()
+    model, mixed = made(Evaluated(classes=classes), average_buffers=True)
+    kept = {name: value.clone() for name, value in mixed.average.state_dict().items()}
+    with pytest.raises(ReSegError, match=f"ends in a {activation} in evaluation mode"):
+        mixed.mix(image)
+    assert all(torch.equal(value, kept[name]) for name, value in mixed.average.state_dict().items())
+    assert not any(p.requires_grad for p in mixed.average.parameters())
+    _, mixed = made(Evaluated(classes=classes), average_buffers=False)
+    mixed.mix(image)  # in training mode
+    _, mixed = made(average_buffers=True)
+    mixed.mix(image)
+    assert model.training
+
+
+def test_asking_a_task_loss_changes_no_buffer_of_it():
+    """Or a resumed run would call it once more."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+            self.calls += 1
+            return task_loss(logits, label)
+
+    loss = Counts()
+    image, _ = batch()
+    _, mixed = made()
+    for calls in (1, 2):
+        mixed.loss(image, loss)
+        assert loss.calls == calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +143,35 @@ def test_a_model_that_has_changed_is_refused():
     model.double()
     with pytest.raises(ReSegError, match=r"to\(torch.float64\)"):
         teacher.update()
+
+
+class WritesIntoItsInput(UNet):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.sub_(1))
+
+
+def test_a_model_that_writes_into_the_images_is_refused():
+    """Its mixed images would be normalized twice."""
+    teacher = MeanTeacher(WritesIntoItsInput(), 0.9)
+    with pytest.raises(ReSegError, match=r"writes into its images .*new tensor instead"):
+        teacher.predict(IMAGE.clone())
+    teacher = MeanTeacher(UNet(), 0.9)
+    with torch.inference_mode():
+        images = IMAGE.clone()
+    assert torch.equal(teacher.predict(images), teacher.predict(IMAGE))
+
+
+def test_a_model_with_modules_of_torch_fx_has_a_mean_teacher():
+    """Each copy of such a module has a class of its own."""
+    model = UNet()
+    model.bottleneck = torch.fx.symbolic_trace(model.bottleneck)
+    teacher = MeanTeacher(model, 0.0)
+    assert type(teacher.network.bottleneck) is not type(model.bottleneck)
+    teacher.start()
+    with torch.no_grad():
+        model.bottleneck.get_parameter("0.weight").add_(1)
+    teacher.update()
+    assert torch.equal(teacher.predict(IMAGE), model(IMAGE))
+    model.bottleneck = nn.Sequential(*UNet().bottleneck)
+    with pytest.raises(ReSegError, match="have changed"):
+        teacher.predict(IMAGE)

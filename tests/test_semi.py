@@ -1301,3 +1301,35 @@ def test_lists_and_meta_tensors_are_unwrapped():
     loss = ours.loss([MetaTensor(image)], [MetaTensor(label), None], (MetaTensor(others),))
     assert type(loss) is Tensor
     loss.backward()
+
+
+def test_a_task_loss_that_writes_into_its_label_is_refused():
+    """The heads would learn the ignored pixels as background."""
+
+    def loss(logits: Tensor, label: Tensor) -> Tensor:
+        counts = label != IGNORED
+        label[~counts] = 0
+        return (F.cross_entropy(logits, label, reduction="none") * counts).mean()
+
+    image, label, unlabelled = step()
+    _, semi = made(task_loss=loss)
+    with pytest.raises(ReSegError, match="task_loss writes into its label"):
+        semi.loss(image, label.index_fill(2, torch.tensor([0]), IGNORED), unlabelled)
+
+
+def test_a_model_without_gradients_is_refused():
+    """As a mean teacher of an earlier training is one."""
+    _, semi = made()
+    semi.remove()
+    _, again = made(semi.average.train())
+    with pytest.raises(ReSegError, match="no parameter of the model requires a gradient"):
+        again.loss(*step())
+    semi.average.requires_grad_(True)
+    again.loss(*step()).backward()
+    assert all(p.grad is not None for p in semi.average.parameters())
+
+
+def test_the_heads_parameters_are_not_known_without_an_example():
+    semi = SemiSupervised(UNet(), rampup_steps=None)
+    with pytest.raises(ReSegError, match="pass example_input="):
+        semi.parameters()

@@ -15,9 +15,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..common.dryrun import preserved_rng
+from ..common.dryrun import dry_run, preserved_rng
 from ..common.labels import LabelEncoding, plain_label
-from ..common.outputs import select_output
+from ..common.outputs import common_activation, select_output, trained_ending
 from ..errors import ReSegError
 from ..recording.copying import copy_model, is_sharded
 from .image_range import ImageMap
@@ -68,21 +68,48 @@ class Teacher(nn.Module):
         # follows .to(), for a body without parameters
         self.register_buffer("_like", torch.zeros(0, **kwargs), persistent=False)
         self.image_map: ImageMap | None = None
+        self._ends_as_trained = False  # not known yet
         # masks of -inf and the like, which are no sign of a lost training
         self._infinite_from_start = frozenset(_not_finite(self.named_buffers()))
 
     def forward(self, label: Any) -> Tensor:
         """(B, image channels, *spatial) from a label in any form that `LabelEncoding` takes."""
+        return self.decode(self._encoded(label))
+
+    def _encoded(self, label: Any) -> Tensor:
         label = plain_label(label)
         if label.ndim not in (self.encoding.dims + 1, self.encoding.dims + 2):
             raise ReSegError(f"a label of shape {tuple(label.shape)} is no batch of {self.encoding.dims}D label maps")
         self.encoding.check_shape(label, (len(label), self.image_channels, *label.shape[-self.encoding.dims :]))
-        return self.decode(self.encoding.encode(label.to(self.reference.device, non_blocking=True))[0])
+        return self.encoding.encode(label.to(self.reference.device, non_blocking=True))[0]
 
     def decode(self, encoded: Tensor) -> Tensor:
         """The image from an encoded label, (B, encoding.channels, *spatial)."""
         output = self.body(self.before(encoded.to(self.reference.dtype)))
         return self.after(select_output(output, encoded.shape[0], tuple(encoded.shape[2:]), self.output))
+
+    def refuse_activation_in_evaluation(self, label: Any) -> None:
+        """Raise a ReSegError if the body ends in an activation in evaluation, but not in training."""
+        if self._ends_as_trained:
+            return
+        encoded = self._encoded(label)
+        frozen = [p for p in self.body.parameters() if p.is_floating_point() and not p.requires_grad]
+        try:
+            for parameter in frozen:  # without a gradient nothing tells what an output was made by
+                parameter.requires_grad_(True)
+            with dry_run(self), torch.enable_grad():
+                given = self.before(encoded.to(self.reference.dtype))
+                evaluated = common_activation(self.body(given), tuple(encoded.shape[2:]))
+            trained, _ = trained_ending(self.body, given, evaluated)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        if evaluated != trained:
+            raise ReSegError(
+                f"in evaluation mode the teacher ends in a {evaluated}, which stage 1 did not train it with, so its "
+                "picture would not be an image; let the model return logits in evaluation as well to look at it"
+            )
+        self._ends_as_trained = True
 
     def run(self, encoded: Tensor) -> None:
         """Only the body's forward, for the hooks that read its features."""

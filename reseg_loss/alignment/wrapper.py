@@ -249,8 +249,13 @@ class ReSegWrapper(Regularizer):
         """The image that the teacher makes from a label map, (B, image channels, *spatial), in evaluation mode.
 
         It is in the images' own units, even if stage 1 standardized them.
+
+        Raises:
+            ReSegError: the label does not fit, or the teacher ends in a sigmoid or softmax in evaluation mode alone, so
+                stage 1 did not train it to make images there. The alignment does not use its output.
         """
         teacher = self.teacher
+        teacher.refuse_activation_in_evaluation(label)
         with preserved_modes(teacher), torch.no_grad(), teacher.unmoved():
             image = teacher.eval()(label)
             return image if teacher.image_map is None else teacher.image_map.undo(image)

@@ -69,7 +69,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     registered buffers, hooks, counters and caches, but nothing deeper.
     """
     values = [(t, t.detach(), t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    versions = [_version_of(alias) for _, alias, _ in values]
+    versions = [version_of(alias) for _, alias, _ in values]
     attributes = [(module.__dict__, module.__dict__.copy()) for module in model.modules()]
     containers = [
         (value, value.copy()) for _, old in attributes for value in old.values() if isinstance(value, (dict, list, set))
@@ -88,11 +88,12 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
                 if tensor.data_ptr() != alias.data_ptr():  # `tensor.data = ...`
                     tensor.data = alias
                 # Writing raises the version, which would break a backward pass that is still to come: only if needed.
-                if _version_of(alias) != version or (not tensor.requires_grad and not torch.equal(alias, value)):
+                if version_of(alias) != version or (not tensor.requires_grad and not torch.equal(alias, value)):
                     alias.copy_(value)
 
 
-def _version_of(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """A number that rises when something writes into a tensor; always -1 for one made in inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 

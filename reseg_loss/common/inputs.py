@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReSegError, outline
+from .dryrun import version_of
 
 OF_IMAGES = (
     "images of this step hold NaN or infinite values: check the data set and its transforms (is a constant image "
@@ -56,13 +57,14 @@ def value_of(
     """The value of the user's loss for logits and a label.
 
     Raises:
-        ReSegError: it is not a function, fails, or does not return a scalar. `where` says what the logits belong to,
-            `name` which argument the loss is.
+        ReSegError: it is not a function, fails, writes into the label, or does not return a scalar. `where` says what
+            the logits belong to, `name` which argument the loss is.
     """
     if not callable(task_loss):
         raise ReSegError(f"{name} must be a function of logits and label, got {type(task_loss).__name__}")
     if torch.compiler.is_compiling():  # which a break of the graph within `try` would end
         return task_loss(logits, label)
+    version = version_of(label)
     try:
         value = task_loss(logits, label)
     except (torch.OutOfMemoryError, ReSegError):
@@ -72,6 +74,11 @@ def value_of(
             f"{name} failed on {where}: logits {_outline(logits)} and a label {_outline(label)} "
             f"({type(error).__name__}: {error})"
         ) from error
+    if version_of(label) != version:
+        raise ReSegError(
+            f"{name} writes into its label (label[...] = 0, say), but the label is used again: let it work on a copy "
+            "(label = label.clone())"
+        )
     if not isinstance(value, Tensor) or value.ndim:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ReSegError(f"{name} returned {what}; it must return a scalar")

@@ -121,12 +121,12 @@ class LabelEncoding:
         if label.dtype in FEW_OPERATORS:
             label = label.long()
         if self._per_class(label):
-            classes = label.float()
+            classes = label.to(torch.float32, copy=True)
             encoded = classes if self.mode == "onehot" else classes.argmax(1, keepdim=True).float()
         else:
             index = label if label.ndim == self.dims + 2 else label.unsqueeze(1)
             if self.mode == "index" or self.num_classes == 1:
-                encoded = index.float()
+                encoded = index.to(torch.float32, copy=True)  # a model may write into its input
             else:
                 classes = torch.arange(self.num_classes, device=label.device).view(-1, *[1] * self.dims)
                 encoded = (index == classes).float()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -45,9 +48,57 @@ def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
             f"remove it, or {otherwise}"
         ) from error
     drop_recorders(copied)
+    _disconnect(model, copied)
     for parameter in copied.parameters():
         parameter.grad = None
     return copied
+
+
+class _OfOriginal:
+    """In the place of a function that a copy has kept from the original, and that would run the original's layers."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ReSegError(
+            f"the model has a function that runs its own layers as an attribute, {self._name!r} (a lambda, or "
+            "torch.compile of a method), and in a copy of the model this function would still run the original's "
+            "layers: write it as a method, and compile modules or the whole model"
+        )
+
+
+def _disconnect(model: nn.Module, copied: nn.Module) -> None:
+    """Replace each function in a copy's attributes that refers to the original: copy.deepcopy keeps functions."""
+    own = {*map(id, model.modules()), *map(id, model.parameters()), *map(id, model.buffers())}
+    for path, module in copied.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and _refers(value, own, set()):
+                vars(module)[name] = _OfOriginal(f"{path}.{name}".lstrip("."))
+
+
+def _refers(value: Any, own: set[int], seen: set[int]) -> bool:
+    """Whether a function holds one of these objects: in its closure, in its defaults, or bound to it."""
+    if id(value) in own:
+        return True
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    inner: list[Any] = []
+    if isinstance(value, FunctionType):
+        inner = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                inner.append(cell.cell_contents)
+    elif isinstance(value, MethodType):
+        inner = [value.__self__, value.__func__]
+    elif isinstance(value, partial):
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, (list, tuple)):
+        inner = [*value]
+    elif isinstance(value, dict):
+        inner = [*value.values()]
+    return any(_refers(each, own, seen) for each in inner)
 
 
 def _uncopyable(model: nn.Module) -> str:

@@ -457,3 +457,42 @@ def test_parametrized_weights_are_drawn_anew():
     same = [n for n, p in teacher.named_parameters() if "original1" in n and torch.equal(p, own[n])]
     assert same == []
     assert any("original1" in name for name in own)
+
+
+class Evaluated(UNet):
+    """Logits in training, and probabilities in evaluation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        return logits if self.training else logits.softmax(1)
+
+
+@untrained
+def test_the_picture_of_a_teacher_with_an_activation_that_it_was_not_trained_with_is_refused():
+    image, label = batch()
+    reseg = ReSegWrapper(Evaluated(), example_input=image)
+    reseg.fit_recon(loader(2), steps=2, progress=False)
+    with pytest.raises(ReSegError, match="in evaluation mode the teacher ends in a softmax"):
+        reseg.reconstruct(label)
+    assert not any(p.requires_grad for p in reseg.teacher.parameters())
+    assert not reseg.teacher.training
+    reseg.model.train()(image)
+    assert reseg.alignment_loss(label).isfinite()  # the features are those of stage 1
+
+
+@untrained
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_float_label_stays_as_it_is_whatever_the_model_does_to_its_input(classes):
+    class WritesIntoItsInput(UNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.sub_(1))
+
+    image, label = batch(classes=max(classes, 2))
+    given = label.unsqueeze(1).float()
+    kept = given.clone()
+    reseg = ReSegWrapper(WritesIntoItsInput(classes=classes), example_input=image)
+    reseg.fit_recon([(image, given)], steps=2, progress=False)
+    reseg.model.train()(image.clone())
+    reseg.alignment_loss(given)
+    reseg.reconstruct(given)
+    assert torch.equal(given, kept)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import UNet, batch
+from models import UNet, batch, ignoring
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from reseg_loss import CutMixConsistency, ReSegError, ReSegWrapper
+from reseg_loss.recording.copying import copy_model
 
 
 def old_weight_norm(conv: nn.Module) -> nn.Module:
@@ -99,3 +101,54 @@ def test_a_model_that_cannot_be_copied_is_told_which_part_and_the_cures():
     with torch.no_grad():
         model.encoder[1].cache = Opaque(model(batch()[0]))
     ReSegWrapper(model, example_input=batch()[0])
+
+
+class WithAFunction(UNet):
+    """Its bottleneck runs in a function that is an attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.before = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+        if how == "a lambda":
+            self.prepare = lambda x: self.before(x)
+        elif how == "compiled":
+            self.prepare = torch.compile(self._prepare, backend="eager")
+        elif how == "in a partial":
+            run = partial(WithAFunction._prepare, self)
+            self.prepare = lambda x: run(x)
+        else:
+            self.prepare = {"a method": self._prepare, "a module": self.before, "of nothing": lambda x: x + 1}[how]
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        return self.before(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(self.prepare(x))
+
+
+@pytest.mark.parametrize("how", ["a lambda", "compiled", "in a partial"])
+def test_a_copy_whose_function_would_run_the_models_own_layers_is_refused_where_it_runs(how):
+    """Stage 1 would train the model's layers, and the mean teacher would be half the model."""
+    image, label = batch()
+    model = WithAFunction(how)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    told = "function that runs its own layers as an attribute, 'prepare'"
+    with pytest.raises(ReSegError, match=told):
+        CutMixConsistency(model, rampup_steps=None, ignore_index=255).loss(image, ignoring)
+    reseg = ReSegWrapper(model, example_input=image)
+    with pytest.raises(ReSegError, match=told):
+        reseg.fit_recon([(image, label)], steps=1, progress=False)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    model(image)  # the model itself runs as ever
+
+
+@pytest.mark.parametrize("how", ["a method", "a module", "of nothing"])
+def test_a_copy_whose_function_runs_its_own_layers_or_none_is_a_copy(how):
+    model = WithAFunction(how).eval()
+    copied = copy_model(model, "a test", "do not")
+    with torch.no_grad():
+        before = copied(batch()[0])
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(batch()[0]), before)
