@@ -444,11 +444,11 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, de
         for p in made.mean_teacher.network.parameters():
             p.add_(0.01 * torch.randn_like(p))
     student, teacher = copy.deepcopy(made.network), copy.deepcopy(made.mean_teacher.network)
-    labelled, images = next(made.dataloader_train), next(made.dataloader_unlabelled)["data"]
+    labelled = next(made.dataloader_train)
+    images = labelled["unlabelled"].clone()
     assert (len(labelled["data"]), len(images)) == {5: (3, 2), 2: (2, 2)}[batch]
     assert next(made.dataloader_val)["data"].shape[0] == len(labelled["data"])
     assert made.num_val_iterations_per_epoch == {5: 2, 2: 1}[batch]  # of as many patches as 1 of the whole batch
-    made.dataloader_unlabelled = iter([{"data": images.clone()}])
     torch.manual_seed(1)
     output = made.train_step({name: copy.deepcopy(value) for name, value in labelled.items()})
 
@@ -496,7 +496,7 @@ def test_a_step_is_that_of_plain_loops(folders, configuration, batch, labels, de
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_patches_without_labels_are_cut_and_augmented_as_those_with(folders, configuration, monkeypatch, tmp_path):
     """To the bit what nnU-Net's loader gives for the same images, if it oversamples nothing."""
-    from reseg_loss.integrations.nnunet.unlabelled import augmented
+    from reseg_loss.integrations.nnunet.unlabelled import patches
 
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     made = make(configuration)
@@ -506,7 +506,7 @@ def test_patches_without_labels_are_cut_and_augmented_as_those_with(folders, con
     theirs = made.get_dataloaders()[0].data_loader
     theirs._data, theirs.indices = images, images.identifiers  # noqa: SLF001 - nnU-Net's
     theirs.oversample_foreground_percent = 0.0
-    ours = augmented(made, images, theirs.batch_size).data_loader
+    ours = patches(made, images, theirs.batch_size)
     for seed in range(6):
         tiny.seed_everything(seed)
         expected = theirs.generate_train_batch()
@@ -879,8 +879,8 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
     made.train_step = train_step
     tiny.train(made)
     unlabelled = {"case_001", "case_006"}
-    assert made.dataloader_unlabelled.data_loader.indices == sorted(unlabelled)
-    assert made.dataloader_unlabelled.data_loader.oversample_foreground_percent == 0
+    assert made.dataloader_train.transform.loader.indices == sorted(unlabelled)
+    assert made.dataloader_train.transform.loader.oversample_foreground_percent == 0
     folds = json.loads((tmp_path / "preprocessed" / "Dataset902_Ignored" / "splits_final.json").read_text())
     training, validation = made.do_split()
     assert unlabelled <= {*folds[0]["train"], *folds[0]["val"]}
@@ -936,15 +936,46 @@ def test_compiled_networks_have_a_compiled_mean_teacher(folders, monkeypatch, tm
     assert same(dict(plain.network.state_dict()), final["reseg_student"])
 
 
-def test_processes_feed_the_images_and_end(folders, monkeypatch, tmp_path):
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_processes_feed_the_images_in_one_piece_and_end(folders, configuration, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    made = make()
+    made = make(configuration, batch=2)
     made.num_epochs = 1
+    workers: set[Any] = set()
+    step = made.train_step
+
+    def train_step(batch: Any) -> Any:
+        workers.update(made.dataloader_train._processes)  # noqa: SLF001 - batchgenerators has no other name for them
+        tensors = [batch["data"], batch["unlabelled"], *batch["target"]]
+        assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+        assert all(t.data_ptr() % 8 == 0 and t.is_contiguous() for t in tensors)
+        return step(batch)
+
+    made.train_step = train_step
     tiny.train(made)
     assert made.steps == 3
-    workers = made.dataloader_unlabelled._processes  # noqa: SLF001 - batchgenerators has no other name for them
+    assert len(workers) == 2  # twice as many patches as nnU-Net loads
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_joined_batch_has_the_same_values():
+    from reseg_loss.integrations.nnunet.unlabelled import Joined
+
+    images, data, regions = torch.rand(2, 1, 3, 5), torch.rand(3, 1, 7, 5), torch.rand(3, 3) > 0.5
+    levels = [torch.randint(3, (3, 1, 7 - i, 5), dtype=torch.int16) for i in range(2)]
+    batch = {"data": data.clone(), "target": [level.clone() for level in levels], "regions": regions.clone()}
+    joined = Joined(iter([{"data": images.clone(), "target": None}]))(**batch, keys=["a", "b", "c"])
+    assert joined.pop("keys") == ["a", "b", "c"]
+    assert all(map(torch.equal, joined.pop("target"), levels))
+    assert same(joined, {"data": data, "regions": regions, "unlabelled": images})
+
+
+def test_a_loader_that_is_not_nnu_nets_is_refused():
+    from reseg_loss.integrations.nnunet.unlabelled import joined
+
+    with pytest.raises(ReSegError, match="get_dataloaders does not load as nnU-Net's does"):
+        joined((iter([]), iter([])), None, 4, False)
 
 
 def test_the_pages_subclass_is_found(folders, monkeypatch, tmp_path):

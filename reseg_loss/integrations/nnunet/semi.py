@@ -46,6 +46,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
     threshold: float = 0.95
     ema_decay: float = 0.99
 
+    unlabelled_patches: unlabelled.nnUNetDataLoader | None = None
     mean_teacher: MeanTeacher | None = None
     student_of_checkpoint: dict[str, Tensor] | None = None
 
@@ -78,6 +79,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
             raise ReSegError("unlabelled images have no segmentation of a previous stage: cascades are not supported")
         whole = self.batch_size
         self.batch_size, others = step.shares(whole)
+        self.whole_batch, self.unlabelled_patches = whole, unlabelled.patches(self, images, others)
         # as many patches to validate on as ever
         self.num_val_iterations_per_epoch = math.ceil(self.num_val_iterations_per_epoch * whole / self.batch_size)
         super().on_train_start()
@@ -87,7 +89,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         if self.student_of_checkpoint is not None:  # the network's weights are the mean teacher's
             unwrap(self.network).load_state_dict(self.student_of_checkpoint)
             self.student_of_checkpoint = None
-        self.dataloader_unlabelled = unlabelled.augmented(self, images, others)
         self.print_to_log_file(
             f"{len(images.identifiers)} unlabelled images; a step has {self.batch_size} patches with labels and "
             f"{others} without"
@@ -116,6 +117,14 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         )
         return None
 
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's, where training batches have "unlabelled" patches, too."""
+        if self.unlabelled_patches is None:
+            return super().get_dataloaders()
+        with unlabelled.without_processes():
+            loaders = super().get_dataloaders()
+        return unlabelled.joined(loaders, self.unlabelled_patches, self.whole_batch, self.device.type == "cuda")
+
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split, without the cases that have no label."""
         split = super().do_split()
@@ -136,7 +145,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         """nnU-Net's own step, on its batch together with mixed unlabelled images."""
         if self.mean_teacher is None:
             return super().train_step(batch)
-        images = next(self.dataloader_unlabelled)["data"].to(self.device, non_blocking=True)
+        images = batch["unlabelled"].to(self.device, non_blocking=True)
         with torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext():
             logits = self.mean_teacher.predict(images)
         logits = logits if isinstance(logits, Tensor) else logits[0]
@@ -204,7 +213,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
         if self.mean_teacher is not None:
             self._exchange_weights()
             self.mean_teacher = None
-            unlabelled.stop(self.dataloader_unlabelled)
 
     def save_checkpoint(self, filename: str) -> None:
         """Save as the stock trainer under its name, with the mean teacher's weights as the network's, atomically."""

@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor
 
 from ...errors import ReSegError
 
@@ -148,8 +153,8 @@ class Images:
         return self.sources[identifier].load_case(identifier)
 
 
-def augmented(trainer: Any, images: Images, batch_size: int) -> Any:
-    """An endless iterator over batches of patches from anywhere in the images, with the trainer's own augmentation."""
+def patches(trainer: Any, images: Images, batch_size: int) -> nnUNetDataLoader:
+    """nnU-Net's loader, for patches from anywhere in the images, with the trainer's own augmentation."""
     configuration = trainer.configuration_manager
     rotation, dummy_2d, initial_patch, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     transforms = trainer.get_training_transforms(
@@ -165,28 +170,78 @@ def augmented(trainer: Any, images: Images, batch_size: int) -> Any:
         transforms=transforms,
     )
     loader.has_ignore = False  # it would look for annotated voxels
+    return loader
+
+
+class Joined:
+    """What the processes of nnU-Net's loader make of a batch: "unlabelled" is added, and all tensors share a storage.
+
+    The training process fetches each storage over a socket of its own, and holds Python's lock for much of that. Small
+    networks have to wait for this lock more than for the GPU, and nnU-Net alone sends a storage per output.
+    """
+
+    def __init__(self, loader: nnUNetDataLoader) -> None:
+        self.loader = loader
+
+    def __call__(self, **batch: Any) -> dict[str, Any]:
+        """nnU-Net's batch with patches from `loader`; tensors are moved, their values stay."""
+        batch["unlabelled"] = next(self.loader)["data"]
+        values = (value if isinstance(value, list) else [value] for value in batch.values())
+        tensors = [t for value in values for t in value if isinstance(t, Tensor)]
+        sizes = [-(-t.nbytes // 8) * 8 for t in tensors]  # each has to start at a multiple of its dtype's size
+        for t, part in zip(tensors, torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)):
+            t.data = part[: t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        return batch
+
+
+@contextmanager
+def without_processes() -> Iterator[None]:
+    """Let nnU-Net load in this process: it starts others at once, when nothing can be added to what they do."""
+    name = "nnUNet_n_proc_DA"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def joined(loaders: tuple[Any, Any], images: nnUNetDataLoader, whole: int, pinned: bool) -> tuple[Any, Any]:
+    """Endless iterators over training and validation batches, where those for training have unlabelled images, too.
+
+    Processes load both, as many per patch as in nnU-Net: further ones for the unlabelled images would take time to
+    watch.
+
+    Args:
+        loaders: from nnU-Net's `get_dataloaders`, `without_processes`.
+        images: the loader of the unlabelled images.
+        whole: the batch size for which nnU-Net would use its number of processes.
+        pinned: batches come in pinned memory.
+    """
+    training, validation = loaders
+    if not isinstance(training, SingleThreadedAugmenter) or not isinstance(validation, SingleThreadedAugmenter):
+        raise ReSegError("this trainer's get_dataloaders does not load as nnU-Net's does: unlabelled images need that")
+    training.transform = Joined(images)
     processes = get_allowed_n_proc_DA()
     if processes == 0:
-        batches = SingleThreadedAugmenter(loader, None)
-    else:
-        batches = NonDetMultiThreadedAugmenter(
-            loader,
-            None,
-            processes,
-            num_cached=max(6, processes // 2),
-            seeds=None,
-            pin_memory=trainer.device.type == "cuda",
-            wait_time=0.002,
+        return training, validation
+    share = (training.data_loader.batch_size + images.batch_size) / whole
+    started = []
+    for batches, n, least in ((training, math.ceil(processes * share), 6), (validation, max(1, processes // 2), 3)):
+        started.append(
+            NonDetMultiThreadedAugmenter(
+                batches.data_loader,
+                batches.transform,
+                n,
+                num_cached=max(least, n // 2),
+                pin_memory=pinned,
+                wait_time=0.02,  # not nnU-Net's 0.002: after each, a thread asks all processes whether they live
+            )
         )
-    next(batches)  # the processes start with it
-    return batches
-
-
-def stop(batches: Any) -> None:
-    """End the processes of `augmented`, if it has any."""
-    finish = getattr(batches, "_finish", None)
-    if finish is not None:
-        finish()
+        next(started[-1])  # the processes start with it
+    return started[0], started[1]
 
 
 def named(identifiers: Iterable[str], shown: int = 5) -> str:
