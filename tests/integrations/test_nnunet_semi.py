@@ -972,10 +972,14 @@ def test_a_joined_batch_has_the_same_values():
 
 
 def test_a_loader_that_is_not_nnu_nets_is_refused():
+    from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+
     from reseg_loss.integrations.nnunet.unlabelled import joined
 
-    with pytest.raises(ReSegError, match="get_dataloaders does not load as nnU-Net's does"):
-        joined((iter([]), iter([])), None, 4, False)
+    transformed = SingleThreadedAugmenter(iter([]), lambda **batch: batch)  # which would be lost
+    for loader in (iter([]), transformed):
+        with pytest.raises(ReSegError, match="get_dataloaders does not load as nnU-Net's does"):
+            joined((loader, SingleThreadedAugmenter(iter([]), None)), None, 4, False)
 
 
 def test_the_pages_subclass_is_found(folders, monkeypatch, tmp_path):

@@ -221,7 +221,7 @@ def joined(loaders: tuple[Any, Any], images: nnUNetDataLoader, whole: int, pinne
         pinned: batches come in pinned memory.
     """
     training, validation = loaders
-    if not isinstance(training, SingleThreadedAugmenter) or not isinstance(validation, SingleThreadedAugmenter):
+    if not all(isinstance(batches, SingleThreadedAugmenter) and batches.transform is None for batches in loaders):
         raise ReSegError("this trainer's get_dataloaders does not load as nnU-Net's does: unlabelled images need that")
     training.transform = Joined(images)
     processes = get_allowed_n_proc_DA()
