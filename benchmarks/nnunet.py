@@ -357,7 +357,7 @@ def epochs_of(row: Row, epochs: int, lines: Mapping[str, Mapping[str, Any]]) -> 
     other = named(row.as_long_as)
     (stock,) = (r for r in ROWS if plain(r) and (r.task, r.configuration) == (row.task, row.configuration))
     theirs, ours = (fmean(line["ms"] for line in lines.values() if line["row"] == r.name) for r in (other, stock))
-    return round(epochs * theirs / ours)
+    return max(1, round(epochs * theirs / ours))
 
 
 def scored(pairs: Iterator[tuple[Volume, np.ndarray]], classes: int) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeyp
         assert line["seconds"] > 0
         assert line["nnunetv2"]
     assert lines[names[0]]["epochs"] == lines[names[1]]["epochs"] == lines[names[3]]["epochs"] == 2
-    assert lines[names[2]]["epochs"] == round(2 * lines[names[1]]["ms"] / lines[names[0]]["ms"])
+    as_long = round(2 * lines[names[1]]["ms"] / lines[names[0]]["ms"])
+    assert lines[names[2]]["epochs"] == max(1, as_long)  # of steps so short it may be 0
     assert lines[names[3]]["seconds"] > lines[names[0]]["seconds"]
     raw = tmp_path / "work" / "raw"
     for folder, images in (("imagesTr", 6), ("labelsTr", 6), ("imagesUn", 4)):
@@ -94,7 +95,8 @@ def test_the_rows_run_are_gone_on_with_and_reported(one_process, nnunet, monkeyp
     nnunet.main([*command[:-3], "--epochs", "1", "--iterations", "3", "--rows", names[0]])
     shorter = json.loads(out.read_text().splitlines()[-1])
     assert (shorter["row"], shorter["epochs"], shorter["iterations"]) == (names[0], 1, 3)
-    assert shorter["seconds"] < lines[names[0]]["seconds"], "trained by itself"
+    trained = [*(tmp_path / "work" / "results").glob("*-1x3/**/checkpoint_final.pth")]
+    assert len(trained) == 1, "it did not go on with the longer run"
     with pytest.raises(ValueError, match=rf"{names[0]}: runs of \[3, 4\] steps"):
         nnunet.main(["--out", str(out), "--report"])
     with pytest.raises(SystemExit):
