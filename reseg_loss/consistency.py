@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .common.distributed import refuse_join, wrappers_of
-from .common.dryrun import dry_run, preserved_rng, preserved_state, private_copy
+from .common.dryrun import preserved_rng, preserved_state
 from .common.inputs import (
     OF_IMAGES,
     OF_MODEL,
@@ -27,10 +27,11 @@ from .common.outputs import (
     activation_of,
     as_path,
     ending_named,
+    ending_of,
     full_size,
+    in_evaluation,
     refuse_other_ending,
     refuse_probabilities,
-    sums_to_one,
 )
 from .common.state import load_states
 from .errors import ReSegError, outline, warn
@@ -299,12 +300,11 @@ class CutMixConsistency(Regularizer):
         for ending in self._endings or ():
             ending.forget()  # what a forward of labelled images, or a validation of the mean teacher, may have left
         self._skipped = False
-        if first and self._mean_teacher.average_buffers and self._endings is None:
-            self._refuse_activation_in_evaluation(images)
         logits = self._select(self._mean_teacher.predict(images), images, 1)[1]
         classes = logits.shape[1]
         refuse_class(self.ignore_index, classes, overlapping=self.overlapping)
         if first:
+            self._refuse_activation_in_evaluation(images)
             refuse_other_ending(self._model, ending_named(self.output), classes, overlapping=self.overlapping)
         if self.deep is not None and self.deep.num_classes != classes:
             raise ReSegError(
@@ -322,15 +322,11 @@ class CutMixConsistency(Regularizer):
         return Mixed(mixed, label, shares)
 
     def _refuse_activation_in_evaluation(self, images: Tensor) -> None:
-        """Raise a ReSegError if the mean teacher, which predicts in evaluation mode, returns probabilities there."""
-        if not readable(images.device, first=True):
+        """Raise a ReSegError if the mean teacher predicts in evaluation mode, and returns probabilities there."""
+        # with endings, the logits are those of a module in either mode
+        if not self._mean_teacher.average_buffers or self._endings or not readable(images.device, first=True):
             return
-        with dry_run(self.average), torch.enable_grad():
-            output = self.average(private_copy(images).requires_grad_())
-            logits = self._select(output, images, 1)[1]
-            activation = activation_of(logits)
-            if activation is None and sums_to_one(logits):
-                activation = "softmax"
+        activation = ending_of(self._select(in_evaluation(self.average, images), images, 1)[1])
         if activation is not None:
             raise ReSegError(
                 f"the model ends in a {activation} in evaluation mode, in which the mean teacher predicts here, and "
@@ -371,9 +367,7 @@ class CutMixConsistency(Regularizer):
                 "pseudo-labels are made from logits (if the model returns logits as well, name them by output=; if a "
                 "module turns logits into probabilities, pass output='in:' and its path)"
             )
-            activation = activation_of(logits)
-            if activation is None and readable(logits.device, first=True) and sums_to_one(logits):
-                activation = "softmax"
+            activation = (ending_of if readable(logits.device, first=True) else activation_of)(logits)
             refuse_probabilities(activation, what, self._model)
         return prediction, logits
 

@@ -164,7 +164,8 @@ class Regularizer:
         refuse_evaluation(self._model)
         if not torch.is_grad_enabled():
             raise ReSegError("gradients are off (torch.no_grad or inference mode); this loss is for training steps")
-        if not any(p.requires_grad for p in self._model.parameters()) and any(True for _ in self._model.parameters()):
+        has_any = next(self._model.parameters(), None) is not None
+        if has_any and not any(p.requires_grad for p in self._model.parameters()):
             raise ReSegError(
                 "no parameter of the model requires a gradient, so it would not learn: call model.requires_grad_(True) "
                 "(a mean teacher, `average`, comes without)"

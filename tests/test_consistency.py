@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import IGNORED, UNet, batch, through_file
+from models import IGNORED, Evaluated, UNet, WritesIntoItsInput, batch, through_file
 from models import ignoring as task_loss
 from torch import Tensor, nn
 
@@ -960,16 +960,6 @@ def test_settings_may_change_and_are_checked(name, good, bad):
     assert getattr(mixed, name) == good
 
 
-class Evaluated(UNet):
-    """Logits in training, and probabilities in evaluation."""
-
-    def forward(self, x: Tensor) -> Any:
-        logits = super().forward(x)
-        if self.training:
-            return logits
-        return logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
-
-
 @pytest.mark.parametrize(("classes", "activation"), [(3, "softmax"), (1, "sigmoid")])
 def test_a_mean_teacher_that_returns_probabilities_in_evaluation_is_refused(classes, activation):
     """Its probabilities would be taken for logits: with one channel, all would be foreground."""
@@ -985,6 +975,16 @@ def test_a_mean_teacher_that_returns_probabilities_in_evaluation_is_refused(clas
     _, mixed = made(average_buffers=True)
     mixed.mix(image)
     assert model.training
+
+
+@pytest.mark.parametrize("average_buffers", [False, True])
+def test_the_first_images_are_blamed_in_either_mode_of_the_mean_teacher(average_buffers):
+    _, mixed = made(average_buffers=average_buffers)
+    with pytest.raises(ReSegError, match="the mean teacher failed on unlabelled images"):
+        mixed.mix(batch(channels=2)[0])
+    _, mixed = made(WritesIntoItsInput(), average_buffers=average_buffers)
+    with pytest.raises(ReSegError, match="writes into its images"):
+        mixed.mix(batch()[0])
 
 
 def test_asking_a_task_loss_changes_no_buffer_of_it():

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from models import UNet, batch
+from models import UNet, WritesIntoItsInput, batch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -143,11 +142,6 @@ def test_a_model_that_has_changed_is_refused():
     model.double()
     with pytest.raises(ReSegError, match=r"to\(torch.float64\)"):
         teacher.update()
-
-
-class WritesIntoItsInput(UNet):
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x.sub_(1))
 
 
 def test_a_model_that_writes_into_the_images_is_refused():

@@ -15,9 +15,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..common.dryrun import dry_run, preserved_rng
+from ..common.dryrun import preserved_rng
 from ..common.labels import LabelEncoding, plain_label
-from ..common.outputs import common_activation, select_output, trained_ending
+from ..common.outputs import common_activation, in_evaluation, select_output, trained_ending
 from ..errors import ReSegError
 from ..recording.copying import copy_model, is_sharded
 from .image_range import ImageMap
@@ -93,17 +93,9 @@ class Teacher(nn.Module):
         if self._ends_as_trained:
             return
         encoded = self._encoded(label)
-        frozen = [p for p in self.body.parameters() if p.is_floating_point() and not p.requires_grad]
-        try:
-            for parameter in frozen:  # without a gradient nothing tells what an output was made by
-                parameter.requires_grad_(True)
-            with dry_run(self), torch.enable_grad():
-                given = self.before(encoded.to(self.reference.dtype))
-                evaluated = common_activation(self.body(given), tuple(encoded.shape[2:]))
-            trained, _ = trained_ending(self.body, given, evaluated)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        given = self.before(encoded.to(self.reference.dtype))
+        evaluated = common_activation(in_evaluation(self.body, given), tuple(encoded.shape[2:]))
+        trained, _ = trained_ending(self.body, given, evaluated)
         if evaluated != trained:
             raise ReSegError(
                 f"in evaluation mode the teacher ends in a {evaluated}, which stage 1 did not train it with, so its "

@@ -179,6 +179,17 @@ def private_copy(example_input: Any) -> Any:
     return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, example_input)
 
 
+def tracked_copy(example_input: Any) -> Any:
+    """A `private_copy` with autograd history, so that outputs tell what made them, even if the model is frozen."""
+
+    def track(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x.requires_grad_().clone()  # no leaf, for a model may write into it
+
+    return tree_map(track, private_copy(example_input))
+
+
 def call(model: nn.Module, example_input: Any) -> Any:
     """`model` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ReSegError
-from .dryrun import call, dry_run, image_of, private_copy, tensors
+from .dryrun import call, dry_run, image_of, tensors, tracked_copy
 
 ACTIVATIONS = {
     "SigmoidBackward0": "sigmoid",
@@ -139,6 +139,12 @@ def sums_to_one(output: Tensor) -> bool:
     return x.shape[1] > 1 and bool(((x >= 0).all() & ((x.sum(1) - 1).abs() < 1e-2).all()).item())
 
 
+def ending_of(output: Tensor) -> str | None:
+    """`activation_of` an output; "softmax" if it is probabilities, however made. Reading it waits for the device."""
+    activation = activation_of(output)
+    return "softmax" if activation is None and sums_to_one(output) else activation
+
+
 def all_sum_to_one(output: Any, spatial: tuple[int, ...]) -> bool:
     """Whether all full-size outputs of a model are probabilities, however they were made."""
     found = [x for _, x in tensors(output) if tuple(x.shape[2:]) == spatial]
@@ -186,8 +192,18 @@ def in_training(model: nn.Module, example_input: Any) -> Ran:
             module.training = True
             if is_activation(module):
                 stack.callback(module.register_forward_hook(note(name)).remove)
-        output = call(model, private_copy(example_input))
+        output = call(model, tracked_copy(example_input))
     return Ran(image_of(example_input), output, made)
+
+
+def in_evaluation(model: nn.Module, example_input: Any) -> Any:
+    """What a model returns in evaluation mode, with autograd history.
+
+    Raises:
+        ReSegError: the model fails on the example.
+    """
+    with dry_run(model), torch.enable_grad():
+        return call(model, tracked_copy(example_input))
 
 
 def trained_ending(model: nn.Module, example_input: Any, evaluated: str | None) -> tuple[str | None, str | None]:

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import UNet, batch, loader, task_loss
+from models import Evaluated, UNet, WritesIntoItsInput, batch, loader, task_loss
 from torch import nn
 
 from reseg_loss import ReconLoss, ReSegError, ReSegWrapper
@@ -459,14 +459,6 @@ def test_parametrized_weights_are_drawn_anew():
     assert any("original1" in name for name in own)
 
 
-class Evaluated(UNet):
-    """Logits in training, and probabilities in evaluation."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = super().forward(x)
-        return logits if self.training else logits.softmax(1)
-
-
 @untrained
 def test_the_picture_of_a_teacher_with_an_activation_that_it_was_not_trained_with_is_refused():
     image, label = batch()
@@ -483,10 +475,6 @@ def test_the_picture_of_a_teacher_with_an_activation_that_it_was_not_trained_wit
 @untrained
 @pytest.mark.parametrize("classes", [1, 3])
 def test_a_float_label_stays_as_it_is_whatever_the_model_does_to_its_input(classes):
-    class WritesIntoItsInput(UNet):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x.sub_(1))
-
     image, label = batch(classes=max(classes, 2))
     given = label.unsqueeze(1).float()
     kept = given.clone()
