@@ -47,8 +47,9 @@ EPOCHS, ITERATIONS = 40, 250  # of nnU-Net's 1000 epochs
 # between slices, rows and columns, in mm; ACDC's are a guess
 ACDC_SPACING, HIPPOCAMPUS_SPACING = (10.0, 1.5, 1.5), (1.0, 1.0, 1.0)
 ABOUT = """Fold "all", last weights, test patients; nothing was chosen on any part. nnU-Net trains 250,000 steps by
-default. ACDC's voxel sizes are guessed, so differences count, not values. Milliseconds are medians of epochs, with
-other runs on the same GPU. HD95 is in pixels of the images."""
+default. ACDC's voxel sizes are guessed, so differences count, not values. HD95 is in pixels of the images. Milliseconds
+are medians of epochs, with other runs on the same GPU. Do not compare those of two rows: up to commit 2ed1700, cuDNN
+chose its kernels by trial in a process's second run and later, but not in its first. --smoke measures steps."""
 STOCK, SEMI = "nnUNetTrainer", "nnUNetTrainerSemi"
 
 
@@ -274,6 +275,7 @@ class Bench:
         os.environ["nnUNet_results"] = str(results)  # noqa: SIM112
         resume = any(results.rglob("checkpoint_*.pth"))
         torch.manual_seed(seed)
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"  # nnUNetv2_train sets it outside of its trainer
         made = get_trainer_from_args(
             dataset, row.configuration, "all", row.trainer, continue_training=resume, device=self.device
         )
@@ -332,12 +334,12 @@ class Bench:
         }  # fmt: skip
 
     def smoke(self, row: Row) -> dict[str, Any]:
-        """The time of a step, from the second of two short epochs."""
+        """The time of a step: the median of short epochs, without the first."""
         folder = f"smoke-{folder_of(row, 0, self.args)}"
         shutil.rmtree(self.args.work / "results" / folder, ignore_errors=True)  # a finished one would not train again
-        made, seconds = self.trained(row, 0, 2, folder)
+        made, seconds = self.trained(row, 0, 4, folder)
         batch, patch = made.configuration_manager.batch_size, made.configuration_manager.patch_size
-        ms = 1e3 * seconds[-1] / self.args.iterations
+        ms = 1e3 * median(seconds[1:]) / self.args.iterations
         return {"row": row.name, "iterations": self.args.iterations, "batch": batch, "patch": [*patch], "ms": ms}
 
 
@@ -455,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="steps an epoch")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="for preprocessing")
-    parser.add_argument("--smoke", action="store_true", help="two epochs of 100 steps of each kind of row")
+    parser.add_argument("--smoke", action="store_true", help="four epochs of 100 steps of each kind of row")
     parser.add_argument("--report", action="store_true", help="print what --out says")
     args = parser.parse_args(arguments)
     if args.report:
