@@ -34,7 +34,11 @@ from benchmarks.evidence.variants import Variant
 
 REFERENCES = ("bare", "ds x2")
 FIELD_REFERENCES = ("bare", "ds equal")  # of plans of the field's protocol; in one that chooses, its first variant
-BESIDE = {"mean teacher": "its mean teacher", "statistics of others": "with batch statistics of others"}
+BESIDE = {
+    "mean teacher": "its mean teacher",
+    "corrected mean teacher": "its mean teacher, corrected",
+    "statistics of others": "with batch statistics of others",
+}
 ORIGINS = ("commit", "device", "compiled")  # entries of a line that may move its numbers
 SHORT = 7  # characters of a commit
 RESAMPLED = 10_000  # times that the patients are drawn

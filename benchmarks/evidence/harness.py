@@ -45,6 +45,7 @@ from .label_teacher import (
     Aligning,
     Cleaned,
     Cleaning,
+    Corrected,
     Distilling,
     LabelTeacher,
     Seen,
@@ -722,6 +723,8 @@ class Stage2:
         networks: dict[str, nn.Module] = {"": self.model}
         if self.mixed is not None:
             networks[", mean teacher"] = self.mixed.average
+        if isinstance(self.mixed, Cleaned):
+            networks[", corrected mean teacher"] = Corrected(self.mixed)
         if self.variant.free:
             networks[", statistics of others"] = self._with_statistics_of_others()
         return networks

@@ -143,6 +143,18 @@ class Cleaned(CutMixConsistency):
         return torch.logaddexp(cleaned.log_softmax(1), logits.float().log_softmax(1))
 
 
+class Corrected(nn.Module):
+    """What `Cleaned` makes of the mean teacher's prediction: scored to see whether the correction corrects."""
+
+    def __init__(self, mixed: Cleaned) -> None:
+        super().__init__()
+        # the method alone: in train mode the cleaner, which is frozen, would change its statistics
+        self.average, self.cleaned = mixed.average, mixed.cleaned
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.cleaned(self.average(image), image)
+
+
 class Seen(CutMixConsistency):
     """CutMix that keeps what the mean teacher predicts on the mixed images, sure or not."""
 

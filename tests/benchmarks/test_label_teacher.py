@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +295,26 @@ def test_a_step_cleans_as_its_variant_says(name, taken, sees, acdc):
         assert step.label_teacher is not None
         assert step.label_teacher.sees_image == sees
         assert not any(p.requires_grad for p in step.label_teacher.parameters())
+
+
+def test_the_corrected_prediction_is_scored_and_the_cleaner_stays_as_it_is(acdc):
+    step = Stage2(VARIANTS["cleans"].step, SETTINGS, 4, feed_of(acdc), Machine.make())
+    assert step.mixed is not None
+    assert step.label_teacher is not None
+    step.label_teacher.redraw(5)
+    before = copy.deepcopy(step.label_teacher.state_dict())
+    images = step.feed.batch_of(step.feed.others, torch.tensor([0]))[0]
+    network = step.networks()[", corrected mean teacher"]
+    found = step.predict(network, (255 * images[:, 0]).byte(), images.shape[-1])
+    with torch.no_grad():
+        seen = step.mixed.average.eval()((255 * images).byte().float() / 255).argmax(1)
+        assert torch.equal(found, step.label_teacher(seen, images).argmax(1).byte())
+    assert not torch.equal(found, seen.byte())
+    assert all(torch.equal(value, before[name]) for name, value in step.label_teacher.state_dict().items())
+    assert (
+        ", corrected mean teacher"
+        not in Stage2(VARIANTS["aligns"].step, SETTINGS, 4, feed_of(acdc), Machine.make()).networks()
+    )
 
 
 def test_where_cleaner_and_mean_teacher_differ_nothing_counts():
