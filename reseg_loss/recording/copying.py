@@ -25,6 +25,12 @@ def copy_model(model: nn.Module, purpose: str, otherwise: str) -> nn.Module:
     Raises:
         ReSegError: the model cannot be copied, or a copy would run another forward.
     """
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise ReSegError(
+            f"{scripted[0]} is a scripted module, which cannot be copied; use the Python module that it was made from, "
+            f"or {otherwise}"
+        )
     patched = [
         name or "the model"
         for name, module in model.named_modules()

@@ -89,6 +89,18 @@ def test_what_modules_hold_of_a_training_forward_is_copied_without_its_graph(nor
     assert reseg.alignment_loss(label) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_a_scripted_part_is_refused_by_its_name():
+    model = UNet()
+    model.bottleneck = torch.jit.script(model.bottleneck)
+    for built in (
+        lambda: ReSegWrapper(model, example_input=batch()[0]),
+        lambda: CutMixConsistency(model, rampup_steps=None, ignore_index=255),
+    ):
+        with pytest.raises(ReSegError, match="bottleneck is a scripted module, which cannot be copied"):
+            built()
+
+
 def test_a_model_that_cannot_be_copied_is_told_which_part_and_the_cures():
     class Opaque:
         def __init__(self, tensor: Tensor) -> None:
