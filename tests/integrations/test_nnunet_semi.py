@@ -182,9 +182,9 @@ def test_images_are_preprocessed_as_nnunet_does_it(copied, capsys):
     assert properties["class_locations"] == {1: [], 2: [], 3: []}
     assert len(list((done / "nnUNetPlans_3d_fullres").glob("*.pkl"))) == 8
 
-    def refused(message: str, *arguments: str) -> None:
+    def refused(message: str, *arguments: str, dataset: str = tiny.ID) -> None:
         with pytest.raises(SystemExit) as caught:
-            command_line.main(["prepare", tiny.ID, "-np", "1", *arguments])
+            command_line.main(["prepare", dataset, "-np", "1", *arguments])
         assert caught.value.code == 1
         assert message in capsys.readouterr().err
 
@@ -196,6 +196,10 @@ def test_images_are_preprocessed_as_nnunet_does_it(copied, capsys):
     refused(f"other in {raw / 'imagesUn'}: each needs the files _0000, like the cases of imagesTr")
     shutil.rmtree(raw / "imagesUn")
     refused("imagesUn has no images; name them as in imagesTr: NAME_0000.nii.gz and so on")
+    (raw / "imagesUn").mkdir()
+    refused("imagesUn has no images; name them as in imagesTr: NAME_0000.nii.gz and so on")
+    refused("nnU-Net finds no data set 'Tiny', which must be an id or a name", dataset="Tiny")
+    refused("nnU-Net finds no data set '977', which must be an id or a name: Could not find", dataset="977")
     refused("the plans have no configuration 4d; they have 2d, 3d_fullres", "-c", "4d")
     missing = "OtherPlans.json does not exist; run nnUNetv2_plan_and_preprocess first, or name your plans with -p"
     refused(missing, "-p", "OtherPlans")
@@ -330,7 +334,7 @@ def test_folds_of_patients_and_warnings_where_they_are_not(tmp_path):
     write_splits(patients(cases), file)  # the same again
     assert warnings_of(cases, ["other1_a"], file, pattern) == []
     (told,) = warnings_of(cases, ["p3_c", "other1_a"], file, pattern)
-    assert told.startswith("patients of imagesTr seem to have images in imagesUn, too: p3. All folds")
+    assert told.startswith("patients with labels seem to have images without, too: p3. All folds")
     folds[0]["train"].append(folds[0]["val"][0])
     file.write_text(json.dumps(folds))
     (told,) = warnings_of(cases, [], file, pattern)
@@ -352,6 +356,23 @@ def test_patient_splits_are_written_on_request(copied, capsys):
     assert any(
         sorted(fold["val"])[-4:] == [f"case_00{i}" for i in (4, 5, 6, 7)] for fold in json.loads(file.read_text())
     )
+
+
+def test_images_are_not_prepared_by_other_plans_than_the_labelled_ones(copied, capsys):
+    raw, done = copied("raw"), copied("preprocessed")
+    command = ["prepare", tiny.ID, "-c", "2d", "-np", "1"]
+    plans = json.loads((done / "nnUNetPlans.json").read_text())
+    plans["configurations"]["2d"]["normalization_schemes"] = ["NoNormalization"]
+    (done / "nnUNetPlans.json").write_text(json.dumps(plans))
+    record = done / "unlabelled" / "nnUNetPlans_2d.json"
+    before = record.read_text()
+    with pytest.raises(SystemExit):
+        command_line.main(command)
+    assert "nnUNetPlans_2d is not what nnUNetPlans makes of imagesTr: case_000 differs" in capsys.readouterr().err
+    assert record.read_text() == before
+    shutil.rmtree(raw / "imagesTr")
+    command_line.main(command)
+    assert "WARNING: imagesTr has none of the cases in" in capsys.readouterr().out
 
 
 def test_images_of_other_plans_or_missing_ones_are_refused(copied, monkeypatch, tmp_path):
@@ -853,14 +874,15 @@ def test_final_checkpoints_predict_with_the_mean_teacher_and_go_on_with_the_stud
         without.on_train_start()
 
 
-def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_path):
-    """A data set with "ignore" and without imagesUn, of which two cases have no other label."""
+def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_path, capsys):
+    """A data set with "ignore" and nothing in imagesUn, of which two cases have no other label."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
     for name in ("raw", "preprocessed", "results"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     tiny.write_dataset(tmp_path / "raw", unlabelled=0, size=16, dataset="Dataset902_Ignored", ignored=(1, 6))
+    (tmp_path / "raw" / "Dataset902_Ignored" / "imagesUn" / ".DS_Store").touch()
     extract_fingerprints([902], num_processes=1, check_dataset_integrity=False)
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     plan_experiments([902])
@@ -881,7 +903,8 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
     unlabelled = {"case_001", "case_006"}
     assert made.dataloader_train.transform.loader.indices == sorted(unlabelled)
     assert made.dataloader_train.transform.loader.oversample_foreground_percent == 0
-    folds = json.loads((tmp_path / "preprocessed" / "Dataset902_Ignored" / "splits_final.json").read_text())
+    file = tmp_path / "preprocessed" / "Dataset902_Ignored" / "splits_final.json"
+    folds = json.loads(file.read_text())
     training, validation = made.do_split()
     assert unlabelled <= {*folds[0]["train"], *folds[0]["val"]}
     assert training == [case for case in folds[0]["train"] if case not in unlabelled]
@@ -897,6 +920,15 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
     assert set(made.do_split()[0]) == {f"case_00{i}" for i in range(8)} - unlabelled
     made.unlabelled_weight = 0
     assert set(made.do_split()[0]) == {f"case_00{i}" for i in range(8)}
+    # `prepare` has nothing to preprocess, but knows whom these cases are of; 6 and 7 are of one patient
+    file.unlink()
+    command_line.main(["prepare", "902", "--patient-splits", "case_00[0-5]?"])
+    told = capsys.readouterr().out
+    assert "folds of 6 patients with 6 cases" in told
+    assert "WARNING: patients with labels seem to have images without, too: case_00. All folds train on these" in told
+    assert "imagesUn has no images; 2 cases of imagesTr are unlabelled, and preprocessed" in told
+    for fold in json.loads(file.read_text()):
+        assert {*fold["train"], *fold["val"]} == {f"case_00{i}" for i in range(8)} - unlabelled
 
 
 def test_compiled_networks_have_a_compiled_mean_teacher(folders, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -19,11 +20,12 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
 from ...errors import ReSegError
 from .patients import UP_TO_A_NUMBER, patients, split_between, write_splits
-from .unlabelled import folder_of, named, numbered, preprocessing, record_of, refuse_labelled
+from .unlabelled import folder_of, named, numbered, preprocessing, record_of, refuse_labelled, without_labels
 
 
 def prepare(
@@ -35,6 +37,8 @@ def prepare(
 ) -> None:
     """Preprocess imagesUn for the configurations that nnU-Net has preprocessed, and check which patients they are of.
 
+    Cases of imagesTr whose label is only "ignore" are unlabelled images, too. nnU-Net has preprocessed them already.
+
     Args:
         dataset: id or name.
         plans_name: the plans, as in nnU-Net's -p.
@@ -45,14 +49,18 @@ def prepare(
             and including the first number.
 
     Raises:
-        ReSegError: there are no such images or plans; an image cannot be read, lacks files or channels, has NaN or only
-            one value; an id is also in imagesTr; or an argument is invalid.
+        ReSegError: there are no such images or plans, or nnU-Net preprocessed imagesTr with other plans; an image
+            cannot be read, lacks files or channels, has NaN or only one value; an id is also in imagesTr; or an
+            argument is invalid.
     """
     if processes is not None and processes < 1:
         raise ReSegError(f"the number of processes must be at least 1, got {processes}")
     if patient_splits == "":
         raise ReSegError("the pattern for patients is empty; leave it out to use an id's start up to its first number")
-    name = maybe_convert_to_dataset_name(dataset)
+    try:
+        name = maybe_convert_to_dataset_name(dataset)
+    except (RuntimeError, ValueError) as error:
+        raise ReSegError(f"nnU-Net finds no data set {dataset!r}, which must be an id or a name: {error}") from error
     raw, done = Path(nnUNet_raw) / name, Path(nnUNet_preprocessed) / name
     if not (done / f"{plans_name}.json").exists():
         raise ReSegError(
@@ -62,23 +70,59 @@ def prepare(
     plans = PlansManager(str(done / f"{plans_name}.json"))
     about = json.loads((done / "dataset.json").read_text())
     chosen = _configurations(plans, configurations, done)
+    first = str(done / chosen[0].data_identifier)
+    dataset_of_first = infer_dataset_class(first)(first)
+    ignored = without_labels(dataset_of_first, plans.get_label_manager(about))
+    labelled = sorted({*dataset_of_first.identifiers} - ignored)
     cases = find_cases(raw / "imagesUn", about["file_ending"], files_per_case(raw, about))
+    if not cases and not ignored:
+        raise ReSegError(
+            f"{raw / 'imagesUn'} has no images; name them as in imagesTr: NAME_0000{about['file_ending']} and so on"
+        )
     if others := other_files(raw / "imagesUn", about["file_ending"]):
         print(f"WARNING: not used, because they do not end in {about['file_ending']}: {named(others)}")
-    first = str(done / chosen[0].data_identifier)
-    labelled = infer_dataset_class(first).get_identifiers(first)
-    refuse_labelled(cases, labelled)
+    refuse_labelled(cases, dataset_of_first.identifiers)
     splits_file = done / "splits_final.json"
     pattern = patient_splits if isinstance(patient_splits, str) else UP_TO_A_NUMBER
     if patient_splits:
         groups = patients(labelled, pattern)
         write_splits(groups, splits_file)
         print(f"{splits_file}: folds of {len(groups)} patients with {len(labelled)} cases")
-    for line in warnings_of(labelled, cases, splits_file, pattern):
+    for line in warnings_of(labelled, {*cases, *ignored}, splits_file, pattern):
         print(f"WARNING: {line}")
+    if not cases:
+        print(f"{raw / 'imagesUn'} has no images; {len(ignored)} cases of imagesTr are unlabelled, and preprocessed")
+        return
+    for configuration in chosen:
+        refuse_other_plans(raw, done, plans, configuration, about)
     processes = processes or default_num_processes
     for configuration in chosen:
         preprocess(cases, folder_of(done, configuration), plans, configuration, about, processes)
+
+
+def refuse_other_plans(raw: Path, done: Path, plans: Any, configuration: Any, about: Any) -> None:
+    """Raise a ReSegError unless the plans make of a case of imagesTr what nnU-Net has made of it.
+
+    nnU-Net does not notice if plans change after it has preprocessed. Then images with and without labels would differ.
+    """
+    folder = str(done / configuration.data_identifier)
+    dataset = infer_dataset_class(folder)(folder)
+    listed = "dataset" in about or (raw / "imagesTr").is_dir()
+    sources = get_filenames_of_train_images_and_targets(str(raw), copy.deepcopy(about)) if listed else {}
+    case = min({*dataset.identifiers} & sources.keys(), default=None)
+    if case is None:
+        print(
+            f"WARNING: imagesTr has none of the cases in {folder}, so it was not checked that these are of these plans"
+        )
+        return
+    files = sources[case]["images"], sources[case]["label"]
+    image, _, _ = configuration.preprocessor_class(verbose=False).run_case(*files, plans, configuration, about)
+    there = dataset.load_case(case)[0][:]
+    if there.shape != image.shape or not np.allclose(there, image, rtol=1e-3, atol=1e-3):
+        raise ReSegError(
+            f"{folder} is not what {plans.plans_name} makes of imagesTr: {case} differs. Run nnUNetv2_preprocess with "
+            "these plans first"
+        )
 
 
 def _configurations(plans: Any, names: Sequence[str] | None, done: Path) -> list[Any]:
@@ -111,7 +155,7 @@ def find_cases(folder: Path, ending: str, files: int) -> dict[str, list[str]]:
     """The files of each image, in the order of channels.
 
     Raises:
-        ReSegError: there are no images, one of them lacks files, or a file's name lacks the number of a channel.
+        ReSegError: an image lacks files, or a file's name lacks the number of a channel.
     """
     cases, unnumbered = numbered(folder, ending)
     if unnumbered:
@@ -120,8 +164,6 @@ def find_cases(folder: Path, ending: str, files: int) -> dict[str, list[str]]:
         raise ReSegError(
             f"{named(clash)} in {folder}: an id cannot end in _seg, as nnU-Net's files of segmentations do"
         )
-    if not cases:
-        raise ReSegError(f"{folder} has no images; name them as in imagesTr: NAME_0000{ending} and so on")
     wrong = [case for case, own in cases.items() if sorted(own) != list(range(files))]
     if wrong:
         last = "" if files == 1 else f" to _{files - 1:04d}"
@@ -131,7 +173,8 @@ def find_cases(folder: Path, ending: str, files: int) -> dict[str, list[str]]:
 
 def other_files(folder: Path, ending: str) -> list[str]:
     """Names of what else is in a folder of images, except hidden files and the .json with a TIFF's spacing."""
-    return [file.name for file in folder.iterdir() if not file.name.endswith((ending, ".json")) and file.name[0] != "."]
+    files = folder.iterdir() if folder.is_dir() else ()
+    return [file.name for file in files if not file.name.endswith((ending, ".json")) and file.name[0] != "."]
 
 
 def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path, pattern: str) -> list[str]:
@@ -155,8 +198,8 @@ def warnings_of(labelled: Iterable[str], unlabelled: Iterable[str], splits: Path
         )
     if both := own.keys() & others.keys():
         found.append(
-            f"patients of imagesTr seem to have images in imagesUn, too: {named(both)}. All folds train on these, "
-            "without labels, including the fold that validates on the patient"
+            f"patients with labels seem to have images without, too: {named(both)}. All folds train on these, "
+            "including the fold that validates on the patient"
         )
     return found
 

@@ -91,7 +91,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):  # noqa: N801
             self.student_of_checkpoint = None
         self.print_to_log_file(
             f"{len(images.identifiers)} unlabelled images; a step has {self.batch_size} patches with labels and "
-            f"{others} without"
+            f"{others} without (unlabelled_weight {self.unlabelled_weight}, rampup {self.rampup}, "
+            f"threshold {self.threshold}, ema_decay {self.ema_decay})"
         )
 
     def unlabelled_images(self) -> unlabelled.Images | None:

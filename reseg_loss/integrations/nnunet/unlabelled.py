@@ -108,7 +108,7 @@ def refuse_unprepared(sources: Iterable[str], dataset: str, ending: str, plans: 
         raise ReSegError(
             f"{folder} has other images than were prepared: {named(there ^ known)}. Run {command(dataset, plans)} again"
         )
-    if not known and folder.is_dir() and any(folder.iterdir()):
+    if not known and folder.is_dir() and any(file.name[0] != "." for file in folder.iterdir()):
         raise ReSegError(
             f"the images in {folder} are not preprocessed for this configuration: run {command(dataset, plans)}, "
             "or move them away to train without them"
