@@ -639,6 +639,30 @@ def test_losses_that_cannot_leave_voxels_out_are_refused(folders, monkeypatch, t
             made.on_train_start()
 
 
+@pytest.mark.parametrize("weights", [(1, 1), (2, 0.5), (1, 0), (0, 1)], ids=str)
+def test_the_loss_of_both_is_nnunets_to_the_bit_and_reads_nothing(weights):
+    """Also where no voxel counts. Reading would wait for the GPU; "meta" cannot be read."""
+    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    from reseg_loss.integrations.nnunet.step import LossOfBoth
+
+    def stock() -> nn.Module:
+        dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+        return DC_and_CE_loss(dice, {}, *weights, ignore_label=3, dice_class=MemoryEfficientSoftDiceLoss)
+
+    both = LossOfBoth(stock(), stock())
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 3, 6, 5, requires_grad=True), torch.randint(4, (4, 1, 6, 5), dtype=torch.int16)
+    for pseudo in (target[2:], torch.full_like(target[2:], 3)):
+        both.expect(pseudo, 0.5)
+        found = both(logits, target[:2])
+        expected = stock()(logits[:2], target[:2]) + 0.5 * stock()(logits[2:], pseudo)
+        assert torch.equal(found, expected)
+        assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (found, expected)))
+    assert both(logits.to("meta"), target.to("meta")).ndim == 0
+
+
 def test_a_loss_is_checked_where_it_works(folders):
     """A class-weighted loss has its weights on the GPU."""
     from reseg_loss.integrations.nnunet.step import check_ignoring

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from torch import Tensor, nn
 
 from ...errors import ReSegError
@@ -73,6 +74,9 @@ class LossOfBoth(nn.Module):
     def __init__(self, loss: nn.Module, unlabelled_loss: nn.Module) -> None:
         super().__init__()
         self.loss, self.unlabelled_loss = loss, unlabelled_loss
+        for module in self.modules():
+            if type(module) is DC_and_CE_loss:
+                module.__class__ = _WithoutWaiting
         self._expected: tuple[Any, float] | None = None
         self.unlabelled = torch.zeros(())
         """The last unlabelled loss, without its weight."""
@@ -91,6 +95,18 @@ class LossOfBoth(nn.Module):
         extra = self.unlabelled_loss(_part(output, slice(labelled, None)), pseudo)
         self.unlabelled = extra.detach()
         return value + weight * extra
+
+
+class _WithoutWaiting(DC_and_CE_loss):
+    """nnU-Net's loss with the same value, but Python need not wait for the GPU to know whether any voxel counts."""
+
+    def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
+        if self.ignore_label is None or self.weight_ce == 0:  # nothing to wait for
+            return super().forward(net_output, target)
+        counts = target != self.ignore_label
+        dice = self.dc(net_output, torch.where(counts, target, 0), loss_mask=counts) if self.weight_dice != 0 else 0
+        entropy = torch.where(counts.any(), self.ce(net_output, target[:, 0]), 0)  # of no voxel it is NaN
+        return self.weight_ce * entropy + self.weight_dice * dice
 
 
 def _first(outputs: Any) -> Tensor:
