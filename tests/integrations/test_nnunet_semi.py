@@ -946,7 +946,11 @@ def test_ignored_cases_are_unlabelled_and_in_no_split(folders, monkeypatch, tmp_
     assert set(made.do_split()[0]) == {f"case_00{i}" for i in range(8)}
     # `prepare` has nothing to preprocess, but knows whom these cases are of; 6 and 7 are of one patient
     file.unlink()
+    earlier = file.with_name("unlabelled")
+    (earlier / "nnUNetPlans_2d").mkdir(parents=True)
+    (earlier / "nnUNetPlans_2d.json").write_text("{}")
     command_line.main(["prepare", "902", "--patient-splits", "case_00[0-5]?"])
+    assert not [*earlier.iterdir()]
     told = capsys.readouterr().out
     assert "folds of 6 patients with 6 cases" in told
     assert "WARNING: patients with labels seem to have images without, too: case_00. All folds train on these" in told

@@ -91,6 +91,8 @@ def prepare(
     for line in warnings_of(labelled, {*cases, *ignored}, splits_file, pattern):
         print(f"WARNING: {line}")
     if not cases:
+        for configuration in chosen:
+            remove(folder_of(done, configuration))
         print(f"{raw / 'imagesUn'} has no images; {len(ignored)} cases of imagesTr are unlabelled, and preprocessed")
         return
     for configuration in chosen:
@@ -208,8 +210,7 @@ def preprocess(
     cases: dict[str, list[str]], folder: Path, plans: Any, configuration: Any, about: Any, processes: int
 ) -> None:
     """All images of one configuration, into an empty folder; the record, written last, marks it as complete."""
-    record_of(folder).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir(parents=True)
     work = [(str(folder / case), files, plans, configuration, about) for case, files in cases.items()]
     with tqdm(total=len(work), desc=f"{configuration.data_identifier}, unlabelled") as bar:
@@ -224,6 +225,12 @@ def preprocess(
                     bar.update()
     made = {"preprocessing": preprocessing(plans, configuration), "cases": sorted(cases)}
     record_of(folder).write_text(json.dumps(made, indent=4))
+
+
+def remove(folder: Path) -> None:
+    """Remove the images that were preprocessed before."""
+    record_of(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def preprocess_case(output: str, files: list[str], plans: Any, configuration: Any, about: Any) -> None:
