@@ -370,7 +370,7 @@ def check_controls(cells: list[list[str]]) -> None:
 
 
 def check_ideas(cells: list[list[str]], text: str) -> None:
-    """The table of label teachers: all forms of the plan, paired differences at equal GPU time, and what is left."""
+    """The table of label teachers: all forms of the plan, paired differences at equal GPU time, and their signs."""
     (scores,) = scores_of(["teacher_ideas_5"])
     seconds = {row[0]: float(row[-1]) for row in table(times(scores), "| variant |")[2:]}
     singles: list[float] = []

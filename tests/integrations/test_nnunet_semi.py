@@ -209,16 +209,19 @@ def test_images_are_preprocessed_as_nnunet_does_it(copied, capsys):
 
 def test_an_image_has_as_many_files_as_the_labelled_ones(tmp_path):
     """One per channel, but RGB images have one; cases of the data set may be listed in dataset.json."""
-    from reseg_loss.integrations.nnunet.prepare import files_per_case, find_cases
+    from reseg_loss.integrations.nnunet.prepare import files_per_case, find_cases, labelled_files
+
+    def per_case(about: dict[str, Any]) -> int:
+        return files_per_case(labelled_files(tmp_path, about), about)
 
     about: dict[str, Any] = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "file_ending": ".png"}
     listed = {"dataset": {"a": {"images": ["there/a.png", "there/b.png"], "label": "there/c.png"}}}
-    assert files_per_case(tmp_path, about) == 3
-    assert files_per_case(tmp_path, about | listed) == 2
+    assert per_case(about) == 3
+    assert per_case(about | listed) == 2
     for folder in ("imagesTr", "imagesUn"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "p_1_0000.png").touch()
-    assert files_per_case(tmp_path, about) == 1
+    assert per_case(about) == 1
     assert find_cases(tmp_path / "imagesUn", ".png", 1) == {"p_1": [str(tmp_path / "imagesUn" / "p_1_0000.png")]}
     with pytest.raises(ReSegError, match=r"p_1 in .*imagesUn: each needs the files _0000 to _0002, like the cases of"):
         find_cases(tmp_path / "imagesUn", ".png", 3)

@@ -74,7 +74,8 @@ def prepare(
     dataset_of_first = infer_dataset_class(first)(first)
     ignored = without_labels(dataset_of_first, plans.get_label_manager(about))
     labelled = sorted({*dataset_of_first.identifiers} - ignored)
-    cases = find_cases(raw / "imagesUn", about["file_ending"], files_per_case(raw, about))
+    sources = labelled_files(raw, about)
+    cases = find_cases(raw / "imagesUn", about["file_ending"], files_per_case(sources, about))
     if not cases and not ignored:
         raise ReSegError(
             f"{raw / 'imagesUn'} has no images; name them as in imagesTr: NAME_0000{about['file_ending']} and so on"
@@ -96,21 +97,19 @@ def prepare(
         print(f"{raw / 'imagesUn'} has no images; {len(ignored)} cases of imagesTr are unlabelled, and preprocessed")
         return
     for configuration in chosen:
-        refuse_other_plans(raw, done, plans, configuration, about)
+        refuse_other_plans(sources, done, plans, configuration, about)
     processes = processes or default_num_processes
     for configuration in chosen:
         preprocess(cases, folder_of(done, configuration), plans, configuration, about, processes)
 
 
-def refuse_other_plans(raw: Path, done: Path, plans: Any, configuration: Any, about: Any) -> None:
+def refuse_other_plans(sources: dict[str, Any], done: Path, plans: Any, configuration: Any, about: Any) -> None:
     """Raise a ReSegError unless the plans make of a case of imagesTr what nnU-Net has made of it.
 
     nnU-Net does not notice if plans change after it has preprocessed. Then images with and without labels would differ.
     """
     folder = str(done / configuration.data_identifier)
     dataset = infer_dataset_class(folder)(folder)
-    listed = "dataset" in about or (raw / "imagesTr").is_dir()
-    sources = get_filenames_of_train_images_and_targets(str(raw), copy.deepcopy(about)) if listed else {}
     case = min({*dataset.identifiers} & sources.keys(), default=None)
     if case is None:
         print(
@@ -140,12 +139,16 @@ def _configurations(plans: Any, names: Sequence[str] | None, done: Path) -> list
     return found
 
 
-def files_per_case(raw: Path, about: Any) -> int:
-    """How many files a case of imagesTr has: one per channel, but one in all for RGB images."""
-    if "dataset" in about:  # nnU-Net's list of cases in other places
-        return len(next(iter(about["dataset"].values()))["images"])
-    cases, _ = numbered(raw / "imagesTr", about["file_ending"])
-    return len(next(iter(cases.values()))) if cases else channels_of(about)
+def labelled_files(raw: Path, about: Any) -> dict[str, Any]:
+    """The files of each labelled case, in imagesTr or where dataset.json says; empty if there is neither."""
+    if "dataset" not in about and not (raw / "imagesTr").is_dir():
+        return {}
+    return get_filenames_of_train_images_and_targets(str(raw), copy.deepcopy(about))  # it changes what it gets
+
+
+def files_per_case(sources: dict[str, Any], about: Any) -> int:
+    """How many files a labelled case has: one per channel, but one in all for RGB images."""
+    return len(next(iter(sources.values()))["images"]) if sources else channels_of(about)
 
 
 def channels_of(about: Any) -> int:
